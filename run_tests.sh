@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Installs what is needed, lints, runs the tests; ends with the whole embedded pipeline at reduced size.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/venv.sh
+
+usage() {
+  cat <<'TEXT'
+usage: bash run_tests.sh [--quick] [--profile NAME] [PYTEST ARGUMENT ...]
+
+  --quick          leave out the end-to-end tests (marked `slow`)
+  --profile NAME   the profile of the end-to-end test (default: embedded)
+  --help           this text
+TEXT
+}
+
+arguments=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --quick) arguments+=(-m "not slow"); shift ;;
+    --profile) [ $# -ge 2 ] || { echo "error: --profile needs a name" >&2; exit 2; }; export KD_TEST_PROFILE="$2"; shift 2 ;;
+    --profile=*) export KD_TEST_PROFILE="${1#*=}"; shift ;;
+    -h|--help) usage; exit 0 ;;
+    *) arguments+=("$1"); shift ;;
+  esac
+done
+
+ensure_venv requirements.txt requirements-dev.txt
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+bash -n run_pipeline.sh run_kd_inference_test.sh scripts/venv.sh
+"$VENV/bin/python" -m pytest "${arguments[@]}"

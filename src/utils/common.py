@@ -1,0 +1,359 @@
+"""What every stage shares: clear errors, JSONL files, atomic writes, fingerprints, progress, provenance."""
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("kd")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class UserError(Exception):
+    """Something only the user can put right. The text is one line: what is wrong, where, and the way out."""
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(
+    path: str | Path,
+    required: Iterable[str] = (),
+    hint: str = "",
+    check: Callable[[dict[str, Any]], str | None] | None = None,
+) -> list[dict[str, Any]]:
+    """Read one JSON object a line.
+
+    Args:
+        path: the file.
+        required: keys that every row must hold.
+        hint: what to do when the file is missing (for example the command that makes it).
+        check: says what is wrong with a row, or None.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is not a JSON object or lacks a key; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
+    rows = []
+    with path.open("rb") as file:
+        for number, data in enumerate(file, start=1):
+            try:
+                line = data.decode("utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from None
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not valid JSON ({error.msg}); mend or delete this line") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            missing = [key for key in required if key not in row]
+            if missing:
+                raise UserError(f"{path}:{number}: missing {', '.join(missing)}; found {', '.join(row) or 'no keys'}")
+            if check is not None and (complaint := check(row)):
+                raise UserError(f"{path}:{number}: {complaint}")
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: the file holds no rows" + (f"; {hint}" if hint else ""))
+    return rows
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a broken one is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
+
+
+ROW_KEYS = ("id", "source", "domain", "prompt", "reference", "grader", "grader_args")
+
+
+def check_dataset_row(row: dict[str, Any]) -> str | None:
+    """What is wrong with a row of `{train,eval}_dataset.jsonl`, or None: every value is text, grader_args is JSON."""
+    for key in (*ROW_KEYS, "system"):
+        if not isinstance(row.get(key, ""), str):
+            return f"{key} must be text, found {type(row[key]).__name__}"
+    try:
+        json.loads(row["grader_args"] or "{}")
+    except json.JSONDecodeError as error:
+        return f"grader_args is not JSON ({error.msg})"
+    return None
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` (file or folder) and rename it to `path` once the block has succeeded."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir() and path.exists():
+            shutil.rmtree(path)
+        elif temporary.is_file():
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def to_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(to_line(row) for row in rows)
+
+
+def append_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows and wait until they are on the disk, so that a kill can tear the last line at most."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(to_line(row) for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def repair_jsonl_tail(path: str | Path) -> int:
+    """Cut a torn last line (no newline at its end) off an append-only file. Returns the number of bytes cut."""
+    path = Path(path)
+    if not path.is_file():
+        return 0
+    data = path.read_bytes()
+    keep = data.rfind(b"\n") + 1
+    if keep < len(data):
+        logger.warning("%s: cut a torn last line of %d bytes", path, len(data) - keep)
+        os.truncate(path, keep)
+    return len(data) - keep
+
+
+# --- hashes and fingerprints -----------------------------------------------------------------------------------------
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_mismatch(where: str | Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise a UserError that names the first field in which two fingerprints differ."""
+    for key in sorted(stored.keys() | wanted.keys()):
+        if stored.get(key) != wanted.get(key):
+            raise UserError(
+                f"{where} was made with {key} = {stored.get(key)!r}, this run has {wanted.get(key)!r}; "
+                "pass --overwrite to replace it, or name another folder"
+            )
+
+
+def stage_state(marker: str | Path, fingerprint: dict[str, Any], overwrite: bool, outputs: Iterable[Path] = ()) -> str:
+    """Decide what a stage has to do, from the fingerprint an earlier run left in `marker`.
+
+    Returns:
+        "done" if that run finished with the same fingerprint and its `outputs` are there; "resume" if it started with
+        the same one but did not finish; "fresh" if there is nothing, or `overwrite` is set (marker and outputs are
+        then deleted). The caller writes the marker with `start_stage` and `finish_stage`.
+
+    Raises:
+        UserError: the fingerprint differs in a field (the text names it), or an output is there that no run has marked.
+    """
+    marker = Path(marker)
+    outputs = list(outputs)
+    fingerprint = json.loads(json.dumps(fingerprint))
+    if overwrite or not marker.is_file():
+        for output in () if overwrite else outputs:
+            if output.exists():
+                raise UserError(f"{output} is there but was not made by this stage; move it away or pass --overwrite")
+        marker.unlink(missing_ok=True)
+        if overwrite:
+            for output in outputs:
+                if output.is_dir():
+                    shutil.rmtree(output)
+                else:
+                    output.unlink(missing_ok=True)
+        return "fresh"
+    stored = read_json(marker)
+    refuse_mismatch(marker.parent, stored.get("fingerprint", {}), fingerprint)
+    return "done" if stored.get("finished") and all(output.exists() for output in outputs) else "resume"
+
+
+def start_stage(marker: str | Path, fingerprint: dict[str, Any]) -> None:
+    write_json(marker, {"finished": False, "fingerprint": fingerprint})
+
+
+def finish_stage(marker: str | Path, fingerprint: dict[str, Any], **facts: Any) -> None:
+    """Mark the stage finished; `facts` (seconds, versions, ...) are kept beside the fingerprint but not compared."""
+    write_json(marker, {"finished": True, "fingerprint": fingerprint, **facts})
+
+
+def require_disk(folder: str | Path, needed_bytes: float, what: str) -> None:
+    """Raise a UserError unless the file system of `folder` has `needed_bytes` free."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{folder}: {free / 1e9:.2f} GB free, {what} needs {needed_bytes / 1e9:.2f} GB; "
+            "free some space or point the profile at another disk"
+        )
+
+
+# --- provenance ------------------------------------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, Any]:
+    """What one needs to run this again: command, commit (and whether files differ from it), versions, machine."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    packages = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy")
+    return {
+        "command": shlex.join(sys.argv),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if changed is None else bool(changed),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+# --- console ---------------------------------------------------------------------------------------------------------
+
+
+def setup_logging() -> None:
+    """Plain `kd` log lines on standard error; the libraries keep to warnings, and off a terminal draw no bars."""
+    import transformers.utils.logging as library
+
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the end of them is reported
+    if not sys.stderr.isatty():
+        library.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's call
+
+
+class Progress:
+    """A live bar with rate and time left on a terminal; off one, a log line every `every` seconds at most.
+
+    Args:
+        total: units in all.
+        description: what is being done.
+        unit: the word for one unit.
+        every: seconds between two lines when there is no terminal.
+    """
+
+    def __init__(self, total: int, description: str, unit: str = "row", every: float = 30.0) -> None:
+        from tqdm import tqdm
+
+        self.live = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=description, unit=unit, disable=not self.live, dynamic_ncols=True)
+        self.total, self.description, self.unit, self.every = total, description, unit, every
+        self.count, self.first, self.note = 0, 0, ""
+        self.started = self.spoken = time.monotonic()
+
+    def say(self, **note: Any) -> None:
+        """Show these values beside the bar from now on."""
+        self.note = ", ".join(f"{key} {value}" for key, value in note.items())
+        self.bar.set_postfix_str(self.note, refresh=False)
+
+    def advance(self, count: int = 1, **note: Any) -> None:
+        self.count += count
+        if note:
+            self.say(**note)
+        self.bar.update(count)
+        if not self.live and time.monotonic() - self.spoken >= self.every and self.count < self.total:
+            self.spoken = time.monotonic()
+            new = self.count - self.first
+            left = (self.spoken - self.started) / max(new, 1) * (self.total - self.count)
+            note_text = f" ({self.note})" if self.note else ""
+            logger.info(f"{self.description}: {self.count} of {self.total}, {left:.0f} s left{note_text}")
+
+    def skip(self, count: int) -> None:
+        """Count units that an earlier run has done; they take no part in the rate."""
+        self.count += count
+        self.first += count
+        self.bar.initial = self.bar.n = self.count
+        self.bar.refresh()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a script's `main`: a user's mistake ends it with one clear line and exit code 2; `--debug` shows more."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    setup_logging()
+    try:
+        main()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        where = error.filename or "writing"
+        print(f"error: {where}: {error.strerror}; mend it and run again, what was finished is kept", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,386 @@
+"""Files survive a crash, errors are one clear line, progress is quiet off a terminal."""
+
+import errno
+import io
+import json
+import logging
+import sys
+
+import pytest
+
+from src.utils import common
+from src.utils.common import (
+    Progress,
+    UserError,
+    append_jsonl,
+    atomic_path,
+    finish_stage,
+    provenance,
+    read_json,
+    read_jsonl,
+    refuse_mismatch,
+    repair_jsonl_tail,
+    require_disk,
+    run_cli,
+    sha256_file,
+    sha256_text,
+    stage_state,
+    start_stage,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging(monkeypatch):
+    """run_cli sets up the logger for good; here each test gets one as it is in a new process."""
+    monkeypatch.setattr(common.logger, "handlers", [])
+    monkeypatch.setattr(common.logger, "propagate", True)
+    monkeypatch.setattr(common.logger, "level", logging.INFO)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_read_in_order_and_blank_lines_passed_over(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": "\u00e4"}\n   \n', encoding="utf-8")
+    assert read_jsonl(path, ["a"]) == [{"a": 1}, {"a": "ä"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"a": 1}\n{"a": \n', ":2: not valid JSON"),
+        ('{"a": 1}\n\n\nnonsense\n', ":4: not valid JSON"),
+        ('{"a": 1}\n[1, 2]\n', ":2: expected a JSON object, found list"),
+        ('{"a": 1}\n{"b": 2, "c": 3}\n', ":2: missing a; found b, c"),
+        ("{}\n", ":1: missing a; found no keys"),
+        ('{"a": 1}\n{"a": -1}\n', ":2: a is negative"),
+        ("", ": the file holds no rows; make it"),
+        ("\n \n", ": the file holds no rows; make it"),
+    ],
+)
+def test_a_broken_row_is_named_by_file_and_line(tmp_path, text, complaint):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path, ["a"], hint="make it", check=lambda row: "a is negative" if row["a"] < 0 else None)
+    assert str(caught.value).startswith(f"{path}{complaint}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("hint", "end"), [("run scripts/x.py", "; run scripts/x.py"), ("", "no such file")])
+def test_a_missing_file_says_what_makes_it(tmp_path, hint, end):
+    with pytest.raises(UserError, match=r"gone\.jsonl: no such file") as caught:
+        read_jsonl(tmp_path / "gone.jsonl", hint=hint)
+    assert str(caught.value).endswith(end)
+
+
+def test_broken_json_is_named(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": ')
+    with pytest.raises(UserError, match=r"x\.json: not valid JSON.*delete it and run the stage again"):
+        read_json(tmp_path / "x.json")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path, kind):
+    target = tmp_path / "target"
+
+    def make(path, content):
+        if kind == "folder":
+            path.mkdir()
+        (path / "inside" if kind == "folder" else path).write_text(content)
+
+    def fail_halfway(path):
+        with atomic_path(path) as temporary:
+            make(temporary, "half")
+            raise RuntimeError
+
+    make(target, "old")
+    for path in (target, tmp_path / "never"):
+        with pytest.raises(RuntimeError):
+            fail_halfway(path)
+        assert list(tmp_path.iterdir()) == [target]
+    assert (target / "inside" if kind == "folder" else target).read_text() == "old"
+
+
+def test_a_file_is_replaced_only_at_the_end(tmp_path):
+    target = tmp_path / "new" / "target.txt"
+    write_text(target, "old")
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+        assert temporary.parent == target.parent, "a rename is atomic only within one file system"
+    assert target.read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "stale").write_text("old")
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        (temporary / "fresh").write_text("new")
+        assert (target / "stale").exists()
+    assert [path.name for path in target.iterdir()] == ["fresh"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("write", [lambda path, value: write_json(path, {"a": value}),
+                                   lambda path, value: write_jsonl(path, [{"a": 1}, {"a": value}])])  # fmt: skip
+def test_a_number_json_has_no_word_for_is_never_written(tmp_path, write):
+    path = tmp_path / "x.json"
+    write(path, 0.5)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(path, float("nan"))
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_round_trip(tmp_path):
+    rows = [{"text": "naïve\nline \u2028 and 日本"}, {"number": 1e-9}]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    write_json(tmp_path / "x.json", rows)
+    assert read_jsonl(tmp_path / "x.jsonl") == read_json(tmp_path / "x.json") == rows
+
+
+def test_appending_goes_on_after_a_torn_line(tmp_path):
+    path = tmp_path / "deep" / "rows.jsonl"
+    append_jsonl(path, [{"a": 1}, {"a": 2}])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"a": 3, "tex')
+    assert repair_jsonl_tail(path) == 13
+    assert path.read_bytes() == whole
+    append_jsonl(path, [{"a": 3}])
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+@pytest.mark.parametrize(("text", "cut", "left"), [(b"", 0, b""), (b"{}\n", 0, b"{}\n"), (b'{"a"', 4, b""),
+                                                   (b'{}\n{"\xc3', 3, b"{}\n")])  # fmt: skip
+def test_only_a_torn_last_line_is_cut(tmp_path, text, cut, left):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text)
+    assert repair_jsonl_tail(path) == cut
+    assert path.read_bytes() == left
+
+
+def test_repairing_a_missing_file_is_nothing(tmp_path):
+    assert repair_jsonl_tail(tmp_path / "gone.jsonl") == 0
+    assert not (tmp_path / "gone.jsonl").exists()
+
+
+def test_hashes(tmp_path):
+    (tmp_path / "x").write_text("abc")
+    assert sha256_text("abc") == sha256_file(tmp_path / "x")
+    assert sha256_text("abc").startswith("ba7816bf")
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+FINGERPRINT = {"seed": 1, "sizes": (3, 4)}  # a tuple is a list once it has been through JSON
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """(marker, outputs) of a finished stage: a file and a folder."""
+    outputs = [tmp_path / "rows.jsonl", tmp_path / "model"]
+    outputs[0].write_text("rows")
+    outputs[1].mkdir()
+    (outputs[1] / "weights").write_text("weights")
+    finish_stage(tmp_path / "stage.json", FINGERPRINT, seconds=3)
+    return tmp_path / "stage.json", outputs
+
+
+def test_a_stage_goes_from_fresh_over_resume_to_done(tmp_path):
+    marker, output = tmp_path / "stage.json", tmp_path / "rows.jsonl"
+    assert stage_state(marker, FINGERPRINT, False, [output]) == "fresh"
+    start_stage(marker, FINGERPRINT)
+    output.write_text("half")
+    assert stage_state(marker, FINGERPRINT, False, [output]) == "resume"
+    finish_stage(marker, FINGERPRINT, seconds=3)
+    assert stage_state(marker, FINGERPRINT, False, [output]) == "done"
+    assert read_json(marker)["seconds"] == 3
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_finished_stage_whose_output_is_gone_runs_again(stage, which):
+    marker, outputs = stage
+    outputs[which].rename(outputs[which].with_name("elsewhere"))
+    assert stage_state(marker, FINGERPRINT, False, outputs) == "resume"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 2}, r"seed = 1, this run has 2.*--overwrite"),
+        ({"sizes": [3]}, r"sizes = \[3, 4\], this run has \[3\]"),
+        ({"added": True}, r"added = None, this run has True"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_fingerprint_is_refused_by_the_field(stage, change, words, finished):
+    marker, outputs = stage
+    if not finished:
+        start_stage(marker, FINGERPRINT)
+    with pytest.raises(UserError, match=words) as caught:
+        stage_state(marker, FINGERPRINT | change, False, outputs)
+    assert str(caught.value).startswith(str(marker.parent))
+    assert all(output.exists() for output in outputs)
+
+
+def test_a_dropped_field_is_a_mismatch_too():
+    with pytest.raises(UserError, match=r"^here was made with seed = 1, this run has None"):
+        refuse_mismatch("here", {"seed": 1}, {})
+
+
+def test_overwrite_deletes_marker_and_outputs(stage):
+    marker, outputs = stage
+    assert stage_state(marker, FINGERPRINT | {"seed": 2}, True, outputs) == "fresh"
+    assert not any(path.exists() for path in (marker, *outputs))
+    assert stage_state(marker, FINGERPRINT, True, outputs) == "fresh"
+
+
+def test_disk_space_is_asked_for_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2_000_000_000})())
+    require_disk(tmp_path / "not" / "made" / "yet", 2e9, "the run")
+    with pytest.raises(UserError, match=r"2\.00 GB free, the run needs 3\.00 GB") as caught:
+        require_disk(tmp_path / "not" / "made" / "yet", 3e9, "the run")
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert not (tmp_path / "not").exists()
+
+
+def test_provenance_says_how_to_repeat_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/x.py", "--name", "two words"])
+    facts = json.loads(json.dumps(provenance()))
+    assert facts["command"] == "scripts/x.py --name 'two words'"
+    assert {"python", "torch", "transformers", "peft"} <= facts["versions"].keys()
+    assert {"git_commit", "git_dirty", "machine", "time"} <= facts.keys()
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test moves it: `clock.now += 10`."""
+    clock = type("Clock", (), {"now": 1000.0})()
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def test_off_a_terminal_a_line_comes_every_so_many_seconds_at_most(clock, caplog, capsys):
+    with caplog.at_level(logging.INFO, "kd"), Progress(100, "work", every=30) as progress:
+        for _ in range(99):
+            clock.now += 1
+            progress.advance(note="x")
+    assert [record.message for record in caplog.records] == [
+        f"work: {count} of 100, {100 - count} s left (note x)" for count in (30, 60, 90)
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_end_is_not_announced(clock, caplog):
+    with caplog.at_level(logging.INFO, "kd"), Progress(2, "work", every=1) as progress:
+        clock.now += 100
+        progress.advance(2)
+    assert not caplog.records
+
+
+def test_skipped_units_count_but_take_no_part_in_the_rate(clock, caplog):
+    with caplog.at_level(logging.INFO, "kd"), Progress(100, "work", every=10) as progress:
+        progress.skip(50)
+        assert (progress.count, progress.bar.n) == (50, 50)
+        clock.now += 10
+        progress.advance(10)
+    assert caplog.messages == ["work: 60 of 100, 40 s left"]
+
+
+def test_on_a_terminal_there_is_a_live_bar_and_no_log_line(clock, caplog, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with caplog.at_level(logging.INFO, "kd"), Progress(10, "work", every=0) as progress:
+        progress.skip(3)
+        clock.now += 5
+        progress.advance(2, loss="0.5")
+        progress.bar.refresh()
+    assert "work:  50%" in terminal.getvalue()
+    assert "5/10" in terminal.getvalue()
+    assert "loss 0.5" in terminal.getvalue()
+    assert not caplog.records
+
+
+# --- exit codes ------------------------------------------------------------------------------------------------------
+
+
+def fail(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("x.jsonl:3: wrong"), 2, "error: x.jsonl:3: wrong"),
+        (OSError(errno.ENOSPC, "No space left on device", "out.bin"), 2, "error: out.bin: No space left on device; "),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: writing: No space left on device; "),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "error: out: Permission denied; "),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, line):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(fail(error))
+    assert caught.value.code == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), FileNotFoundError(errno.ENOENT, "No such file", "x")])
+def test_a_defect_keeps_its_traceback(monkeypatch, error):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(type(error)):
+        run_cli(fail(error))
+
+
+@pytest.mark.parametrize("error", [UserError("wrong"), OSError(errno.ENOSPC, "No space left on device")])
+def test_debug_shows_the_traceback(monkeypatch, error):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--debug", "--alpha", "1"])
+    with pytest.raises(type(error)):
+        run_cli(fail(error))
+    assert sys.argv == ["script.py", "--alpha", "1"]
+
+
+def test_success_is_silent(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    run_cli(lambda: print("made it"))
+    assert capsys.readouterr() == ("made it\n", "")
+
+
+def test_log_lines_go_to_standard_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    run_cli(lambda: common.logger.info("at work"))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith(" at work\n")
+
+
+def test_a_file_that_is_not_utf_8_is_named_by_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "ok"}\n{"a": "\xe4"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: "):
+        read_jsonl(path)

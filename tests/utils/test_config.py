@@ -1,0 +1,304 @@
+"""A profile and a command line say the same in the same words; a wrong word is refused and the nearest one named."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from src.distillation.kd import KDConfig
+from src.evaluation.evaluator import EvaluateConfig
+from src.utils.common import UserError
+from src.utils.config import SECTIONS, build_config, load_config, read_profile, setting
+
+ROOT = Path(__file__).resolve().parents[2]
+PROFILES = sorted((ROOT / "configs").glob("*.yaml"))
+REFERENCE = ROOT / "configs" / "qwen3_30b_to_8b.yaml"
+
+
+@pytest.fixture(scope="session")
+def config_classes() -> dict[str, type]:
+    """Section of a profile -> the config class of the script that reads it."""
+    classes = {"run_improved_kd": KDConfig, "evaluate_distillation": EvaluateConfig}
+    for section in SECTIONS:
+        if section not in classes:
+            spec = importlib.util.spec_from_file_location(f"script_{section}", ROOT / "scripts" / f"{section}.py")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            classes[section] = getattr(module, section.title().replace("_", "") + "Config")
+    return classes
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load(yaml_text, *arguments)`: a KDConfig from a profile's section run_improved_kd and a command line."""
+
+    def load(text: str = "", *arguments: str, config_class: type = KDConfig, section: str = "run_improved_kd"):
+        path = tmp_path / "profile.yaml"
+        path.write_text(text)
+        return load_config(config_class, section, ["--config", str(path), *arguments])
+
+    return load
+
+
+def section(**values) -> str:
+    return yaml.safe_dump({"run_improved_kd": values})
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+def test_yaml_without_a_point_is_still_a_number(load):
+    text = "run_improved_kd:\n  learning_rate: 2e-5\n  warmup_steps: 1e1\n"
+    assert isinstance(yaml.safe_load(text)["run_improved_kd"]["learning_rate"], str)  # YAML 1.1 wants 2.0e-5
+    config = load(text)
+    assert config.learning_rate == 2e-5
+    assert config.warmup_steps == 10
+
+
+@pytest.mark.parametrize(("name", "value", "field", "typed"), [
+    ("kd_alpha", 0.3, "alpha", 0.3),
+    ("kd_ratio", 0.3, "alpha", 0.3),
+    ("kd_temperature", 4, "temperature", 4.0),
+    ("batch_size", 7, "per_device_train_batch_size", 7),
+    ("per_device_train_batch_size", 7, "per_device_train_batch_size", 7),
+    ("epochs", 2, "num_train_epochs", 2.0),
+    ("teacher_model", "some/teacher", "teacher_model_name_or_path", "some/teacher"),
+    ("student_name_or_path", "some/student", "model_name_or_path", "some/student"),
+])  # fmt: skip
+def test_aliases_in_the_file_and_on_the_command_line(load, name, value, field, typed):
+    for config in (load(section(**{name: value})), load("", f"--{name}", str(value)), load("", f"--{name}={value}")):
+        assert getattr(config, field) == typed
+        assert type(getattr(config, field)) is type(typed)
+
+
+@pytest.mark.parametrize(("text", "arguments", "expected"), [
+    ({"lora_target_modules": ["q_proj", "v_proj"]}, [], ["q_proj", "v_proj"]),
+    ({}, ["--lora_target_modules", "q_proj", "v_proj", "--alpha", "1"], ["q_proj", "v_proj"]),
+    ({"lora_target_modules": ["q_proj"]}, ["--lora_target_modules", "o_proj", "k_proj"], ["o_proj", "k_proj"]),
+    ({"lora_target_modules": "q_proj"}, [], ["q_proj"]),
+])  # fmt: skip
+def test_lists(load, text, arguments, expected):
+    assert load(section(**text), *arguments).lora_target_modules == expected
+
+
+def test_a_list_keeps_its_type(load):
+    config = load(section(student_devices=[6, 7]), "--teacher_devices", "0", "1")
+    assert (config.student_devices, config.teacher_devices) == ([6, 7], [0, 1])
+
+
+def test_two_configs_do_not_share_a_list():
+    one, other = build_config(KDConfig), build_config(KDConfig)
+    one.lora_target_modules.append("embed_tokens")
+    assert "embed_tokens" not in other.lora_target_modules
+
+
+def test_a_mapping_is_a_setting(load):
+    config = load(
+        section(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6}, optim_args="a=1")
+    )
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert config.optim_args == "a=1"
+
+
+@pytest.mark.parametrize(("arguments", "field", "expected"), [
+    (["--no_resume"], "resume", False),
+    (["--resume"], "resume", True),
+    (["--resume", "false"], "resume", False),
+    (["--resume=True"], "resume", True),
+    ([], "resume", True),
+    (["--overwrite"], "overwrite", True),
+    ([], "overwrite", False),
+])  # fmt: skip
+def test_switches(load, arguments, field, expected):
+    assert getattr(load("", *arguments), field) is expected
+
+
+@pytest.mark.parametrize("word", ["true", "false"])
+def test_switches_in_the_file(load, word):
+    config = load(f"run_improved_kd:\n  overwrite: {word}\n  resume: {word}\n")
+    assert config.overwrite is config.resume is (word == "true")
+
+
+def test_an_empty_value_leaves_the_default(load):
+    assert load("run_improved_kd:\n  alpha:\n  output_dir: null\n").alpha == 0.8
+    assert load("run_improved_kd:\n").alpha == 0.8
+    assert load("").alpha == 0.8
+
+
+# --- what beats what -------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_beats_the_file(load):
+    text = section(alpha=0.3, temperature=1.0)
+    assert load(text, "--alpha", "0.5").alpha == 0.5
+    assert load(text, "--kd_ratio", "0.5").alpha == 0.5
+    assert load(section(kd_alpha=0.3), "--alpha", "0.5").alpha == 0.5
+    assert load(text, "--alpha", "0.5").temperature == 1.0
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "student_name_or_path"])
+def test_a_section_beats_a_shared_key(load, name):
+    shared = {"seed": 7, "model_name_or_path": "shared", "teacher_model_name_or_path": "teacher"}
+    config = load(yaml.safe_dump(shared | {"run_improved_kd": {name: "own"}}))
+    assert config.model_name_or_path == "own"
+    assert config.teacher_model_name_or_path == "teacher"
+    assert config.seed == 7
+    assert load(yaml.safe_dump(shared), "--seed", "8").seed == 8
+
+
+def test_a_shared_key_passes_by_a_stage_that_has_no_such_setting(load):
+    @dataclasses.dataclass
+    class Config:
+        rows: int = setting(1, "rows")
+
+    assert load("seed: 7\ndata_dir: data/x\n", config_class=Config) == Config(1)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(words: str, call, *arguments, **named) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        call(*arguments, **named)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("run_improved_kd: {learning_rat: 1}", r"yaml \(run_improved_kd\): unknown .* mean learning_rate\?"),
+    ("run_improved_kd: {kd_alfa: 1}", "unknown setting 'kd_alfa'; did you mean kd_alpha"),
+    ("run_improved_kd: {temp: 1}", "unknown setting 'temp'"),
+    ("run_improved: {alpha: 1}", r"profile\.yaml: unknown key 'run_improved'; did you mean run_improved_kd"),
+    ("sead: 1", "unknown key 'sead'; did you mean seed"),
+    ("learning_rate: 1", "unknown key 'learning_rate'"),
+    ("7: 1", "unknown key 7"),
+    ("run_improved_kd: [1]", "section run_improved_kd must be a mapping, found list"),
+    ("- 1", "a profile is a mapping of settings and sections, found list"),
+    ("a: [1", "not valid YAML"),
+    ("run_improved_kd: {alpha: 0.5, kd_alpha: 0.5}", "alpha and kd_alpha are the same setting; keep one"),
+    ("run_improved_kd: {batch_size: 1, per_device_train_batch_size: 2}", "are the same setting; keep one"),
+    ("run_improved_kd: {alpha: much}", "alpha.*invalid float value: 'much'"),
+    ("run_improved_kd: {max_steps: 1.5}", r"--max_steps.*invalid int value: '1\.5'"),
+    ("run_improved_kd: {alpha: [0.1, 0.2]}", "unexpected argument '0.2'"),
+    ("run_improved_kd: {overwrite: perhaps}", "[Tt]ruthy value expected"),
+    ("run_improved_kd: {divergence: kl}", "invalid choice: 'kl'"),
+    ("run_improved_kd: {lr_scheduler_type: cosin}", "cosin"),
+    ("run_improved_kd: {alpha: 1.5}", "alpha must be between 0 and 1, got 1.5"),
+])  # fmt: skip
+def test_a_wrong_profile(load, text, words):
+    refused(words, load, text)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--temp", "1"], "unknown flag --temp"),
+    (["--learning-rat=1"], "unknown flag --learning-rat; did you mean --learning_rate"),
+    (["--alfa", "1"], r"unknown flag --alfa; did you mean --alpha\?"),
+    (["--overwrit"], "unknown flag --overwrit; did you mean --overwrite"),
+    (["--alpha", "much"], "invalid float value: 'much'"),
+    (["--alpha"], "expected one argument"),
+    (["stray"], "unexpected argument 'stray'"),
+    (["--divergence", "kl"], r"invalid choice: 'kl'.*forward_kl"),
+])  # fmt: skip
+def test_a_wrong_command_line(load, arguments, words):
+    refused(words, load, section(alpha=0.5), *arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--config", "no/such.yaml"], ["--config=no/such.yaml"]])
+def test_a_missing_profile(arguments):
+    refused(r"no/such\.yaml: no such profile", load_config, KDConfig, "run_improved_kd", arguments)
+    refused("no such profile", load_config, KDConfig, "run_improved_kd", ["--config"])
+
+
+def test_a_python_caller_is_checked_the_same_way():
+    @dataclasses.dataclass
+    class Config:
+        mode: Literal["quick", "full"] = setting("full", "mode")
+        rows: list[int] = setting([], "rows", "lines")
+
+    assert build_config(Config, {"lines": [1, 2], "mode": "quick"}) == Config("quick", [1, 2])
+    assert build_config(Config, {"lines": (1, 2)}).rows == [1, 2]
+    refused("unknown setting 'row'; did you mean rows", build_config, Config, {"row": [1]})
+    refused("invalid int value: 'a'", build_config, Config, {"rows": ["a"]})
+
+
+def test_help_shows_the_settings(load, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load("", "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for words in ("--kd_alpha", "--no_resume", "KD softmax temperature", "--config PROFILE.yaml", "--debug"):
+        assert words in text
+
+
+# --- the shipped profiles --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_every_shipped_profile_fits_every_stage(config_classes, profile, name):
+    config = load_config(config_classes[name], name, ["--config", str(profile)])
+    written = read_profile(profile, name, config_classes[name])
+    aliases = {"batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"}
+    for key, value in written.items():
+        field = aliases.get(key, key) if name == "run_improved_kd" else key
+        assert getattr(config, field) == value, key
+
+
+def test_the_reference_profile_has_the_missions_numbers(config_classes):
+    config = {name: load_config(made, name, ["--config", str(REFERENCE)]) for name, made in config_classes.items()}
+    kd = config["run_improved_kd"]
+    expected = {
+        "learning_rate": 2e-5, "temperature": 2.5, "alpha": 0.8, "divergence": "forward_kl",
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 32, "rows_per_step": 32, "max_length": 1024,
+        "num_train_epochs": 1, "max_steps": 100, "warmup_steps": 20, "weight_decay": 0.01, "max_grad_norm": 1.0,
+        "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0, "lr_scheduler_type": "cosine", "seed": 42,
+        "save_steps": 25, "teacher_devices": [0, 1, 2, 3, 4, 5], "student_devices": [6, 7],
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "model_name_or_path": "Qwen/Qwen3-8B", "teacher_model_name_or_path": "Qwen/Qwen3-30B-A3B-Instruct-2507",
+        "experiment_dir": "outputs/experiment/qwen3_30b_to_8b_ultrabatch_512",
+    }  # fmt: skip
+    assert {name: getattr(kd, name) for name in expected} == expected
+    answers = config["generate_sft_data"]
+    assert (answers.temperature, answers.top_p, answers.top_k, answers.max_new_tokens) == (0.7, 0.8, 20, 768)
+    assert answers.teacher_devices == [0, 1, 2, 3, 4, 5]
+    data = config["download_datasets"]
+    train = [data.gsm8k_train_rows, data.humaneval_train_rows, *data.domain_train_rows]
+    evaluation = [data.gsm8k_eval_rows, data.mbpp_eval_rows, *data.domain_eval_rows]
+    assert (train, evaluation) == ([2000, 164, 1000], [200, 50, 100])
+    assert (sum(train), sum(evaluation) + data.humaneval_eval_rows) == (3164, 350)
+    assert data.domains == ["aiops"]
+    assert data.data_dir == "data/processed"
+    assert config["fix_sft_data"].keep == "correct"
+    evaluate = config["evaluate_distillation"]
+    assert (evaluate.mode, evaluate.temperatures, evaluate.max_new_tokens) == ("full", [0.1, 0.7, 1.2], 768)
+    assert (evaluate.teacher_devices, evaluate.student_devices) == ([0, 1, 2, 3, 4, 5], [6, 7])
+
+
+def test_the_defaults_are_the_reference_recipe(config_classes):
+    """A run without a profile differs from the reference in names and places alone."""
+    reference = load_config(KDConfig, "run_improved_kd", ["--config", str(REFERENCE)])
+    plain = build_config(KDConfig)
+    different = {f.name for f in dataclasses.fields(KDConfig) if getattr(plain, f.name) != getattr(reference, f.name)}
+    assert different <= {
+        "model_name_or_path", "teacher_model_name_or_path", "experiment_dir", "teacher_devices", "student_devices",
+        "max_steps", "logging_dir",
+    }  # fmt: skip
+
+
+# --- not yet as it should be -----------------------------------------------------------------------------------------
+
+
+def test_an_empty_list_is_a_list(load):
+    assert load(section(teacher_devices=[])).teacher_devices == []
+
+
+@pytest.mark.parametrize("name", ["eval_strategy", "save_strategy"])
+def test_the_word_no_is_a_strategy(load, name):
+    assert getattr(load(f"run_improved_kd:\n  {name}: no\n"), name) == "no"
+
+
+@pytest.mark.parametrize("text", ["{max_steps: 1.5}", "{divergence: kl}", "{alpha: much}"])
+def test_a_wrong_type_in_the_profile_names_the_profile(load, text):
+    refused(r"profile\.yaml \(run_improved_kd\): ", load, f"run_improved_kd: {text}")
