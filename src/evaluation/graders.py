@@ -1,0 +1,219 @@
+"""Is an answer right? Pure functions: the filter on teacher answers and the score of the student are the same ones."""
+
+import json
+import re
+import textwrap
+from collections.abc import Collection
+from dataclasses import dataclass
+from fractions import Fraction
+
+from src.utils.common import UserError
+
+OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "error", "not_executed")
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One graded answer.
+
+    outcome: one of `OUTCOMES`.
+    extracted: what was judged: the number, the code, or the names of the rubric groups hit; empty for nothing.
+    strict: correct and in the asked-for format; None where nothing was judged.
+    score: in [0, 1]: 1 or 0, for a rubric the share of groups hit; None where nothing was judged.
+    """
+
+    outcome: str
+    extracted: str
+    strict: bool | None
+    score: float | None
+
+
+def grade(row: dict[str, str], response: str, finish_reason: str = "stop") -> Grade:
+    """Grade one response to a dataset row. One that was cut (`finish_reason` "length") is `truncated` with strict False
+    and score 0, whatever it says; `extracted` still holds what it had said so far.
+
+    Raises:
+        UserError: an unknown grader, a malformed reference or a malformed rubric; names the row id.
+    """
+    if row["grader"] == "numeric":
+        result = grade_numeric(row, response)
+    elif row["grader"] == "python_tests":
+        result = grade_python(row, response)
+    elif row["grader"] == "rubric":
+        result = grade_rubric(row, response)
+    else:
+        raise UserError(f"row {row['id']}: unknown grader {row['grader']!r}; known are numeric, python_tests, rubric")
+    return Grade("truncated", result.extracted, False, 0.0) if finish_reason == "length" else result
+
+
+TOLERANCE = Fraction(1, 10**9)
+MAX_DIGITS = 60  # a longer run of digits is a model in a loop, not an answer
+# Not inside a word, an index or a power ("H2", "cm^2"); a minus after a digit or bracket is an operator.
+NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_^])(?P<sign>(?<![)\]}%])-)?(?:[$€£¥₹]\s?(?P<inner_sign>-)?)?"
+    r"(?P<body>[0-9]+ [0-9]+/[0-9]+|[0-9]+/[0-9]+|(?<![\w.])\.[0-9]+|"
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}(?![0-9A-Za-z]))?)"
+)
+MARKED = re.compile(r"(?<!#)####(?!#)([^\n#]*)")
+BOXED = re.compile(r"\\f?box(?:ed)?\{((?:[^{}]|\{[^{}]*\})*)\}")
+ANSWER_IS = re.compile(r"\banswer\b[*_ \t]*(?:is|:|=)[\s:*]*([^\n]*)", re.IGNORECASE)
+SUM_BEFORE = re.compile(r"(?:\s*[a-z]\s*=)?(?:[^A-Za-z\n=+*/×÷-]*[+*/×÷-][^A-Za-z\n=]*(?<!\()=)*")  # "3 + 4 ="
+DECORATION = re.compile(r"(?:\\text\{|[\s*`~≈:<\[({\\+])*")
+HEADING = re.compile(r"[.):]\s+\S")  # "#### 2. Then we add" is a heading, not an answer
+
+
+def plain_numbers(text: str) -> str:
+    """Rewrite unicode minus signs, thin-space thousands and the LaTeX of numbers as plain ASCII."""
+    text = re.sub("[\u2212\ufe63\uff0d]", "-", text)
+    text = re.sub("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})", "", text)
+    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac\{)", " ", text)
+    text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
+    text = re.sub(r"\\[,!;]", "", text.replace("{,}", ","))
+    return re.sub(r"\\([$%])", r"\1", text)
+
+
+def number_value(match: re.Match[str] | None) -> tuple[str, Fraction] | None:
+    """Text (without commas and currency) and exact value of a NUMBER match; None for a/0 or absurd length."""
+    body = match["body"].replace(",", "") if match else ""
+    if not match or len(body) > MAX_DIGITS or re.search(r"/0+$", body):
+        return None
+    whole, _, part = body.rpartition(" ")
+    value = int(whole or 0) + Fraction(part)
+    negative = bool(match["sign"] or match["inner_sign"])
+    return ("-" if negative else "") + body, -value if negative else value
+
+
+def leading_number(span: str) -> tuple[str, Fraction] | None:
+    """The number a span starts with, after emphasis, brackets and a sum that leads to it."""
+    match = NUMBER.match(span, DECORATION.match(span, SUM_BEFORE.match(span).end()).end())
+    return None if match and HEADING.match(span, match.end()) else number_value(match)
+
+
+def find_number(response: str) -> tuple[str, Fraction, bool] | None:
+    """The final answer as (text, value, in the asked-for format: a last line that starts with `#### x`), by the first
+    of these that holds a number: the last `#### x`, the last box, the last "answer is x", the last number of all.
+    A percent sign and units are dropped: 25 % is 25."""
+    text = plain_numbers(response)
+    for pattern in (MARKED, BOXED, ANSWER_IS):
+        for span in reversed(pattern.findall(text)):
+            if found := leading_number(span):
+                return *found, pattern is MARKED and text.strip().splitlines()[-1].lstrip().startswith("####")
+    found = [number for match in NUMBER.finditer(text) if (number := number_value(match))]
+    return (*found[-1], False) if found else None
+
+
+def grade_numeric(row: dict[str, str], response: str) -> Grade:
+    """Compare the final number with the reference: exact fractions, 1e-9 apart at most."""
+    gold = number_value(NUMBER.fullmatch(plain_numbers(row["reference"]).strip().removesuffix("%").rstrip()))
+    if gold is None:
+        raise UserError(
+            f"row {row['id']}: reference {row['reference']!r} is not a number; mend it or change the grader"
+        )
+    found = find_number(response)
+    if found is None:
+        return Grade("no_answer", "", False, 0.0)
+    right = abs(found[1] - gold[1]) <= TOLERANCE
+    return Grade("correct" if right else "wrong", found[0], right and found[2], float(right))
+
+
+FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
+CODE_START = re.compile(r"(?:async )?def \w+ ?\(|class \w+ ?[(:]|[A-Z_][A-Z0-9_]* = |import \w|from [\w.]+ import |@\w")
+CODE_LINE = re.compile(
+    r"\s|$|(?:if|for|while|with|elif|except)\b.*:|(?:else|try|finally):|[#)\]}]|assert |[A-Za-z_][\w.]*\(|"
+    r"[A-Za-z_][\w.,\[\] ]*(?::[^=]+)?[-+*/%|&^]?=[^=]"
+)
+
+
+def defined_names(code: str) -> set[str]:
+    """Names of the functions and classes a text defines at its outer level."""
+    return set(re.findall(r"^(?:async def|def|class) +(\w+)", code, re.MULTILINE))
+
+
+def extract_code(response: str, names: Collection[str] = ()) -> str:
+    """The Python code of a chat answer, empty if there is none. Of several fenced blocks: the last that defines one of
+    `names`, else the last that defines anything, else the last; one in another language only where it defines something
+    and none is Python. A fence left open runs to the end. Without a fence: from the first line that must be code on."""
+    fenced = [(tag.lower(), textwrap.dedent(code).strip("\n`").rstrip()) for _, tag, code in FENCE.findall(response)]
+    blocks = [code for tag, code in fenced if code.strip() and tag in ("", "python", "python3", "py")]
+    blocks = blocks or [code for _, code in fenced if defined_names(code)]
+    if blocks:
+        return max(reversed(blocks), key=lambda code: (bool(defined_names(code) & {*names}), bool(defined_names(code))))
+    lines = [] if fenced else response.splitlines()
+    first = last = next((number for number, line in enumerate(lines) if CODE_START.match(line)), len(lines))
+    while last < len(lines) and (CODE_START.match(lines[last]) or CODE_LINE.match(lines[last])):
+        last += 1
+    return "\n".join(lines[first:last]).rstrip()
+
+
+def grade_python(row: dict[str, str], response: str) -> Grade:
+    """Extract the code an answer proposes. It is never run in this process, so nothing is judged: `not_executed`."""
+    arguments = json.loads(row["grader_args"])
+    name = arguments.get("entry_point")
+    code = extract_code(response, {name} if name else set(re.findall(r"\w+", arguments.get("tests", ""))))
+    return Grade("not_executed", code, None, None) if code else Grade("no_answer", "", False, 0.0)
+
+
+MAX_SECTION_WORDS, COPIED_WORDS, NEGATION_WORDS = 60, 8, 4
+CLAUSE = re.compile(r"\n|[.,;:!?](?:\s|$)|[()—]|\b(?:but|however)\b|(?<!not )(?<!n't )\b(?:due to|because)\b")
+NEGATED_BEFORE = re.compile(
+    r"\b(not(?! only)|no(?! doubt)|never|cannot|rul\w+ out|(instead|rather) (of|than)|\w+n't)\b"
+)
+NEGATED_AFTER = re.compile(r" (?:(?:is|was|can be) (?:ruled out|excluded|unlikely|not the)|(?:is|was)n't the)\b")
+
+
+def rubric_text(text: str) -> str:
+    """Lower case; emphasis and quotes dropped; hyphens, underscores and runs of blanks as one blank."""
+    return re.sub(r"[-_\u2010\u2011 \t]+", " ", re.sub(r"[*`\"“”]", "", text.lower().replace("’", "'")))
+
+
+def without_prompt(response: str, prompt: str) -> str:
+    """The response without the lines and sentences of at least 8 words that stand verbatim in the prompt."""
+    given = f" {' '.join(re.findall(r'[a-z0-9]+', prompt.lower()))} "
+    pieces = [(piece, re.findall(r"[a-z0-9]+", piece.lower())) for piece in re.split(r"(\n|(?<=[.!?;])\s)", response)]
+    return "".join(piece for piece, words in pieces if len(words) < COPIED_WORDS or f" {' '.join(words)} " not in given)
+
+
+def mentions(text: str, phrases: list[str]) -> bool:
+    """Whether `text` asserts one of the phrases: whole words, a plural s allowed, not negated within its clause."""
+    wanted = "|".join(re.escape(rubric_text(phrase).strip()) for phrase in phrases)
+    for clause in CLAUSE.split(rubric_text(text)):
+        for match in re.finditer(rf"(?<![a-z0-9])(?:{wanted})(?:e?s)?(?![a-z0-9])", clause):
+            before = " ".join(clause[: match.start()].split()[-NEGATION_WORDS:])
+            if not NEGATED_BEFORE.search(before) and not NEGATED_AFTER.match(clause, match.end()):
+                return True
+    return False
+
+
+def labelled_sections(text: str, names: list[str]) -> dict[str, str]:
+    """Group name -> the text from its label (`Root cause:` for `root_cause`) to the next label; empty without one."""
+    labels = "|".join(re.escape(name).replace("_", "[ _-]") for name in names)
+    parts = re.split(rf"(?im)^[ \t>*#\-0-9.)]*({labels})[ \t*]*[:：]", text)[1:]
+    found = [(rubric_text(label), body) for label, body in zip(parts[::2], parts[1::2], strict=True)]
+    return {name: "\n".join(body for label, body in found if label == rubric_text(name)) for name in names}
+
+
+def grade_rubric(row: dict[str, str], response: str) -> Grade:
+    """Score = share of groups of which the answer asserts a phrase; correct from `pass_mark` on (both to two decimals,
+    so that 2 of 3 meets 0.67). The whole text counts for outcome and score. Strict also asks for every label, and for
+    each group's phrase in its own labelled section. Copying does not pay: lines and sentences of the prompt (8 words
+    or more) are taken out before anything is searched; a labelled section of more than 60 words is not searched.
+
+    Raises:
+        UserError: grader_args are not `{"groups": [{"name": ..., "any": [...]}, ...], "pass_mark": ...}`.
+    """
+    arguments = json.loads(row["grader_args"])
+    groups, pass_mark = arguments.get("groups"), arguments.get("pass_mark")
+    if not groups or pass_mark is None or not all(group.get("name") and group.get("any") for group in groups):
+        raise UserError(
+            f"row {row['id']}: a rubric needs a pass_mark and groups, each with a name and phrases in 'any'"
+        )
+    if not response.strip():
+        return Grade("no_answer", "", False, 0.0)
+    text = without_prompt(response, row["prompt"])
+    hit = [group["name"] for group in groups if mentions(text, group["any"])]
+    sections = labelled_sections(text, [group["name"] for group in groups])
+    searched = {name: body for name, body in sections.items() if len(body.split()) <= MAX_SECTION_WORDS}
+    in_place = [group["name"] for group in groups if mentions(searched.get(group["name"], ""), group["any"])]
+    right, in_format = (round(len(found) / len(groups), 2) >= round(pass_mark, 2) for found in (hit, in_place))
+    strict = right and in_format and all(sections.values())
+    return Grade("correct" if right else "wrong", ", ".join(hit), strict, len(hit) / len(groups))

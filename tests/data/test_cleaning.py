@@ -1,0 +1,269 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from src.data.cleaning import REASONS, clean, count, drop_overlapping, overlap_index, word_ngrams
+from src.data.sources import dataset_row, gsm8k_rows
+from src.utils.common import UserError
+
+GSM8K = Path(__file__).resolve().parents[2].parent / "shared/data/gsm8k"
+
+LONG = "Anna picks seven red apples and her brother picks 12 green pears before they walk home to share them"
+
+
+def make_row(prompt="How many apples are left?", reference="72", grader="numeric", split="train", **extra):
+    return dataset_row(
+        source=extra.pop("source", "gsm8k"), domain="maths", split=split, prompt=prompt,
+        instruction="End with #### <number>", reference=reference, grader=grader,
+        system=extra.pop("system", ""), grader_args=extra,
+    )  # fmt: skip
+
+
+def make_answer(row, response="So 72.\n#### 72", sample_index=0, finish_reason="stop", **extra):
+    base = {"num_tokens": 9, "engine": "transformers", "sampling": {}, "seed": 0, "prompt": row["prompt"]}
+    return base | {
+        "id": row["id"], "sample_index": sample_index, "response": response, "finish_reason": finish_reason,
+    } | extra  # fmt: skip
+
+
+def reasons(answers, rows, eval_rows=(), keep="correct"):
+    return [row["reason"] for row in clean(answers, rows, list(eval_rows), keep, minimum=0)[1]]
+
+
+def test_kept_row_is_conversational():
+    row = make_row(system="Be brief.")
+    kept, rejected, _ = clean([make_answer(row, "  So 72.\n#### 72\n")], [row], [], "correct")
+    assert rejected == []
+    assert kept == [
+        {
+            "id": row["id"],
+            "sample_index": 0,
+            "source": "gsm8k",
+            "domain": "maths",
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": "So 72.\n#### 72"},
+            ],
+            "verified": True,
+        }
+    ]
+    assert clean([make_answer(make_row())], [make_row()], [], "all")[0][0]["messages"][0]["role"] == "user"
+
+
+@pytest.mark.parametrize(
+    ("response", "finish_reason", "reason"),
+    [
+        ("", "stop", "empty"),
+        (" \n ", "length", "empty"),
+        ("So 72.\n#### 72", "length", "truncated"),
+        ("So 72.\n#### 72", "error", "truncated"),
+        ("<think>\n\n</think>\n#### 72", "stop", "think_tag"),
+        ("well </think> #### 72 <|im_end|>", "stop", "think_tag"),
+        ("#### 72<|im_end|>", "stop", "special_token"),
+        ("<|im_start|>assistant\n#### 72", "stop", "special_token"),
+        ("[INST] #### 72", "stop", "special_token"),
+        ("I'm sorry, but I can't help with that. #### 72", "stop", "refusal"),
+        ("I’m sorry, but I cannot do so. #### 72", "stop", "refusal"),
+        ("As an AI language model, I cannot count. #### 72", "stop", "refusal"),
+        ("Sorry, I am unable to answer. #### 72", "stop", "refusal"),
+        ("I cannot assist with that. #### 72", "stop", "refusal"),
+        ("#### 71", "stop", "wrong"),
+        ("I do not know.", "stop", "wrong"),
+        ("I'm sorry for the ducks. #### 72", "stop", None),
+        ("I cannot see any left but 72. #### 72", "stop", None),
+        ("She said: I'm sorry, but I can't. #### 72", "stop", None),
+        ("a < b and b | c > d. #### 72", "stop", None),
+    ],
+)
+def test_reason_that_shows_in_one_answer(response, finish_reason, reason):
+    row = make_row()
+    assert reasons([make_answer(row, response, finish_reason=finish_reason)], [row]) == ([reason] if reason else [])
+
+
+def test_unknown_id_and_duplicates():
+    row, stranger = make_row(), make_row("Where from?")
+    answers = [
+        make_answer(stranger),
+        make_answer(row),
+        make_answer(row, "Other words.\n#### 72"),
+        make_answer(row, "so 72.\n\n####  72", sample_index=1),
+        make_answer(row, "#### 71", sample_index=2),
+        make_answer(row, "#### 71", sample_index=3),
+        make_answer(row, "Other words.\n#### 72", sample_index=4),
+    ]
+    kept, rejected, stats = clean(answers, [row], [], "correct")
+    assert [row["sample_index"] for row in kept] == [0, 4]
+    assert [row["reason"] for row in rejected] == ["unknown_id", "duplicate_key", "duplicate", "wrong", "wrong"]
+    assert rejected[0] == {"id": stranger["id"], "sample_index": 0, "reason": "unknown_id"}
+    assert reasons(answers, [row], keep="all") == ["unknown_id", "duplicate_key", "duplicate", "duplicate"]
+    assert stats["by_source"]["unknown"]["rejected"] == {"unknown_id": 1}
+
+
+def test_same_words_under_two_prompts_are_no_duplicates():
+    rows = [make_row(), make_row("How many pears?")]
+    assert reasons([make_answer(row) for row in rows], rows) == []
+
+
+def test_verified_follows_the_grader():
+    code = make_row("Write f.", grader="python_tests", entry_point="f", source="humaneval")
+    rows = [make_row(), code]
+    answers = [
+        make_answer(rows[0]),
+        make_answer(rows[0], "#### 71", 1),
+        make_answer(rows[0], "no idea", 2),
+        make_answer(code, "```python\ndef f(): pass\n```"),
+        make_answer(code, "no code", 1),
+    ]
+    assert [row["verified"] for row in clean(answers, rows, [], "all")[0]] == [True, False, False, None, False]
+    assert [row["verified"] for row in clean(answers, rows, [], "correct")[0]] == [True, None]
+
+
+@pytest.mark.parametrize("where", ["question", "reference"])
+def test_answer_that_quotes_the_evaluation_is_rejected(where):
+    row = make_row()
+    held = make_row(LONG, split="eval") if where == "question" else make_row(reference=LONG, grader="rubric")
+    words = LONG.split()
+    quote = " ".join(words[2:15]).upper().replace(" AND ", ", and - ")
+    assert len(words[2:15]) == 13
+    assert reasons([make_answer(row, f"{quote}. #### 72")], [row], [held]) == ["eval_overlap"]
+    assert reasons([make_answer(row, f"{' '.join(words[2:14])} #### 72")], [row], [held]) == []
+    assert reasons([make_answer(row, f"{quote}. #### 72")], [row], []) == []
+
+
+def test_words_of_the_own_prompt_are_no_overlap():
+    row = make_row(f"{LONG}. How many are left?")
+    held = make_row(f"{LONG}. How many pears are there?", split="eval")
+    answer = make_answer(row, f"{LONG}. #### 72")
+    assert reasons([answer], [row], [held]) == []
+    assert reasons([make_answer(row, f"{LONG}. How many pears are there? #### 72")], [row], [held]) == ["eval_overlap"]
+
+
+def test_short_question_counts_as_a_whole_and_a_number_not_at_all():
+    row = make_row("What now?")
+    held = [make_row("How many blue marbles does Tom have left?", reference="72"), make_row("How many?", reference="9")]
+    assert reasons([make_answer(row, "how many blue marbles does Tom have left: 72")], [row], held) == ["eval_overlap"]
+    assert reasons([make_answer(row, "how many blue marbles does Tom have: 72")], [row], held) == []
+    assert reasons([make_answer(row, "72"), make_answer(row, "how many? 72", 1)], [row], held) == []
+
+
+def test_stats_add_up():
+    rows = [make_row(), make_row("Write f.", grader="python_tests", source="humaneval", entry_point="f")]
+    answers = [
+        make_answer(rows[0]),
+        make_answer(rows[0], "", 1),
+        make_answer(rows[0], "#### 71", 2),
+        make_answer(rows[0], "#### 70", 3),
+        make_answer(rows[1], "```python\ndef f(): pass\n```"),
+        make_answer(make_row("Who?")),
+    ]
+    _, _, stats = clean(answers, rows, [], "correct")
+    assert stats == {
+        "answers": 6,
+        "kept": 2,
+        "rejected": 4,
+        "by_reason": dict.fromkeys(REASONS, 0) | {"unknown_id": 1, "empty": 1, "wrong": 2},
+        "by_source": {
+            "gsm8k": {
+                "answers": 4,
+                "kept": 1,
+                "rejected": {"empty": 1, "wrong": 2},
+                "verified": {"true": 1, "false": 0, "null": 0},
+            },
+            "humaneval": {
+                "answers": 1,
+                "kept": 1,
+                "rejected": {},
+                "verified": {"true": 0, "false": 0, "null": 1},
+            },
+            "unknown": {
+                "answers": 1,
+                "kept": 0,
+                "rejected": {"unknown_id": 1},
+                "verified": {"true": 0, "false": 0, "null": 0},
+            },
+        },
+    }
+    assert json.loads(json.dumps(stats)) == stats
+
+
+def test_lost_answer_is_an_assertion():
+    row = make_row()
+    with pytest.raises(AssertionError, match="gsm8k: answers != kept"):
+        count([make_answer(row)], [], [], {row["id"]: "gsm8k"})
+
+
+def test_too_few_kept_and_unknown_keep_are_user_errors():
+    row = make_row()
+    with pytest.raises(UserError, match=r"0 of 1 answers are kept, 1 are needed \(rejected: wrong 1\)"):
+        clean([make_answer(row, "#### 71")], [row], [], "correct")
+    with pytest.raises(UserError, match="keep = 'best'"):
+        clean([make_answer(row)], [row], [], "best")
+
+
+def test_word_ngrams():
+    assert word_ngrams("One, two THREE; four_five!", 3) == {"one two three", "two three four_five"}
+    assert word_ngrams("one two", 3) == set()
+
+
+def test_template_wording_is_no_overlap():
+    rows = [make_row(f"{LONG}. Alert {number}: service {number} of the north zone is down") for number in range(11)]
+    assert len(overlap_index(rows[:10]) & word_ngrams(LONG, 13)) == len(word_ngrams(LONG, 13))
+    assert not overlap_index(rows) & word_ngrams(LONG, 13)
+    held = [make_row(f"{LONG}. Question about marbles")]
+    train = [make_row(f"{LONG}. The {thing} first") for thing in "abcdefghij"]
+    assert drop_overlapping(train, held) == (train, [])
+    assert [row["reason"] for row in drop_overlapping(train[:9], held)[1]] == ["ngram"] * 9
+
+
+@pytest.mark.parametrize("twin", ["id", "question"])
+def test_exact_overlap_is_refused_by_name(twin):
+    held = make_row(LONG, split="eval", source="held")
+    train = make_row(LONG, source="held") if twin == "id" else make_row(LONG.upper().replace(" ", "  "), source="other")
+    with pytest.raises(UserError, match=f"{train['source']} {train['id']} is evaluation row held {held['id']}"):
+        drop_overlapping([make_row("Fine?"), train], [held])
+
+
+def code_row(name, tests="", **extra):
+    reference = f"import math\ndef helper():\n    pass\n\ndef {name}(x):\n    return x"
+    return make_row(f"Do {name} of {extra}.", reference, "python_tests", tests=tests, **extra)
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "reason"),
+    [
+        (make_row(f"{LONG} again"), make_row(f"Now {LONG}"), "ngram"),
+        (make_row(LONG), make_row(LONG.replace("pears", "figs").replace("12", "9")), None),
+        (make_row(LONG), make_row(LONG.replace("12", "1,300.5")), "masked_numbers"),
+        (make_row("He has 3 pens and buys 4 more, how many?"), make_row("He has 5 pens and buys 6 more, how many?"),
+         "masked_numbers"),
+        (make_row("What is 3 times 4, Bob?"), make_row("What is 5 times 6, Bob?"), None),
+        (make_row("Well: What is 3 plus 4 plus 5, Bob?"), make_row("What is 3 plus 4 plus 5, Bob?"), "ngram"),
+        (make_row("Well: What is 3 plus 4?"), make_row("What is 3 plus 4?"), None),
+        (make_row("What is 2 - 2?"), make_row("What is 2 + 2?"), None),
+        (code_row("f", entry_point="f", a=1), code_row("f", entry_point="f", b=1), "entry_point"),
+        (code_row("f", entry_point="f"), code_row("g", entry_point="g"), None),
+        (code_row("f", entry_point="f"), code_row("f", "assert f(1) == 1", entry_point=""), "entry_point"),
+        (code_row("f", "assert f(1)"), code_row("g", "assert g(1)"), None),
+        (code_row("f", entry_point="f"), make_row("f", grader="rubric", entry_point="f"), None),
+    ],
+)  # fmt: skip
+def test_near_overlap_is_dropped_by_reason(train, held, reason):
+    other = make_row("Quite another matter?")
+    kept, dropped = drop_overlapping([train, other], [held])
+    assert dropped == ([{"id": train["id"], "reason": reason}] if reason else [])
+    assert kept == ([other] if reason else [train, other])
+
+
+def test_official_gsm8k_splits_are_nearly_disjoint():
+    if not (GSM8K / "train.jsonl").is_file():
+        pytest.skip(f"{GSM8K} is missing: the official GSM8K files are not in the repository")
+    train, held = (
+        gsm8k_rows([json.loads(line) for line in (GSM8K / f"{name}.jsonl").open(encoding="utf-8")], split, name)
+        for name, split in (("train", "train"), ("test", "eval"))
+    )
+    kept, dropped = drop_overlapping(train, held)
+    assert len(kept) + len(dropped) == 7473
+    assert 0 < len(dropped) < 75
+    assert drop_overlapping(kept, held) == (kept, [])
