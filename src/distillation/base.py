@@ -1,0 +1,379 @@
+"""Models and rows, the same way for every stage: loading, LoRA, placement on devices, encoding, hidden states."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from src.utils.common import UserError
+
+IGNORED = -100  # the label of a position that is not a response token
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
+    """bf16 where the processor multiplies it natively, else fp32."""
+    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{what} {name!r} cannot be loaded: {reason}; name a local folder or a hub id that can be reached")
+
+
+def load_model_config(name: str) -> PreTrainedConfig:
+    """A model's configuration; one that cannot be had is a UserError."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("model", name, error) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with a chat template.
+
+    Raises:
+        UserError: it cannot be loaded, or has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("tokenizer", name, error) from error
+    if not tokenizer.chat_template:
+        raise UserError(f"tokenizer {name!r} has no chat template; use an instruct model, or add chat_template.jinja")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype, device_map: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A causal language model from safetensors, in eval mode.
+
+    Args:
+        name: a local folder or hub id.
+        dtype: of the weights.
+        device_map: module -> device, as `layer_device_map` gives it; None for the default device.
+
+    Raises:
+        UserError: it cannot be loaded, or transforms its logits in a way the losses do not know yet.
+    """
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # an adapter remembers it and must find it from anywhere
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _cannot_load("model", name, error) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"model {name!r}: its files lack {len(missing)} weights, the first {missing[0]}; fetch it again"
+        )
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, key, None) not in (None, 1, 1.0):
+            raise UserError(f"model {name!r} sets {key}, which the distillation loss does not know")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"model {name!r} has a bias on its output layer, which the distillation loss does not know")
+    return model.eval()
+
+
+def meta_model(name: str) -> PreTrainedModel:
+    """The model without its weights: shapes on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_model_config(name))
+
+
+def model_fingerprint(name: str) -> str:
+    """A short hash that tells one model from another: a hub commit, or sampled bytes of a local folder's files.
+
+    A folder's JSON and template files are hashed whole, its weights by their size and 64 blocks spread over them.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        config = load_model_config(name)
+        return f"{name}@{getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".jinja"):
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            size = path.stat().st_size
+            digest.update(f"{path.name}{size}".encode())
+            with path.open("rb") as file:
+                for block in range(64):
+                    file.seek(block * size // 64)
+                    digest.update(file.read(64 * 1024))
+    return digest.hexdigest()[:16]
+
+
+def count_parameters(model: nn.Module, trainable: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: Sequence[str] = LORA_TARGETS) -> Any:
+    """Freeze the model and add fp32 LoRA adapters (Hu et al. 2021) to the named projections of every layer.
+
+    Raises:
+        UserError: the model has no module of one of those names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n, _ in model.named_modules())]
+    if missing:
+        raise UserError(f"lora_target_modules: the student has no module named {', '.join(missing)}")
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+# --- placement -------------------------------------------------------------------------------------------------------
+
+
+def layer_device_map(
+    model: PreTrainedModel, devices: Sequence[int], dtype: torch.dtype, budget_gb: float
+) -> dict[str, int]:
+    """Spread a model's layers over GPUs so that each holds about the same number of bytes.
+
+    accelerate's own planner fills the first GPU before it takes the next: a 61 GB teacher would sit on two of six.
+
+    Args:
+        model: may be on the meta device; only its shapes are read.
+        devices: GPU numbers, in the order of the layers.
+        dtype: of the weights as loaded.
+        budget_gb: what each GPU may hold, 1e9 bytes; leave room for activations.
+
+    Returns:
+        Module name -> GPU, for `from_pretrained(device_map=...)`.
+
+    Raises:
+        UserError: a GPU would hold more than its budget, or there are fewer layers than GPUs.
+    """
+    decoder_name = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    head_name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    layers_name = f"{decoder_name}.layers"
+    layers = [f"{layers_name}.{i}" for i in range(len(model.get_decoder().layers))]
+    others = [f"{decoder_name}.{name}" for name, _ in model.get_decoder().named_children() if name != "layers"]
+    first = [name for name in others if "embed" in name]
+    last = [name for name in others if name not in first] + [head_name]
+    if len(layers) < len(devices):
+        raise UserError(f"{len(layers)} layers cannot be spread over {len(devices)} GPUs; name fewer devices")
+    order = [*first, *layers, *last]
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    weight = {name: count_parameters(model.get_submodule(name)) * dtype.itemsize for name in order}
+    if tied:
+        weight[head_name] = 0
+    total = sum(weight.values())
+    placed: dict[str, int] = {}
+    held = [0] * len(devices)
+    position, spent = 0, 0
+    for index, name in enumerate(order):
+        # go on to the next GPU once this one has its share, but leave a layer for each of those that follow
+        share = total * (position + 1) / len(devices)
+        layers_left = sum(1 for other in order[index:] if other in layers)
+        full = spent + weight[name] / 2 > share
+        must = layers_left <= len(devices) - 1 - position and name in layers
+        if position < len(devices) - 1 and name in layers and (full or must) and held[position]:
+            position += 1
+        placed[name] = devices[position]
+        held[position] += weight[name]
+        spent += weight[name]
+    for device, amount in zip(devices, held, strict=True):
+        if amount > budget_gb * 1e9:
+            raise UserError(
+                f"GPU {device} would hold {amount / 1e9:.1f} GB of weights, its budget is {budget_gb:.1f} GB; "
+                "name more devices"
+            )
+    return placed
+
+
+def place(name: str, devices: Sequence[int], dtype: torch.dtype, budget_gb: float) -> dict[str, Any] | None:
+    """The device map of a model by name: None on a machine without a GPU, its first GPU where no devices are named.
+
+    Raises:
+        UserError: a named GPU is not there, or the model does not fit.
+    """
+    if not torch.cuda.is_available():
+        if devices:
+            raise UserError(
+                f"{name!r} is to go on GPUs {list(devices)}, but this machine has none; take teacher_devices and "
+                "student_devices out of the profile, or run configs/embedded.yaml"
+            )
+        return None
+    absent = [device for device in devices if device >= torch.cuda.device_count()]
+    if absent:
+        raise UserError(f"GPU {absent[0]} is named but this machine has {torch.cuda.device_count()}; set other devices")
+    if len(devices) <= 1:
+        return {"": devices[0] if devices else 0}
+    return layer_device_map(meta_model(name), devices, dtype, budget_gb)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids of one conversation: the prompt as a model's own template renders it, and the response with its end."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    sample_index: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The prompt as the model reads it, up to where its answer begins; hybrid models are asked not to think."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant's turn, read off the chat template.
+
+    Raises:
+        UserError: the template puts no special token behind an answer.
+    """
+    mark = "answer-goes-here"
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": mark}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+    tail = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    if not tail or tail[0] not in special:
+        raise UserError(f"tokenizer {tokenizer.name_or_path!r}: its chat template ends an answer with no special token")
+    return tail[0]
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], end_id: int) -> EncodedRow:
+    """One clean row (`id`, `messages` ending with the assistant's) -> token ids."""
+    *prompt, answer = row["messages"]
+    return EncodedRow(
+        id=row["id"],
+        prompt_ids=tuple(tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]),
+        response_ids=(*response_ids(tokenizer, answer["content"]), end_id),
+        sample_index=row.get("sample_index", 0),
+    )
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of an answer as stored, without special tokens: `<|im_end|>` written out in it is text, not an end."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def shared_vocabulary(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_logits: int,
+    teacher_logits: int,
+    student_rows: Sequence[EncodedRow],
+    teacher_rows: Sequence[EncodedRow],
+) -> int:
+    """The number of logit columns the two models share; what lies beyond is padding and is cut.
+
+    Args:
+        student_logits: columns of the student's output layer; `teacher_logits` likewise.
+        student_rows: the data as the student's tokenizer encodes it; `teacher_rows` the same rows by the teacher's.
+
+    Raises:
+        UserError: the tokenizers differ, in their vocabularies or on a row, or a model has fewer logits than tokens.
+    """
+    ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if ours != theirs:
+        raise UserError(
+            f"student and teacher need one vocabulary: {student_tokenizer.name_or_path!r} has {len(ours)} tokens, "
+            f"{teacher_tokenizer.name_or_path!r} has {len(theirs)}, and "
+            f"{len(set(ours.items()) ^ set(theirs.items()))} entries differ; choose models of one family"
+        )
+    for student_row, teacher_row in zip(student_rows, teacher_rows, strict=True):
+        if student_row.response_ids != teacher_row.response_ids:
+            raise UserError(
+                f"row {student_row.id}: the tokenizers encode its answer differently, {len(student_row.response_ids)} "
+                f"and {len(teacher_row.response_ids)} tokens; choose models of one family"
+            )
+    size = max(ours.values()) + 1
+    for name, logits in (("student", student_logits), ("teacher", teacher_logits)):
+        if logits < size:
+            raise UserError(f"the {name} has {logits} logits for a vocabulary of {size} tokens; wrong tokenizer?")
+    return size
+
+
+def collate(rows: Sequence[EncodedRow], pad_id: int) -> dict[str, Tensor]:
+    """Right-padded `input_ids`, `attention_mask` and `labels`, each `[rows, longest]`; labels are response tokens."""
+    longest = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for index, row in enumerate(rows):
+        ids = torch.tensor(row.prompt_ids + row.response_ids)
+        input_ids[index, : len(ids)] = ids
+        attention_mask[index, : len(ids)] = 1
+        labels[index, len(row.prompt_ids) : len(ids)] = ids[len(row.prompt_ids) :]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+# --- hidden states ---------------------------------------------------------------------------------------------------
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_weight(model: nn.Module, vocab_size: int) -> Tensor:
+    """The output matrix `[vocab_size, H]`, cut to the shared vocabulary."""
+    return causal_lm(model).get_output_embeddings().weight[:vocab_size]
+
+
+def response_hidden(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Final hidden states at the positions that predict response tokens, and those tokens.
+
+    The state at position i predicts token i + 1, so the first response token is predicted by the last of the prompt.
+
+    Args:
+        model: a causal language model, or a PEFT model around one.
+        batch: what `collate` returns.
+
+    Returns:
+        `[N, H]` and `[N]`, row after row, N the number of response tokens in the batch.
+    """
+    lm = causal_lm(model)
+    device = lm.get_input_embeddings().weight.device
+    hidden = lm.get_decoder()(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        use_cache=False,
+    ).last_hidden_state
+    labels = batch["labels"][:, 1:].to(hidden.device)
+    mask = labels != IGNORED
+    return hidden[:, :-1][mask], labels[mask]
+
+
+def describe_size(model: nn.Module) -> str:
+    layers = getattr(causal_lm(model).config, "num_hidden_layers", "?")
+    return f"{count_parameters(model) / 1e6:,.1f} M parameters, {layers} layers"

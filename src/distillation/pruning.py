@@ -1,0 +1,77 @@
+"""A student cut out of the teacher: whole decoder layers are dropped, the least influential ones first."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from src.distillation.base import causal_lm
+from src.utils.common import UserError
+
+
+@torch.no_grad()
+def block_influence(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 8
+) -> list[float]:
+    """How much each decoder layer turns its input: the mean over tokens of 1 - cos(input, output), one number a layer.
+
+    ShortGPT (Men et al. 2024, equation 1). A layer near 0 passes its input on almost unchanged.
+
+    Args:
+        texts: calibration texts as the model reads them (with the chat template in).
+        batch_size: texts in one forward pass.
+    """
+    layers = causal_lm(model).get_decoder().layers
+    sums = torch.zeros(len(layers), dtype=torch.float64)
+    tokens = 0
+    mask: Tensor
+
+    def measure(index: int):
+        def hook(_: nn.Module, arguments: tuple, keywords: dict, output: Tensor | tuple) -> None:
+            before = arguments[0] if arguments else keywords["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            sums[index] += (1 - cosine)[mask].double().sum().cpu()
+
+        return hook
+
+    handles = [layer.register_forward_hook(measure(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        for start in range(0, len(texts), batch_size):
+            batch = tokenizer(
+                list(texts[start : start + batch_size]), return_tensors="pt", padding=True, add_special_tokens=False
+            ).to(model.device)
+            mask = batch["attention_mask"].bool()
+            tokens += int(mask.sum())
+            causal_lm(model).get_decoder()(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (sums / tokens).tolist()
+
+
+def layers_to_keep(influence: Sequence[float], keep: int) -> list[int]:
+    """Indices of the `keep` most influential layers, in their order."""
+    ranked = sorted(range(len(influence)), key=lambda index: -influence[index])
+    return sorted(ranked[:keep])
+
+
+def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+    """A copy of the model with only the decoder layers `keep`, its config adjusted.
+
+    Raises:
+        UserError: the model's mixture-of-experts layers are chosen by layer number, which pruning would shift.
+    """
+    if getattr(model.config, "mlp_only_layers", None) or getattr(model.config, "decoder_sparse_step", 1) != 1:
+        raise UserError("a model whose expert layers are chosen by their number cannot be pruned by depth")
+    pruned = copy.deepcopy(model)
+    decoder = pruned.get_decoder()
+    decoder.layers = nn.ModuleList(decoder.layers[index] for index in keep)
+    for position, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = position
+    pruned.config.num_hidden_layers = len(decoder.layers)
+    if getattr(pruned.config, "layer_types", None):
+        pruned.config.layer_types = [pruned.config.layer_types[index] for index in keep]
+    return pruned

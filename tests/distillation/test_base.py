@@ -1,0 +1,539 @@
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate.utils.modeling import check_device_map
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+
+from src.distillation.base import (
+    IGNORED,
+    LORA_TARGETS,
+    EncodedRow,
+    add_lora,
+    causal_lm,
+    collate,
+    count_parameters,
+    encode_row,
+    end_of_turn_id,
+    head_weight,
+    layer_device_map,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    place,
+    prompt_text,
+    response_hidden,
+    response_ids,
+    shared_vocabulary,
+)
+from src.distillation.losses import kd_loss, plain_kd_loss
+from src.utils.common import UserError
+
+PAD, END, TOKENS = 256, 258, 261  # of the tiny tokenizer
+THINK = "<think>\n\n</think>\n\n"
+
+
+@pytest.fixture(scope="module")
+def qwen3(shared_data):
+    return load_tokenizer(str(shared_data / "tokenizers/qwen3"))
+
+
+@pytest.fixture(params=["plain", "hybrid", "qwen3"])
+def tokenizer(request, make_tokenizer):
+    if request.param == "qwen3":
+        return request.getfixturevalue("qwen3")
+    return make_tokenizer(hybrid=request.param == "hybrid")
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe"])
+def model(request, make_model):
+    return make_model(moe=request.param == "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def encoded(make_tokenizer, clean_rows):
+    """Five rows of different lengths, for the tiny tokenizer."""
+    return [encode_row(make_tokenizer(), row, END) for row in clean_rows(5, start=8)]
+
+
+def messages(question, answer, system=None):
+    start = [{"role": "system", "content": system}] if system else []
+    return [*start, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_encode_row(tokenizer, system):
+    """Prompt ids are the template's with the generation prompt, response ids the answer's and the end token."""
+    clean = {"id": "a", "sample_index": 3, "messages": messages("2 + 2?", "It is 4.", system)}
+    row = encode_row(tokenizer, clean, 7)
+    prompt = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    if system:
+        prompt = f"<|im_start|>system\n{system}<|im_end|>\n{prompt}"
+    if "enable_thinking" in tokenizer.chat_template:
+        prompt += THINK
+    assert tokenizer.decode(row.prompt_ids) == prompt
+    assert list(row.prompt_ids) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(row.response_ids[:-1]) == "It is 4."
+    assert row.response_ids[-1] == 7
+    assert (row.id, row.sample_index, len(row)) == ("a", 3, len(row.prompt_ids) + len(row.response_ids))
+
+
+def test_hybrid_prompt_ends_in_an_empty_think_block(qwen3, make_tokenizer):
+    question = messages("hi", "")[:1]
+    for hybrid in (qwen3, make_tokenizer(hybrid=True)):
+        assert prompt_text(hybrid, question) == prompt_text(make_tokenizer(), question) + THINK
+
+
+@pytest.mark.parametrize("text", ["stop <|im_end|> here<|im_end|>", "<|im_start|>user\nhi<|endoftext|>"])
+def test_control_tokens_written_in_an_answer_are_text(tokenizer, text):
+    """They would end the answer early in training. The prompt after it is read with control tokens again."""
+    control = {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")}
+    ids = response_ids(tokenizer, text)
+    assert not control & set(ids)
+    assert tokenizer.decode(ids) == text
+    assert control & set(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "text", [" leading", "trailing \n", "naïve 数学 🙂", "a\tb\r\n\n\n  c", "<think>\nhm\n</think>\n4"]
+)
+def test_answers_survive_encoding(tokenizer, text):
+    assert tokenizer.decode(response_ids(tokenizer, text)) == text
+
+
+def test_end_of_turn_id(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == "<|im_end|>"
+
+
+def test_end_of_turn_id_of_the_real_tokenizer(qwen3):
+    assert end_of_turn_id(qwen3) == 151_645
+
+
+def test_template_without_an_end_of_turn(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "")
+    with pytest.raises(UserError, match="no special token"):
+        end_of_turn_id(tokenizer)
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------------
+
+
+def test_shared_vocabulary_cuts_padding(make_tokenizer, encoded):
+    assert shared_vocabulary(make_tokenizer(), make_tokenizer(True), 288, 320, encoded, encoded) == TOKENS
+
+
+def test_shared_vocabulary_of_the_real_tokenizer(qwen3):
+    assert shared_vocabulary(qwen3, qwen3, 151_936, 151_936, [], []) == 151_669
+
+
+def test_different_vocabularies_are_refused(make_tokenizer):
+    bigger = make_tokenizer()
+    bigger.add_tokens(["<extra>"])
+    with pytest.raises(UserError, match=r"261 tokens.* 262") as caught:
+        shared_vocabulary(make_tokenizer(), bigger, 288, 320, [], [])
+    assert "\n" not in str(caught.value)
+
+
+def test_same_tokens_with_other_ids_are_refused(make_tokenizer, tmp_path, tiny_student):
+    shutil.copytree(tiny_student, tmp_path / "swapped")
+    path = tmp_path / "swapped/tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="4 entries differ"):
+        shared_vocabulary(make_tokenizer(), load_tokenizer(str(tmp_path / "swapped")), 288, 320, [], [])
+
+
+def test_rows_encoded_differently_are_refused(make_tokenizer):
+    ours, theirs = EncodedRow("row-7", (1,), (2, 3)), EncodedRow("row-7", (1,), (2, 4))
+    with pytest.raises(UserError, match="row-7"):
+        shared_vocabulary(make_tokenizer(), make_tokenizer(), 288, 320, [ours], [theirs])
+
+
+@pytest.mark.parametrize(("student", "teacher", "name"), [(260, 320, "student"), (288, 260, "teacher")])
+def test_fewer_logits_than_tokens_are_refused(make_tokenizer, student, teacher, name):
+    with pytest.raises(UserError, match=f"the {name} has 260 logits .* 261 tokens"):
+        shared_vocabulary(make_tokenizer(), make_tokenizer(), student, teacher, [], [])
+
+
+# --- batches and hidden states ---------------------------------------------------------------------------------------
+
+
+def test_collate():
+    batch = collate([EncodedRow("a", (1, 2), (3, END)), EncodedRow("b", (4,), (END,))], PAD)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, END], [4, END, PAD, PAD]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 3, END], [IGNORED, END, IGNORED, IGNORED]]
+
+
+def test_a_pad_token_in_an_answer_is_a_label():
+    """Labels follow positions, not ids: where pad and end are one token the end must still be learned."""
+    assert collate([EncodedRow("a", (1,), (PAD, 3, PAD))], PAD)["labels"].tolist() == [[IGNORED, PAD, 3, PAD]]
+
+
+@torch.no_grad()
+def test_response_hidden_is_at_the_predicting_positions(model, encoded):
+    """Against the model's own full logits, picked row by row: first answer token and end token are in, no more."""
+    batch = collate(encoded, PAD)
+    hidden, labels = response_hidden(model, batch)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = [
+        logits[index, len(row.prompt_ids) + position - 1]
+        for index, row in enumerate(encoded)
+        for position in range(len(row.response_ids))
+    ]
+    assert labels.tolist() == [token for row in encoded for token in row.response_ids]
+    torch.testing.assert_close(hidden @ head_weight(model, 288).T, torch.stack(expected))
+
+
+@torch.no_grad()
+def test_cross_entropy_is_the_models_own(model, encoded):
+    """transformers shifts and masks the same labels itself."""
+    batch = collate(encoded, PAD)
+    hidden, labels = response_hidden(model, batch)
+    sums = kd_loss(hidden, head_weight(model, 288), None, None, labels, temperature=1.0, alpha=0.0)
+    assert (sums.loss / len(labels)).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(model, encoded):
+    hidden, _ = response_hidden(model, collate(encoded, PAD))
+    other, _ = response_hidden(model, collate(encoded, 17))
+    assert torch.equal(other, hidden)
+    alone = torch.cat([response_hidden(model, collate([row], PAD))[0] for row in encoded])
+    torch.testing.assert_close(alone, hidden)
+
+
+@torch.no_grad()
+def test_only_predicting_positions_reach_the_loss(model, encoded):
+    """Noise on the final hidden states of prompt, last token and padding is not seen; on any other position it is."""
+    batch = collate(encoded, PAD)
+    predicting = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    for index, row in enumerate(encoded):
+        predicting[index, len(row.prompt_ids) - 1 : len(row) - 1] = True
+
+    def loss(noisy=None):
+        def add_noise(_, __, output):
+            return output + 10 * torch.randn_like(output) * noisy[..., None]
+
+        handle = model.get_decoder().norm.register_forward_hook(add_noise) if noisy is not None else None
+        hidden, labels = response_hidden(model, batch)
+        if handle:
+            handle.remove()
+        return kd_loss(hidden, head_weight(model, TOKENS), None, None, labels, temperature=1.0, alpha=0.0).loss.item()
+
+    torch.manual_seed(0)
+    clean = loss()
+    assert loss(~predicting) == clean
+    for index, row in ((0, encoded[0]), (4, encoded[4])):
+        for position in (len(row.prompt_ids) - 1, len(row) - 2):  # before the first answer token, before the end token
+            one = torch.zeros_like(predicting)
+            one[index, position] = True
+            assert loss(one) != clean
+
+
+@torch.no_grad()
+def test_response_hidden_of_a_peft_model(make_model, encoded):
+    """Adapters are read; a fresh adapter changes nothing; with adapters off the student is as before."""
+    batch = collate(encoded, PAD)
+    before, _ = response_hidden(make_model(), batch)
+    student = add_lora(make_model(), 4, 8, 0.0)
+    assert causal_lm(student).config.model_type == "qwen3"
+    assert torch.equal(response_hidden(student, batch)[0], before)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+    assert not torch.allclose(response_hidden(student, batch)[0], before)
+    with student.disable_adapter():
+        assert torch.equal(response_hidden(student, batch)[0], before)
+
+
+def test_head_weight_cuts_padded_rows(make_model, encoded):
+    """Padded logit columns take no part: whatever they hold, the loss is the same and they get no gradient."""
+    model = make_model().requires_grad_(False)
+    weight = model.lm_head.weight.requires_grad_()
+    losses = []
+    for size in (0.0, 1000.0):
+        weight.data[TOKENS:] = size
+        hidden, labels = response_hidden(model, collate(encoded, PAD))
+        losses.append(kd_loss(hidden, head_weight(model, TOKENS), None, None, labels, temperature=1.0, alpha=0.0).loss)
+    assert losses[0] == losses[1]
+    losses[1].backward()
+    assert (weight.grad[TOKENS:] == 0).all()
+    assert (weight.grad[:TOKENS] != 0).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("student_is_moe", [False, True])
+def test_templates_of_different_length_align(qwen3, make_tokenizer, make_model, student_is_moe):
+    """The student's prompt carries an empty think block, the teacher's does not: token i of the answer meets token i.
+
+    One batch through `response_hidden` and `kd_loss` against full logits of each row alone, picked from the row's end.
+    """
+    plain = load_tokenizer(qwen3.name_or_path)
+    plain.chat_template = make_tokenizer().chat_template
+    rows = [
+        {"id": str(i), "messages": messages(f"What is {i} times {i}?", f"It is {i * i}. " * (i + 1))} for i in range(3)
+    ]
+    end, size = end_of_turn_id(qwen3), 151_669
+    ours, theirs = ([encode_row(tokenizer, row, end) for row in rows] for tokenizer in (qwen3, plain))
+    assert [len(a) - len(b) for a, b in zip(ours, theirs, strict=True)] == [4, 4, 4]
+    assert shared_vocabulary(qwen3, plain, 151_936, 151_936, ours, theirs) == size
+
+    student = make_model(moe=student_is_moe, seed=3, vocab_size=151_936, layers=1, initializer_range=0.2)
+    teacher = make_model(moe=not student_is_moe, seed=4, vocab_size=151_936, layers=2, initializer_range=0.2)
+    (hidden, labels), (teacher_hidden, teacher_labels) = (
+        response_hidden(model, collate(rows, qwen3.pad_token_id))
+        for model, rows in ((student, ours), (teacher, theirs))
+    )
+    assert torch.equal(labels, teacher_labels)
+    objective = {"temperature": 2.0, "alpha": 0.5}
+    heads = head_weight(student, size), head_weight(teacher, size)
+    batched = kd_loss(hidden, heads[0], teacher_hidden, heads[1], labels, **objective)
+
+    expected = torch.zeros(3)
+    for our, their in zip(ours, theirs, strict=True):
+        answer = len(our.response_ids)
+        logits, teacher_logits = (
+            model(input_ids=torch.tensor([row.prompt_ids + row.response_ids])).logits[0, -answer - 1 : -1, :size]
+            for model, row in ((student, our), (teacher, their))
+        )
+        expected += torch.stack(plain_kd_loss(logits, teacher_logits, torch.tensor(our.response_ids), **objective))
+    torch.testing.assert_close(torch.stack(batched), expected, rtol=1e-5, atol=0)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_fp32(name):
+    return load_model(name, torch.float32)
+
+
+def one_line(caught):
+    return "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_load_model(tiny_teacher, tiny_student):
+    model = load_model(tiny_student, torch.bfloat16)
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert load_fp32(tiny_teacher).config.model_type == "qwen3_moe"
+
+
+def test_load_tokenizer_sets_a_pad_token(tmp_path, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("load", [load_fp32, load_tokenizer, model_fingerprint])
+@pytest.mark.parametrize("name", ["outputs/models/nowhere", "nobody/nothing"])
+def test_a_missing_model_is_one_line(load, name):
+    with pytest.raises(UserError, match=name) as caught:
+        load(name)
+    assert one_line(caught)
+
+
+def test_a_tokenizer_without_chat_template_is_one_line(tmp_path, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no chat template") as caught:
+        load_tokenizer(str(tmp_path))
+    assert one_line(caught)
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def lose_a_layer(folder):
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def lose_the_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def break_the_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [cut_short, lose_a_layer, lose_the_weights, break_the_config])
+def test_a_damaged_model_is_refused_in_one_line(tmp_path, tiny_student, damage):
+    """A download that stopped half-way, or a checkpoint without some weights: those would be random ones."""
+    shutil.copytree(tiny_student, tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    with pytest.raises(UserError, match="damaged") as caught:
+        load_fp32(str(tmp_path / "damaged"))
+    assert one_line(caught)
+
+
+def test_logits_the_loss_does_not_know_are_refused(tmp_path, make_model):
+    """`kd_loss` multiplies hidden states by the head and nothing else: no soft cap, no bias."""
+    make_model(final_logit_softcapping=30.0).save_pretrained(tmp_path / "capped")
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        load_fp32(str(tmp_path / "capped"))
+    config = PhiConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1,
+        bos_token_id=1,
+    )  # fmt: skip
+    PhiForCausalLM(config).save_pretrained(tmp_path / "biased")
+    with pytest.raises(UserError, match="bias"):
+        load_fp32(str(tmp_path / "biased"))
+
+
+def change_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 0.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_the_template(folder):
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+
+
+def add_a_readme(folder):
+    (folder / "README.md").write_text("hello")
+
+
+@pytest.mark.parametrize(
+    ("change", "other"), [(change_a_weight, True), (change_the_template, True), (add_a_readme, False)]
+)
+def test_model_fingerprint(tmp_path, tiny_student, change, other):
+    """It follows what the model is, not where it lies."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_student, folder)
+    before = model_fingerprint(str(folder))
+    assert before == model_fingerprint(tiny_student)
+    change(folder)
+    assert (model_fingerprint(str(folder)) != before) == other
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_fp32_and_alone_trainable(make_model):
+    """At a learning rate of 2e-5 a bf16 weight would not move."""
+    student = add_lora(make_model().bfloat16(), 4, 8, 0.0)
+    kinds = {("lora_" in name, p.requires_grad, p.dtype) for name, p in student.named_parameters()}
+    assert kinds == {(True, True, torch.float32), (False, False, torch.bfloat16)}
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in student.named_parameters() if "lora_" in name}
+    assert adapted == set(LORA_TARGETS)
+
+
+def test_unknown_lora_target(make_model):
+    with pytest.raises(UserError, match=r"no module named c_attn$"):
+        add_lora(make_model(), 4, 8, 0.0, ["q_proj", "c_attn"])
+
+
+# --- placement, with the true sizes on the meta device ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def skeletons(shared_data):
+    """The reference teacher and student with their true configs and no memory."""
+    configs = [
+        AutoConfig.from_pretrained(shared_data / "configs" / name)
+        for name in ("qwen3-30b-a3b-instruct-2507", "qwen3-8b")
+    ]
+    with torch.device("meta"):
+        return [AutoModelForCausalLM.from_config(config) for config in configs]
+
+
+def held_bytes(model, device_map, bytes_each=2):
+    """Bytes per device, by looking up each parameter's longest prefix in the map."""
+    held = {}
+    for name, parameter in model.named_parameters():
+        prefix = max((key for key in device_map if f"{name}.".startswith(f"{key}.")), key=len)
+        held[device_map[prefix]] = held.get(device_map[prefix], 0) + parameter.numel() * bytes_each
+    return held
+
+
+def test_reference_sizes(skeletons):
+    assert [count_parameters(model) for model in skeletons] == [30_532_122_624, 8_190_735_360]
+
+
+def test_reference_adapters_have_174_million_parameters(shared_data):
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shared_data / "configs/qwen3-8b"))
+    model = add_lora(student, 64, 128, 0.0)
+    assert count_parameters(model, trainable=True) == 174_587_904
+
+
+@pytest.mark.parametrize(("which", "devices"), [(0, [0, 1, 2, 3, 4, 5]), (1, [6, 7])], ids=["teacher", "student"])
+def test_reference_placement(skeletons, which, devices):
+    """Each GPU holds layers, about the same number of bytes, and less than its budget of 36 GB."""
+    model = skeletons[which]
+    placed = layer_device_map(model, devices, torch.bfloat16, 36.0)
+    check_device_map(model, placed)
+    layers = {device for name, device in placed.items() if ".layers." in name}
+    held = held_bytes(model, placed)
+    assert layers == set(held) == set(devices)
+    assert sum(held.values()) == 2 * count_parameters(model)
+    assert max(held.values()) <= 36e9
+    assert max(held.values()) / min(held.values()) <= 1.35
+
+
+def test_a_placement_beyond_the_budget_is_refused(skeletons):
+    """61 GB on two GPUs: half of it, 30.5 GB, fits 36 and not 30."""
+    layer_device_map(skeletons[0], [0, 1], torch.bfloat16, 36.0)
+    with pytest.raises(UserError, match=r"GPU 0 would hold 30\.\d GB of weights, its budget is 30\.0 GB") as caught:
+        layer_device_map(skeletons[0], [0, 1], torch.bfloat16, 30.0)
+    assert one_line(caught)
+
+
+def test_the_budget_counts_the_type_the_weights_are_loaded_in(skeletons):
+    """A GPU without bf16 (V100, T4) loads in fp32: twice the bytes, although the skeleton's own type is bf16."""
+    with pytest.raises(UserError, match=r"GPU 0 would hold 61\.\d GB"):
+        layer_device_map(skeletons[0], [0, 1], torch.float32, 36.0)
+
+
+@pytest.mark.parametrize("layers", [2, 5, 9])
+@pytest.mark.parametrize("gpus", [2, 3, 4, 7])
+@pytest.mark.parametrize("vocab_size", [288, 20_000])
+def test_every_gpu_gets_something(make_model, layers, gpus, vocab_size):
+    """Layers stay in order and no GPU is empty, even where the embedding alone is a GPU's share; more GPUs than layers
+    are refused.
+    """
+    with torch.device("meta"):
+        model = make_model(vocab_size=vocab_size, layers=layers)
+    devices = [10 + index for index in range(gpus)]
+    if gpus > layers:
+        with pytest.raises(UserError, match=f"{layers} layers cannot be spread over {gpus} GPUs"):
+            layer_device_map(model, devices, torch.bfloat16, 36.0)
+        return
+    placed = layer_device_map(model, devices, torch.bfloat16, 36.0)
+    check_device_map(model, placed)
+    assert list(placed.values()) == sorted(placed.values())
+    assert set(held_bytes(model, placed)) == set(devices)
+
+
+def test_place_without_a_gpu(monkeypatch, tiny_student):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert place(tiny_student, [], torch.float32, 36.0) is None
+    with pytest.raises(UserError, match=r"GPUs \[0, 1\], but this machine has none") as caught:
+        place(tiny_student, [0, 1], torch.float32, 36.0)
+    assert one_line(caught)
+
+
+def test_place_names_an_absent_gpu(monkeypatch, tiny_student):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert place(tiny_student, [1], torch.float32, 36.0) == {"": 1}
+    assert place(tiny_student, [], torch.float32, 36.0) == {"": 0}
+    assert set(place(tiny_student, [0, 1], torch.float32, 36.0).values()) == {0, 1}
+    with pytest.raises(UserError, match="GPU 6 is named but this machine has 2"):
+        place(tiny_student, [0, 6], torch.float32, 36.0)

@@ -1,0 +1,124 @@
+"""Generation: sampling is exact, an answer does not depend on its batch, an interruption changes nothing."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from src.distillation import sft
+from src.distillation.base import load_model, load_tokenizer
+from src.distillation.sft import Sampling, generate, make_requests, sample_tokens
+from src.utils.common import UserError
+
+ROWS = [{"id": f"row-{i}", "prompt": "Count: " + "one two three " * (i % 5) + str(i)} for i in range(11)]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_teacher):
+    return load_model(tiny_teacher, torch.float32), load_tokenizer(tiny_teacher)
+
+
+def answers(loaded, sampling, batch_size=4, rows=ROWS, done=frozenset(), num_samples=1):
+    requests = make_requests(rows, num_samples, 7)
+    return [answer for part in generate(*loaded, requests, sampling, batch_size, done) for answer in part]
+
+
+def by_key(rows):
+    return {
+        (row["id"], row["sample_index"]): (row["response"], row["finish_reason"], row["num_tokens"]) for row in rows
+    }
+
+
+def test_sampled_frequencies_are_the_filtered_softmax():
+    """20,000 draws per filter against probabilities computed by hand."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    for temperature, top_p, top_k in [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 1.0, 2), (1.0, 0.8, 0), (2.0, 0.9, 4)]:
+        drawn = sample_tokens(logits.expand(20_000, -1), uniform, Sampling(temperature, top_p, top_k, 1))
+        p = (logits / temperature).softmax(-1)
+        keep = torch.ones(5, dtype=torch.bool)
+        if top_k:
+            keep[top_k:] = False
+        p = torch.where(keep, p, 0.0) / p[keep].sum()
+        before = p.cumsum(-1) - p
+        p = torch.where(before < top_p, p, 0.0)
+        p = p / p.sum()
+        seen = torch.bincount(drawn, minlength=5) / 20_000
+        torch.testing.assert_close(seen, p, atol=0.015, rtol=0)
+        assert not seen[p == 0].any()
+
+
+def test_temperature_zero_is_greedy_and_the_edges_are_safe():
+    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(sample_tokens(logits, torch.rand(50), Sampling(0.0, 1.0, 0, 1)), logits.argmax(-1))
+    for uniform in (torch.zeros(50), torch.full((50,), 1 - 2**-24)):
+        for sampling in (Sampling(1.0, 1.0, 0, 1), Sampling(1.0, 0.5, 5, 1), Sampling(1.0, 0.5, 0, 1)):
+            tokens = sample_tokens(logits, uniform, sampling)
+            assert ((tokens >= 0) & (tokens < 30)).all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0, 1.0, 0, 24), Sampling(1.0, 0.9, 20, 24), Sampling(1.2, 1.0, 0, 24)])
+def test_an_answer_does_not_depend_on_its_batch(loaded, sampling, monkeypatch):
+    reference = by_key(answers(loaded, sampling, batch_size=1))
+    assert by_key(answers(loaded, sampling, batch_size=4)) == reference
+    assert by_key(answers(loaded, sampling, batch_size=11)) == reference
+    monkeypatch.setattr(sft, "SHRINK", 0.0)
+    assert by_key(answers(loaded, sampling, batch_size=11)) == reference
+
+
+def test_an_interrupted_run_gets_the_missing_rows_with_the_same_text(loaded):
+    sampling = Sampling(1.0, 1.0, 20, 16)
+    whole = by_key(answers(loaded, sampling, num_samples=2))
+    assert len(whole) == 22
+    done = frozenset(list(whole)[:9:2])
+    rest = by_key(answers(loaded, sampling, num_samples=2, done=done))
+    assert rest == {key: value for key, value in whole.items() if key not in done}
+    assert answers(loaded, sampling, num_samples=2, done=frozenset(whole)) == []
+
+
+def test_rows_carry_what_made_them(loaded):
+    sampling = Sampling(1.0, 1.0, 0, 6)
+    rows = answers(loaded, sampling)
+    assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    for row in rows:
+        assert row["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6}
+        assert (row["finish_reason"] == "length") <= (row["num_tokens"] == 6)
+        assert "<|im_end|>" not in row["response"]
+    assert len({row["seed"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(("token", "expected"), [(258, ("", "stop", 1)), (64, ("a" * 5, "length", 5))])
+def test_the_end_of_turn_is_counted_and_ends_the_answer(loaded, monkeypatch, token, expected):
+    monkeypatch.setattr(sft, "sample_tokens", lambda logits, *_: torch.full((len(logits),), token))
+    assert loaded[1].decode([64]) == "a"
+    assert set(by_key(answers(loaded, Sampling(1.0, 1.0, 0, 5))).values()) == {expected}
+
+
+def test_the_models_own_generation_config_is_never_used(loaded):
+    """The known trap: top_k and a temperature silently taken from the model's folder."""
+    model, _ = loaded
+    sampling = Sampling(1.0, 1.0, 0, 12)
+    reference = by_key(answers(loaded, sampling))
+    kept = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=True, top_k=1, temperature=0.01, repetition_penalty=5.0,
+                                               max_new_tokens=2, eos_token_id=258)  # fmt: skip
+    try:
+        assert by_key(answers(loaded, sampling)) == reference
+        assert model.generation_config.top_k == 1
+    finally:
+        model.generation_config = kept
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+    ],
+)
+def test_wrong_sampling_is_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)

@@ -1,0 +1,501 @@
+"""The data stages and training as a user runs them: artifacts, reruns, kills and mistakes; main() in this process."""
+
+import importlib.util
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from src.data.cleaning import REASONS
+from src.utils import common
+from src.utils.common import read_json, read_jsonl, run_cli, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW_FIELDS = {"id", "source", "domain", "split", "system", "prompt", "reference", "grader", "grader_args"}
+ANSWER_FIELDS = {
+    "id", "sample_index", "prompt", "response", "finish_reason", "num_tokens", "engine", "sampling", "seed",
+}  # fmt: skip
+CLEAN_FIELDS = {"id", "sample_index", "source", "domain", "messages", "verified"}
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """Name of a script -> its module, loaded by path."""
+    modules = {}
+    for name in ("download_datasets", "generate_sft_data", "fix_sft_data", "run_improved_kd"):
+        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+        modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(modules[name])
+    return modules
+
+
+@pytest.fixture
+def run(scripts, monkeypatch, capsys):
+    """`run(name, *arguments)`: the script's exit code, standard output and standard error."""
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *map(str, arguments)])
+        monkeypatch.setattr(common.logger, "handlers", [])
+        monkeypatch.setattr(common.logger, "propagate", True)
+        monkeypatch.setattr(common.logger, "level", logging.INFO)
+        capsys.readouterr()
+        try:
+            run_cli(scripts[name].main)
+        except SystemExit as end:
+            return (end.code, *capsys.readouterr())
+        return (0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def succeeds(run):
+    def succeeds(name: str, *arguments: str) -> str:
+        """All that the script printed."""
+        code, out, err = run(name, *arguments)
+        assert code == 0, err
+        return out + err
+
+    return succeeds
+
+
+@pytest.fixture
+def fails(run):
+    def fails(name: str, *arguments: str) -> str:
+        """The one line that the script ended with."""
+        code, _, err = run(name, *arguments)
+        assert code == 2
+        lines = err.splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], err
+        assert "Traceback" not in err
+        return lines[-1]
+
+    return fails
+
+
+@pytest.fixture(scope="session")
+def teacher_that_ends(tmp_path_factory, make_model, make_tokenizer, save_model) -> str:
+    """A tiny MoE teacher that speaks nonsense but ends its turn after a few dozen tokens."""
+    model = make_model(moe=True, seed=1, vocab_size=320, hidden_size=48, layers=3)
+    with torch.no_grad():
+        model.lm_head.weight[258] *= 6  # <|im_end|>
+        model.lm_head.weight[259:] = 0  # think tags and padded logits
+    return save_model(tmp_path_factory.mktemp("teacher") / "ends", model, make_tokenizer())
+
+
+@pytest.fixture
+def humaneval_file(tmp_path) -> Path:
+    """Eight problems in HumanEval's form."""
+    path = tmp_path / "HumanEval.jsonl"
+    names = ("add", "halve", "reverse", "largest", "is_even", "join_all", "count_vowels", "squares")
+    write_jsonl(path, [
+        {
+            "task_id": f"HumanEval/{number}",
+            "prompt": f'def {name}(x):\n    """Do what the name {name} says, case {number}."""\n',
+            "canonical_solution": "    return x\n",
+            "test": f"def check(candidate):\n    assert candidate({number}) == {number}\n",
+            "entry_point": name,
+        }
+        for number, name in enumerate(names)
+    ])  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def profile(tmp_path, teacher_that_ends, tiny_student, humaneval_file):
+    """`profile(**download_settings)`: a profile's path; its data come from a pack and the HumanEval file."""
+
+    def make(**download: object) -> Path:
+        download = download or {
+            "domains": ["maths"], "domain_train_rows": [14], "domain_eval_rows": [5],
+            "humaneval_path": str(humaneval_file), "humaneval_train_rows": 4, "humaneval_eval_rows": 3,
+        }  # fmt: skip
+        path = tmp_path / "profile.yaml"
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 20, "max_new_tokens": 32, "batch_size": 8}
+        training = {"max_steps": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "warmup_steps": 0, "lora_r": 4,
+                    "temperature": 2.0, "max_length": 1500, "validation_fraction": 0.2, "bf16": False}  # fmt: skip
+        path.write_text(yaml.safe_dump({
+            "data_dir": str(tmp_path / "data"), "experiment_dir": str(tmp_path / "experiment" / "tiny"),
+            "teacher_model_name_or_path": teacher_that_ends, "model_name_or_path": tiny_student, "seed": 7,
+            "download_datasets": download, "generate_sft_data": sampling, "fix_sft_data": {"keep": "all"},
+            "run_improved_kd": training,
+        }))  # fmt: skip
+        return path
+
+    return make
+
+
+@pytest.fixture
+def answered(succeeds, profile, tmp_path) -> tuple[Path, Path]:
+    """The profile and its folder sft/ after stages 1 and 2."""
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    succeeds("generate_sft_data", "--config", path)
+    return path, tmp_path / "experiment" / "tiny" / "sft"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def as_set(path: Path) -> set[str]:
+    return {json.dumps(row, sort_keys=True) for row in read_jsonl(path)}
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_their_manifest(succeeds, profile, tmp_path):
+    path = profile()
+    printed = succeeds("download_datasets", "--config", path)
+    assert "18 training and 8 evaluation rows" in printed
+    data = tmp_path / "data"
+    rows = {split: read_jsonl(data / f"{split}_dataset.jsonl") for split in ("train", "eval")}
+    for split, part in rows.items():
+        for row in part:
+            assert row.keys() == ROW_FIELDS
+            assert all(isinstance(value, str) for value in row.values())
+            assert row["split"] == split
+            json.loads(row["grader_args"])
+    ids = [row["id"] for part in rows.values() for row in part]
+    assert len(set(ids)) == len(ids) == 26
+    manifest = read_json(data / "manifest.json")
+    assert (manifest["train_rows"], manifest["eval_rows"]) == (18, 8)
+    assert manifest["provenance"]["command"].startswith("scripts/download_datasets.py --config")
+    stated = {(entry["source"], entry["split"]): entry for entry in manifest["sources"]}
+    pack = read_jsonl(data / "train_dataset.jsonl")[-1]["source"]
+    assert {key: entry["rows"] for key, entry in stated.items()} == {
+        ("humaneval", "train"): 4, ("humaneval", "eval"): 3, (pack, "train"): 14, (pack, "eval"): 5,
+    }  # fmt: skip
+    for (source, _), entry in stated.items():
+        assert entry["licence"]
+        assert len(entry["sha256"]) == 64
+        assert entry["seed"] == 7
+        assert ("HumanEval.jsonl (sha256" if source == "humaneval" else "synthetic") in entry["origin"]
+
+    before = content(data)
+    assert "nothing to do" in succeeds("download_datasets", "--config", path)
+    assert content(data) == before
+    assert not list(data.glob(".*"))
+
+
+def test_another_seed_gives_other_rows_and_the_same_seed_the_same(succeeds, profile, tmp_path):
+    path = profile()
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        succeeds("download_datasets", "--config", path, "--data_dir", tmp_path / name, "--seed", seed)
+    train = [as_set(tmp_path / name / "train_dataset.jsonl") for name in "abc"]
+    assert train[0] == train[1] != train[2]
+
+
+def test_changed_settings_are_refused_by_the_field(succeeds, fails, profile, tmp_path):
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    before = content(tmp_path / "data")
+    line = fails("download_datasets", "--config", path, "--humaneval_train_rows", "5")
+    assert f"{tmp_path / 'data'} was made with humaneval_train_rows = 4, this run has 5" in line
+    assert "--overwrite" in line
+    assert content(tmp_path / "data") == before
+    succeeds("download_datasets", "--config", path, "--humaneval_train_rows", "5", "--overwrite")
+    assert len(read_jsonl(tmp_path / "data" / "train_dataset.jsonl")) == 19
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"gsm8k_path": "hub", "gsm8k_train_rows": 5}, "hub data set openai/gsm8k (train) cannot be had"),
+    ({"humaneval_path": "hub", "humaneval_train_rows": 5}, "hub data set openai/openai_humaneval (test) cannot be had"),
+    ({"mbpp_path": "hub", "mbpp_eval_rows": 5}, "hub data set google-research-datasets/mbpp (test) cannot be had"),
+])  # fmt: skip
+def test_a_hub_out_of_reach_names_the_flag_that_takes_a_file(fails, profile, monkeypatch, tmp_path, settings, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no_cache"))
+    line = fails("download_datasets", "--config", profile(**settings))
+    assert words in line
+    assert f"name another place with --{next(iter(settings))}" in line
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"humaneval_train_rows": 9}, "humaneval: 9 train rows are asked for, 8 can be had"),
+    ({"humaneval_train_rows": 8, "humaneval_eval_rows": 1}, "humaneval: 1 eval rows are asked for, 0 can be had"),
+    ({"humaneval_eval_rows": 3}, "the profile asks for no training or no evaluation rows"),
+    ({"humaneval_path": "no/such.jsonl", "humaneval_train_rows": 1}, "no/such.jsonl: no such file"),
+    ({"domains": ["maths"], "domain_train_rows": [3]}, "must have one entry a pack each"),
+    ({"domains": ["math"], "domain_train_rows": [3], "domain_eval_rows": [3]}, "math.yaml: no such scenario pack"),
+])  # fmt: skip
+def test_wrong_requests_for_prompts(fails, profile, humaneval_file, tmp_path, settings, words):
+    assert words in fails(
+        "download_datasets", "--config", profile(**{"humaneval_path": str(humaneval_file)} | settings)
+    )
+    assert not list((tmp_path / "data").glob("*_dataset.jsonl"))
+
+
+def test_a_source_file_that_is_not_the_official_one(fails, profile, tmp_path):
+    path = tmp_path / "train.jsonl"
+    settings = {"gsm8k_path": str(path), "gsm8k_train_rows": 1}
+    path.write_text('{"question": "How many?", "answer": "#### 1"}\n{"question": "Why?"}\n')
+    assert f"{path}:2: missing answer; found question" in fails("download_datasets", "--config", profile(**settings))
+    path.write_text('{"question": "How many?", "answer": "one"}\n')
+    assert "record 1 has no '#### <number>'" in fails("download_datasets", "--config", profile(**settings))
+
+
+@pytest.mark.parametrize("given", ["gsm8k/train.jsonl", "gsm8k"])
+def test_official_gsm8k_and_mbpp_go_through_every_stage(succeeds, profile, shared_data, tmp_path, given):
+    """20 rows of GSM8K and 3 of MBPP; the tiny teacher's answers are nonsense, so `keep: all`."""
+    path = profile(
+        gsm8k_path=str(shared_data / given), gsm8k_train_rows=16, gsm8k_eval_rows=4,
+        mbpp_path=str(shared_data / "mbpp" / "mbpp.jsonl"), mbpp_eval_rows=3,
+    )  # fmt: skip
+    succeeds("download_datasets", "--config", path)
+    rows = {split: read_jsonl(tmp_path / "data" / f"{split}_dataset.jsonl") for split in ("train", "eval")}
+    assert [row["source"] for row in rows["train"]] == ["gsm8k"] * 16
+    assert [row["source"] for row in rows["eval"]] == ["gsm8k"] * 4 + ["mbpp"] * 3
+    official = {
+        split: {row["question"].strip() for row in read_jsonl(shared_data / "gsm8k" / f"{name}.jsonl")}
+        for split, name in (("train", "train"), ("eval", "test"))
+    }
+    for split, part in rows.items():
+        for row in part:
+            if row["source"] == "gsm8k":
+                assert row["prompt"].rpartition("\n\n")[0] in official[split]
+                float(row["reference"])
+    tasks = [int(json.loads(row["grader_args"])["task_id"].removeprefix("MBPP/")) for row in rows["eval"][4:]]
+    assert all(11 <= task <= 510 for task in tasks)
+    stated = {(e["source"], e["split"]): e for e in read_json(tmp_path / "data" / "manifest.json")["sources"]}
+    assert "train.jsonl (sha256" in stated["gsm8k", "train"]["origin"]
+    assert "test.jsonl (sha256" in stated["gsm8k", "eval"]["origin"]
+    assert stated["mbpp", "eval"]["licence"] == "CC BY 4.0"
+    if given == "gsm8k":
+        return
+    for name in ("generate_sft_data", "fix_sft_data"):
+        succeeds(name, "--config", path)
+    printed = succeeds("run_improved_kd", "--config", path, "--max_length", "2000")
+    assert "kd: held-out kl_to_teacher" in printed
+
+
+# --- answers, clean rows, a run --------------------------------------------------------------------------------------
+
+
+def test_stages_2_and_3_leave_the_promised_artifacts(answered, succeeds, tmp_path, teacher_that_ends):
+    path, sft = answered
+    prompts = {split: read_jsonl(tmp_path / "data" / f"{split}_dataset.jsonl") for split in ("train", "eval")}
+    raw = {split: read_jsonl(sft / f"sft_{split}_data.jsonl") for split in prompts}
+    for split, answers in raw.items():
+        assert {row["id"] for row in answers} == {row["id"] for row in prompts[split]}
+        for row in answers:
+            assert row.keys() == ANSWER_FIELDS
+            assert row["finish_reason"] in ("stop", "length")
+            assert row["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 20, "max_new_tokens": 32}
+        facts = read_json(sft / f"generate_{split}.json")
+        assert facts["finished"] is True
+        assert facts["answers"] == len(answers) == sum(facts["finish_reasons"].values())
+        assert facts["tokens"] == sum(row["num_tokens"] for row in answers)
+    raw_bytes = {split: (sft / f"sft_{split}_data.jsonl").read_bytes() for split in raw}
+
+    succeeds("fix_sft_data", "--config", path)
+    stats, rejected = read_json(sft / "stats.json"), read_jsonl(sft / "rejected.jsonl")
+    assert stats["keep"] == "all"
+    assert stats["train"]["by_reason"]["truncated"] > 0
+    for split, answers in raw.items():
+        kept = read_jsonl(sft / f"sft_{split}_data_clean.jsonl")
+        dropped = [row for row in rejected if row["split"] == split]
+        assert len(answers) == len(kept) + len(dropped)
+        assert (stats[split]["answers"], stats[split]["kept"]) == (len(answers), len(kept))
+        assert stats[split]["by_reason"] == {r: [row["reason"] for row in dropped].count(r) for r in REASONS}
+        assert sum(one["answers"] for one in stats[split]["by_source"].values()) == len(answers)
+        keys = [{(row["id"], row["sample_index"]) for row in part} for part in (answers, kept, dropped)]
+        assert keys[0] == keys[1] | keys[2]
+        assert not keys[1] & keys[2]
+        for row in kept:
+            assert row.keys() == CLEAN_FIELDS
+            assert [message["role"] for message in row["messages"]][-2:] == ["user", "assistant"]
+            assert row["verified"] in (True, False, None)
+        assert (sft / f"sft_{split}_data.jsonl").read_bytes() == raw_bytes[split]
+    assert all({"id", "sample_index", "reason"} <= row.keys() for row in rejected)
+
+    printed = succeeds("run_improved_kd", "--config", path)
+    [folder] = (tmp_path / "experiment").glob("gpu_optimized_kd_*")
+    assert f"kd: run folder {folder}" in printed
+    config, results = read_json(folder / "kd_config.json"), read_json(folder / "kd_results.json")
+    assert (config["experiment"], config["arm"]) == ("tiny", "kd")
+    assert (config["batch_size"], config["max_steps"], config["temperature"]) == (2, 2, 2.0)
+    assert config["teacher_model_name_or_path"] == teacher_that_ends
+    assert config["provenance"]["command"].startswith("scripts/run_improved_kd.py --config")
+    metrics = [row for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in metrics] == [1, 2]
+    measures = {"kd_loss", "ce_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_mb"}
+    assert all(measures <= row.keys() for row in metrics)
+    assert {"before", "after", "teacher", "gap_recovered", "trainable_parameters", "train_seconds"} <= results.keys()
+    assert (folder / "final_model" / "adapter_model.safetensors").is_file()
+    assert not list(sft.glob(".*"))
+
+
+def test_finished_stages_do_nothing_again(answered, succeeds, scripts, monkeypatch):
+    path, sft = answered
+    succeeds("fix_sft_data", "--config", path)
+    before = content(sft)
+    monkeypatch.setattr(scripts["generate_sft_data"], "load_model", lambda *_: pytest.fail("generated again"))
+    assert "is complete; nothing to do" in succeeds("generate_sft_data", "--config", path)
+    assert "is clean already; nothing to do" in succeeds("fix_sft_data", "--config", path)
+    assert content(sft) == before
+
+
+def test_a_killed_generation_goes_on_to_the_same_answers(answered, succeeds):
+    path, sft = answered
+    target, marker = sft / "sft_train_data.jsonl", sft / "generate_train.json"
+    whole, raw = as_set(target), target.read_bytes()
+    lines = raw.splitlines(keepends=True)
+    cut = b"".join(lines[:5]) + lines[5][: len(lines[5]) // 2]
+    target.write_bytes(cut)
+    marker.write_text(json.dumps(read_json(marker) | {"finished": False}))
+    printed = succeeds("generate_sft_data", "--config", path)
+    assert "cut a torn last line" in printed
+    assert "5 of 18 answers are there, going on" in printed
+    assert as_set(target) == whole
+    assert target.read_bytes().startswith(b"".join(lines[:5])), "what was there is only appended to"
+    assert read_json(marker)["finished"] is True
+
+
+def test_a_deleted_answers_file_is_made_again(answered, succeeds):
+    path, sft = answered
+    whole = as_set(sft / "sft_eval_data.jsonl")
+    (sft / "sft_eval_data.jsonl").unlink()
+    succeeds("generate_sft_data", "--config", path)
+    assert as_set(sft / "sft_eval_data.jsonl") == whole
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--temperature", "0.5"], "was made with sampling = {'temperature': 1.0"),
+    (["--num_samples", "2"], "was made with num_samples = 1, this run has 2"),
+    (["--batch_size", "4"], "was made with batch_size = 8, this run has 4"),
+])  # fmt: skip
+def test_answers_of_another_run_are_refused_by_the_field(answered, fails, arguments, words):
+    path, sft = answered
+    before = content(sft)
+    line = fails("generate_sft_data", "--config", path, *arguments)
+    assert words in line
+    assert str(sft) in line
+    assert content(sft) == before
+
+
+def test_clean_rows_of_another_run_are_refused_by_the_field(answered, succeeds, fails):
+    path, sft = answered
+    succeeds("fix_sft_data", "--config", path)
+    before = content(sft)
+    assert "was made with keep = 'all', this run has 'correct'" in fails(
+        "fix_sft_data", "--config", path, "--keep", "correct"
+    )
+    with (sft / "sft_train_data.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "x", "sample_index": 0, "response": "", "finish_reason": "stop"}) + "\n")
+    assert "was made with sft_train_data.jsonl = " in fails("fix_sft_data", "--config", path)
+    assert {name: text for name, text in content(sft).items() if name != "sft_train_data.jsonl"} == {
+        name: text for name, text in before.items() if name != "sft_train_data.jsonl"
+    }
+    succeeds("fix_sft_data", "--config", path, "--overwrite")
+    assert read_json(sft / "stats.json")["train"]["by_reason"]["unknown_id"] == 1
+
+
+def test_a_ready_made_answers_file_is_used_as_it_is(succeeds, profile, tmp_path, scripts, monkeypatch):
+    """No marker beside it: a person brought it. It is never changed, not even its last line without a newline."""
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    sft = tmp_path / "experiment" / "tiny" / "sft"
+    sft.mkdir(parents=True)
+    for split in ("train", "eval"):
+        rows = read_jsonl(tmp_path / "data" / f"{split}_dataset.jsonl")
+        made = [
+            {"id": row["id"], "sample_index": 0, "response": f"{row['id']} #### 1", "finish_reason": "stop"}
+            for row in rows
+        ]
+        (sft / f"sft_{split}_data.jsonl").write_text("\n".join(map(json.dumps, made)))
+    before = content(sft)
+    monkeypatch.setattr(scripts["generate_sft_data"], "load_model", lambda *_: pytest.fail("generated"))
+    printed = succeeds("generate_sft_data", "--config", path)
+    assert "18 answers brought ready-made; used as they are" in printed
+    assert content(sft) == before
+    succeeds("fix_sft_data", "--config", path)
+    assert {name: content(sft)[name] for name in before} == before
+    assert read_json(sft / "stats.json")["train"]["kept"] == 18
+
+
+def test_ready_made_clean_rows_are_used_as_they_are(succeeds, profile, tmp_path, write_sft, clean_rows):
+    sft = write_sft(tmp_path / "experiment" / "tiny", clean_rows(20), clean_rows(4, start=50)) / "sft"
+    before = content(sft)
+    path = profile()
+    assert "clean rows brought ready-made" in succeeds("fix_sft_data", "--config", path)
+    assert content(sft) == before
+    assert "kd: run folder" in succeeds("run_improved_kd", "--config", path)
+
+
+def test_a_broken_line_of_answers_is_named(answered, fails):
+    path, sft = answered
+    target = sft / "sft_train_data.jsonl"
+    lines = target.read_text().splitlines(keepends=True)
+    target.write_text("".join([*lines[:2], lines[2][:40] + "\n", *lines[3:]]))
+    assert f"{target}:3: not valid JSON" in fails("fix_sft_data", "--config", path)
+    target.write_text("".join([lines[0], '{"id": "x"}\n']))
+    assert f"{target}:2: missing sample_index, response, finish_reason; found id" in fails(
+        "fix_sft_data", "--config", path
+    )
+
+
+def test_each_stage_names_the_one_before_it(fails, succeeds, profile):
+    path = profile()
+    assert "train_dataset.jsonl: no such file; run scripts/download_datasets.py" in fails(
+        "generate_sft_data", "--config", path
+    )
+    assert "no such file; run scripts/download_datasets.py" in fails("fix_sft_data", "--config", path)
+    succeeds("download_datasets", "--config", path)
+    assert "no such file; run scripts/generate_sft_data.py" in fails("fix_sft_data", "--config", path)
+    assert "no such file; run scripts/fix_sft_data.py" in fails("run_improved_kd", "--config", path)
+
+
+def test_no_answer_left_says_what_to_try(answered, fails):
+    path, sft = answered
+    target = sft / "sft_train_data.jsonl"
+    write_jsonl(target, [row | {"finish_reason": "length"} for row in read_jsonl(target)])
+    line = fails("fix_sft_data", "--config", path)
+    assert "0 of 18 answers are kept" in line
+    assert "truncated 18" in line
+    assert "max_new_tokens" in line
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--teacher_model", ""], "teacher_model_name_or_path is not set"),
+    (["--num_samples", "0"], "num_samples and batch_size must be at least 1"),
+    (["--top_p", "0"], "top_p must be above 0"),
+    (["--temp", "1"], "unknown flag --temp"),
+])  # fmt: skip
+def test_wrong_settings_of_generation(fails, profile, arguments, words):
+    assert words in fails("generate_sft_data", "--config", profile(), *arguments)
+
+
+# --- not yet as it should be -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_dot_in_its_name(succeeds, profile, tmp_path):
+    folder = tmp_path / "gsm8k-1.0"
+    for name in ("train", "test"):
+        rows = [{"question": f"How many {name} ducks are {i}?", "answer": f"#### {i}"} for i in range(3)]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    settings = {"gsm8k_path": str(folder), "gsm8k_train_rows": 2, "gsm8k_eval_rows": 1}
+    succeeds("download_datasets", "--config", profile(**settings))
+
+
+def test_a_changed_source_file_is_noticed(succeeds, fails, profile, humaneval_file):
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    rows = read_jsonl(humaneval_file)
+    write_jsonl(humaneval_file, [row | {"test": "def check(candidate):\n    pass\n"} for row in rows])
+    assert "was made with" in fails("download_datasets", "--config", path)
+
+
+@pytest.mark.parametrize("change", [{"response": None}, {"response": ["x"]}, {"id": ["x"]}], ids=str)
+def test_an_answer_of_the_wrong_type_is_named(answered, fails, change):
+    path, sft = answered
+    target = sft / "sft_train_data.jsonl"
+    rows = read_jsonl(target)
+    write_jsonl(target, [rows[0], rows[1] | change, *rows[2:]])
+    assert f"{target}:2: " in fails("fix_sft_data", "--config", path)
