@@ -1,0 +1,29 @@
+"""Stage 3: distil the student.
+
+    python scripts/run_improved_kd.py --config configs/embedded.yaml             # the distilled student
+    python scripts/run_improved_kd.py --config configs/embedded.yaml --alpha 0   # its control: SFT on the same rows
+
+Writes a run folder beside `experiment_dir`: kd_config.json, metrics.jsonl, kd_results.json, final_model/. Safe to kill
+and run again: an unfinished run of the same settings goes on from its newest complete checkpoint.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.distillation.kd import SECTION, KDConfig, run_kd_pipeline
+from src.utils.common import run_cli
+from src.utils.config import load_config
+
+
+def main() -> None:
+    results = run_kd_pipeline(load_config(KDConfig, SECTION))
+    for name in ("kl_to_teacher", "nll", "top1_agreement"):
+        before, after, teacher = (results[arm][name] for arm in ("before", "after", "teacher"))
+        print(f"{results['arm']}: held-out {name}: {before:.4f} before, {after:.4f} after, teacher {teacher:.4f}")
+    print(f"{results['arm']}: run folder {results['run_dir']}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

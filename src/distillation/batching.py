@@ -1,0 +1,155 @@
+"""Rows for training: a pair of encodings each, cut into micro-batches that waste little."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+
+from src.distillation.base import EncodedRow, collate, encode_row, end_of_turn_id
+from src.utils.common import UserError, read_jsonl, sha256_file, sha256_text
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row as each model reads it; the response ids are the same."""
+
+    student: EncodedRow
+    teacher: EncodedRow
+
+
+def encode_pairs(
+    rows: Sequence[dict[str, Any]],
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    where: str,
+) -> tuple[list[Pair], int]:
+    """Encode clean rows for both models, dropping those longer than `max_length` tokens for either.
+
+    Returns:
+        The pairs kept, in order, and the number of rows dropped.
+
+    Raises:
+        UserError: the models end a turn with different tokens, more than 5 % would be dropped, or none is left.
+    """
+    ends = [end_of_turn_id(tokenizer) for tokenizer in (student_tokenizer, teacher_tokenizer)]
+    if ends[0] != ends[1]:
+        words = [t.convert_ids_to_tokens(e) for t, e in zip((student_tokenizer, teacher_tokenizer), ends, strict=True)]
+        raise UserError(
+            f"the student ends a turn with {words[0]}, the teacher with {words[1]}; choose models of one family"
+        )
+    pairs = [
+        Pair(encode_row(student_tokenizer, row, ends[0]), encode_row(teacher_tokenizer, row, ends[1])) for row in rows
+    ]
+    kept = [pair for pair in pairs if max(len(pair.student), len(pair.teacher)) <= max_length]
+    dropped = len(pairs) - len(kept)
+    if dropped > 0.05 * len(pairs) or not kept:
+        longest = max(max(len(pair.student), len(pair.teacher)) for pair in pairs)
+        raise UserError(
+            f"{where}: {dropped} of {len(pairs)} rows are longer than max_length = {max_length} tokens (the longest "
+            f"has {longest}); raise --max_length, or shorten the answers"
+        )
+    return kept, dropped
+
+
+def is_validation(row_id: str, fraction: float) -> bool:
+    """Whether a training row is set aside: a function of its id alone, so that every run and every arm agree."""
+    return int(sha256_text(f"validation/{row_id}")[:8], 16) < fraction * 2**32
+
+
+def _conversation(row: dict[str, Any]) -> str | None:
+    """What is wrong with a clean row's messages, or None."""
+    messages = row["messages"]
+    good = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not good or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return "messages must be a list of {role, content} that ends with the assistant's"
+    return None if messages[-1]["content"].strip() else "the assistant's answer is empty"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A run's rows: to train on, set aside for choices, held out for the end; and how many were too long."""
+
+    train: list[Pair]
+    validation: list[Pair]
+    heldout: list[Pair]
+    hashes: dict[str, str]
+    dropped: int
+
+
+def load_training_data(
+    folder: Path,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    validation_fraction: float,
+    rows_per_step: int,
+) -> TrainingData:
+    """Read and encode sft_{train,eval}_data_clean.jsonl of `folder`.
+
+    Raises:
+        UserError: a file is missing, broken or empty, the splits share a row, or there are too few rows for one step.
+    """
+    pairs, hashes, dropped = {}, {}, 0
+    for split in ("train", "eval"):
+        path = folder / f"sft_{split}_data_clean.jsonl"
+        rows = read_jsonl(
+            path, ("id", "messages"), "run scripts/fix_sft_data.py first, or bring the file", _conversation
+        )
+        pairs[split], left_out = encode_pairs(rows, student_tokenizer, teacher_tokenizer, max_length, str(path))
+        hashes[path.name] = sha256_file(path)
+        dropped += left_out
+    shared = {pair.student.id for pair in pairs["train"]} & {pair.student.id for pair in pairs["eval"]}
+    if shared:
+        raise UserError(f"{folder}: row {min(shared)} is both a training and an evaluation row; split by id first")
+    validation = [pair for pair in pairs["train"] if is_validation(pair.student.id, validation_fraction)]
+    train = [pair for pair in pairs["train"] if not is_validation(pair.student.id, validation_fraction)]
+    if len(train) < rows_per_step:
+        raise UserError(
+            f"{folder}: {len(train)} training rows, but one optimisation step takes {rows_per_step} "
+            "(batch_size x gradient_accumulation_steps); lower --gradient_accumulation_steps or collect more rows"
+        )
+    return TrainingData(train, validation, pairs["eval"], hashes, dropped)
+
+
+def collate_pairs(pairs: list[Pair], pad_id: int, with_teacher: bool) -> dict[str, Tensor]:
+    """`collate` for the student, and with the prefix `teacher_` for the teacher."""
+    batch = collate([pair.student for pair in pairs], pad_id)
+    if with_teacher:
+        batch |= {f"teacher_{k}": v for k, v in collate([pair.teacher for pair in pairs], pad_id).items()}
+    return batch
+
+
+class StepBatches(Sampler[list[int]]):
+    """Micro-batches such that every optimisation step takes `rows_per_step` rows, whatever the batch size or ranks.
+
+    Each epoch is a new permutation of the rows, a function of (seed, epoch). Within a step rows are sorted by length,
+    so that a micro-batch pads little. Rows beyond the last whole step sit this epoch out.
+    """
+
+    def __init__(self, lengths: list[int], rows_per_step: int, batch_size: int, seed: int) -> None:
+        self.lengths, self.rows_per_step, self.batch_size, self.seed = lengths, rows_per_step, batch_size, seed
+        self.epoch = 0
+        self.steps = len(lengths) // rows_per_step
+
+    def __len__(self) -> int:
+        return self.steps * (self.rows_per_step // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for step in range(self.steps):
+            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+            rows.sort(key=lambda index: (-self.lengths[index], index))
+            for start in range(0, len(rows), self.batch_size):
+                yield rows[start : start + self.batch_size]

@@ -1,0 +1,94 @@
+"""How close a student is to its teacher on text it was not trained on: sums per row, from which every mean is made."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from src.distillation.base import EncodedRow, collate, head_weight, response_hidden
+from src.distillation.losses import heldout_stats
+
+Arm = Callable[[], contextlib.AbstractContextManager]
+SUMS = ("kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum")
+
+
+@torch.no_grad()
+def score_heldout(
+    student: nn.Module,
+    teacher: PreTrainedModel,
+    student_rows: Sequence[EncodedRow],
+    teacher_rows: Sequence[EncodedRow],
+    vocab_size: int,
+    pad_id: int,
+    batch_size: int,
+    arms: dict[str, Arm],
+) -> Iterator[list[dict[str, Any]]]:
+    """Score arms of one loaded student (its adapters on, off or switched) against the teacher, batch by batch.
+
+    Args:
+        student_rows: rows as the student's template renders them; `teacher_rows` the same rows by the teacher's.
+        vocab_size: the shared vocabulary.
+        arms: name -> a context in which `student` is that arm.
+
+    Yields:
+        For each batch its rows `arm, id, sample_index, num_tokens, kl_sum, nll_sum, teacher_nll_sum, agreement_sum`:
+        sums over the row's response tokens, at T = 1, in nats.
+    """
+    order = sorted(range(len(student_rows)), key=lambda index: len(student_rows[index]))
+    training = student.training
+    student.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            ours = [student_rows[index] for index in order[start : start + batch_size]]
+            theirs = [teacher_rows[index] for index in order[start : start + batch_size]]
+            teacher_hidden, _ = response_hidden(teacher, collate(theirs, pad_id))
+            teacher_head = head_weight(teacher, vocab_size)
+            batch = collate(ours, pad_id)
+            counts = [len(row.response_ids) for row in ours]
+            scored = []
+            for name, arm in arms.items():
+                with arm():
+                    hidden, labels = response_hidden(student, batch)
+                    head = head_weight(student, vocab_size).to(hidden.device)
+                    stats = heldout_stats(
+                        hidden, head, teacher_hidden.to(hidden.device), teacher_head.to(hidden.device), labels
+                    )
+                columns = [[part.double().sum().item() for part in measure.split(counts)] for measure in stats]
+                for row, count, *sums in zip(ours, counts, *columns, strict=True):
+                    key = {"arm": name, "id": row.id, "sample_index": row.sample_index, "num_tokens": count}
+                    scored.append(key | dict(zip(SUMS, sums, strict=True)))
+            yield scored
+    finally:
+        student.train(training)
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Per-token means of one arm's rows: nats per response token, and the share of equal top-1 tokens."""
+    tokens = sum(row["num_tokens"] for row in rows)
+    return {
+        "kl_to_teacher": sum(row["kl_sum"] for row in rows) / tokens,
+        "nll": sum(row["nll_sum"] for row in rows) / tokens,
+        "top1_agreement": sum(row["agreement_sum"] for row in rows) / tokens,
+    }
+
+
+def summarise_teacher(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The teacher against itself, from any arm's rows: what a perfect student would reach."""
+    tokens = sum(row["num_tokens"] for row in rows)
+    return {"kl_to_teacher": 0.0, "nll": sum(row["teacher_nll_sum"] for row in rows) / tokens, "top1_agreement": 1.0}
+
+
+def gap_recovered(
+    before: dict[str, float], after: dict[str, float], teacher: dict[str, float]
+) -> dict[str, float | None]:
+    """The share of the way to the teacher that training went; null where there was no way to go."""
+    gap = before["nll"] - teacher["nll"]
+    return {
+        "kl_to_teacher": (before["kl_to_teacher"] - after["kl_to_teacher"]) / before["kl_to_teacher"]
+        if before["kl_to_teacher"]
+        else None,
+        "nll": (before["nll"] - after["nll"]) / gap if gap > 0 else None,
+    }

@@ -1,0 +1,293 @@
+"""Training runs with tiny models: what is learned does not depend on how the work is cut, and nothing is lost."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, load_peft_weights
+from transformers import set_seed
+
+from src.distillation import runs
+from src.distillation.base import add_lora, collate, encode_row, load_model, load_tokenizer
+from src.distillation.kd import KDConfig, run_kd_pipeline
+from src.utils.common import UserError, read_json, read_jsonl
+from src.utils.config import build_config
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_teacher, tiny_student, clean_rows, write_sft):
+    """Settings of a small run over 40 training and 8 held-out rows."""
+    experiment = write_sft(tmp_path / "experiment" / "tiny", clean_rows(40), clean_rows(8, start=100))
+    return {
+        "model_name_or_path": tiny_student,
+        "teacher_model_name_or_path": tiny_teacher,
+        "experiment_dir": str(experiment),
+        "temperature": 2.5,
+        "alpha": 0.8,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 3,
+        "max_length": 256,
+        "save_steps": 100,
+        "eval_steps": 100,
+        "lora_r": 4,
+        "bf16": False,
+    }
+
+
+def weights(results: dict) -> dict[str, torch.Tensor]:
+    return load_peft_weights(results["final_model"])
+
+
+def losses(results: dict) -> list[tuple]:
+    """The columns of metrics.jsonl that do not measure time or memory."""
+    names = ("step", "loss", "kd_loss", "ce_loss", "grad_norm", "lr")
+    rows = read_jsonl(Path(results["run_dir"]) / "metrics.jsonl")
+    return [tuple(row[name] for name in names) for row in rows if "loss" in row]
+
+
+def assert_same(one: dict, other: dict, **tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **tolerance)
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_the_promised_artifacts(settings):
+    results = run_kd_pipeline(settings)
+    folder = Path(results["run_dir"])
+    assert re.fullmatch(r"gpu_optimized_kd_\d{8}_\d{6}", folder.name)
+    assert folder.parent == Path(settings["experiment_dir"]).parent
+    config = read_json(folder / "kd_config.json")
+    for name, value in settings.items():
+        assert config[name] == value
+    assert config["experiment"] == "tiny"
+    assert {"hashes", "provenance", "fingerprint", "seed", "epochs", "weight_decay"} <= config.keys()
+    stored = read_json(folder / "kd_results.json")
+    assert stored == {k: v for k, v in results.items() if k not in ("run_dir", "final_model")}
+    for arm in ("before", "after", "teacher"):
+        assert stored[arm].keys() == {"kl_to_teacher", "nll", "top1_agreement"}
+    assert stored["after"]["kl_to_teacher"] < stored["before"]["kl_to_teacher"]
+    assert stored["heldout_rows"] == 8
+    assert stored["trainable_parameters"] == sum(tensor.numel() for tensor in weights(results).values())
+    assert (folder / "final_model" / "README.md").is_file()
+
+
+def test_the_adapter_loads_as_an_ordinary_peft_model(settings):
+    results = run_kd_pipeline(settings)
+    model = AutoPeftModelForCausalLM.from_pretrained(results["final_model"])
+    assert load_tokenizer(results["final_model"]).chat_template
+    assert sum("lora_B" in name and parameter.abs().sum() > 0 for name, parameter in model.named_parameters()) == 14
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_logged_loss_is_the_formula(settings, kind):
+    results = run_kd_pipeline(settings | {"divergence": kind, "logging_steps": 2, "max_steps": 4})
+    rows = losses(results)
+    assert [row[0] for row in rows] == [2, 4]
+    for _, loss, kd, ce, *_ in rows:
+        assert loss == pytest.approx(0.8 * 2.5**2 * kd + 0.2 * ce, rel=1e-5)
+        assert kd > 0
+
+
+# --- the same gradients, however the step is cut ---------------------------------------------------------------------
+
+
+def test_micro_batches_of_any_size_give_the_same_run(settings):
+    """Answers differ in length, so a wrong weighting of micro-batches would show."""
+    shapes = [(16, 1), (4, 4), (1, 16)]
+    made = [run_kd_pipeline(settings | {"batch_size": b, "gradient_accumulation_steps": a}) for b, a in shapes]
+    for other in made[1:]:
+        assert_same(weights(made[0]), weights(other), atol=1e-5, rtol=0)
+        for ours, theirs in zip(losses(made[0]), losses(other), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_alpha_0_is_plain_sft(settings, tmp_path, make_model, make_tokenizer, save_model):
+    """One step of SGD moves the weights by the gradient of the model's own loss, the mean over all answer tokens.
+
+    The student has no padded logits here, for the model's own loss would count them.
+    """
+    settings["model_name_or_path"] = save_model(tmp_path / "unpadded", make_model(vocab_size=261), make_tokenizer())
+    results = run_kd_pipeline(
+        settings
+        | {"alpha": 0.0, "optim": "sgd", "learning_rate": 1.0, "max_steps": 1, "weight_decay": 0.0}
+        | {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "gradient_accumulation_steps": 8,
+           "validation_fraction": 0.0, "batch_size": 5}
+    )  # fmt: skip
+    assert Path(results["run_dir"]).name.startswith("sft_control_")
+    [(_, loss, kd, ce, *_)] = losses(results)
+    assert kd == 0
+    tokenizer = load_tokenizer(settings["model_name_or_path"])
+    set_seed(42)
+    model = add_lora(load_model(settings["model_name_or_path"], torch.float32), 4, 128, 0.0)
+    rows = read_jsonl(Path(settings["experiment_dir"]) / "sft" / "sft_train_data_clean.jsonl")
+    batch = collate([encode_row(tokenizer, row, 258) for row in rows], 256)
+    reference = model(**batch).loss
+    reference.backward()
+    assert loss == pytest.approx(reference.item(), rel=1e-5)
+    assert ce == pytest.approx(reference.item(), rel=1e-5)
+    made = weights(results)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            key = name.replace(".default", "")
+            torch.testing.assert_close(made[key], -parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_hybrid_student_learns_from_a_plain_teacher(settings, hybrid_student):
+    """The student's prompt is longer by an empty think block; answers are matched by their own positions."""
+    results = run_kd_pipeline(settings | {"model_name_or_path": hybrid_student, "max_steps": 20})
+    assert results["after"]["kl_to_teacher"] < 0.9 * results["before"]["kl_to_teacher"]
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, monkeypatch):
+    long = settings | {"max_steps": 7, "save_steps": 2}
+    whole = run_kd_pipeline(long | {"output_dir": str(tmp_path / "whole")})
+
+    def stop_at_five(self, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunRecorder, "on_step_end", stop_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            run_kd_pipeline(long | {"output_dir": str(tmp_path / "cut")})
+    half_written = tmp_path / "cut" / "checkpoint-6"
+    half_written.mkdir()
+    (half_written / "trainer_state.json").write_text("{")
+    resumed = run_kd_pipeline(long | {"output_dir": str(tmp_path / "cut")})
+    assert_same(weights(whole), weights(resumed), atol=0, rtol=0)
+    assert losses(whole) == losses(resumed)
+    for arm in ("before", "after"):
+        assert whole[arm] == resumed[arm]
+
+
+def test_a_run_killed_after_its_last_step_is_only_finished(settings, tmp_path):
+    target = {"output_dir": str(tmp_path / "run")}
+    whole = run_kd_pipeline(settings | target)
+    for name in ("kd_results.json", "final_model"):
+        path = tmp_path / "run" / name
+        path.rename(tmp_path / name)
+    again = run_kd_pipeline(settings | target)
+    assert_same(load_peft_weights(str(tmp_path / "final_model")), weights(again), atol=0, rtol=0)
+    assert losses(whole) == losses(again)
+    assert whole["after"] == again["after"]
+
+
+def test_an_unfinished_run_of_the_same_settings_is_found(settings, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("src.distillation.kd._train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_kd_pipeline(settings)
+    [folder] = Path(settings["experiment_dir"]).parent.glob("gpu_optimized_kd_*")
+    assert run_kd_pipeline(settings)["run_dir"] == str(folder)
+
+
+def test_a_finished_run_is_returned_and_other_settings_start_another(settings, monkeypatch):
+    first = run_kd_pipeline(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("src.distillation.kd.load_model", lambda *_: pytest.fail("the finished run was trained again"))
+        assert run_kd_pipeline(settings) == first
+    assert run_kd_pipeline(settings | {"temperature": 1.0})["run_dir"] != first["run_dir"]
+    assert run_kd_pipeline(settings | {"overwrite": True})["run_dir"] != first["run_dir"]
+
+
+# --- wrong input: one clear line -------------------------------------------------------------------------------------
+
+
+def refused(settings: dict, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_kd_pipeline(settings)
+    assert re.search(words, str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"temperature": 0}, "temperature must be above 0"),
+        ({"alpha": 1.5}, "alpha must be between 0 and 1"),
+        ({"divergence": "jsd", "beta": 1.0}, "beta must be strictly inside"),
+        ({"max_length": 20}, r"40 of 40 rows are longer than max_length = 20.*--max_length"),
+        ({"gradient_accumulation_steps": 64}, "training rows, but one optimisation step takes 256"),
+        ({"model_name_or_path": "no/such/folder"}, "'no/such/folder' cannot be loaded"),
+        ({"model_name_or_path": ""}, "model_name_or_path is not set"),
+        ({"lora_target_modules": ["c_attn"]}, "no module named c_attn"),
+        ({"learning_rat": 1e-3}, "unknown setting 'learning_rat'; did you mean learning_rate"),
+        ({"divergence": "kl"}, "invalid choice: 'kl'"),
+        ({"batch_size": 2, "per_device_train_batch_size": 4}, "are the same setting"),
+        ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+        ({"learning_rate": 1e30, "max_grad_norm": 0}, r"step \d: (loss|grad_norm) is (nan|inf); lower --learning_rate"),
+    ],
+)
+def test_wrong_settings(settings, change, words):
+    refused(settings | change, words)
+
+
+def test_a_vocabulary_mismatch_names_both_sizes(settings, make_tokenizer, make_model, save_model, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<other>"])
+    settings["teacher_model_name_or_path"] = save_model(tmp_path / "other", make_model(), tokenizer)
+    refused(settings, r"has 261 tokens.*has 262")
+
+
+def test_a_broken_line_is_named(settings):
+    path = Path(settings["experiment_dir"]) / "sft" / "sft_train_data_clean.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[2][:30] + "\n", *lines[3:]]))
+    refused(settings, r"sft_train_data_clean\.jsonl:3: not valid JSON")
+    row = json.loads(lines[1])
+    row["messages"][-1]["content"] = " "
+    path.write_text("".join([lines[0], json.dumps(row) + "\n", *lines[2:]]))
+    refused(settings, r"sft_train_data_clean\.jsonl:2: the assistant's answer is empty")
+
+
+def test_empty_and_missing_data(settings):
+    path = Path(settings["experiment_dir"]) / "sft" / "sft_eval_data_clean.jsonl"
+    path.write_text("")
+    refused(settings, r"sft_eval_data_clean\.jsonl: the file holds no rows")
+    path.unlink()
+    refused(settings, r"sft_eval_data_clean\.jsonl: no such file; run scripts/fix_sft_data.py")
+
+
+def test_rows_in_both_splits_are_refused(settings, clean_rows, write_sft):
+    write_sft(settings["experiment_dir"], clean_rows(40), clean_rows(4, start=39))
+    refused(settings, "row sum-00039 is both a training and an evaluation row")
+
+
+def test_a_folder_of_another_run_is_refused_by_the_field(settings, tmp_path):
+    target = {"output_dir": str(tmp_path / "run")}
+    run_kd_pipeline(settings | target | {"max_steps": 1})
+    refused(
+        settings | target | {"max_steps": 1, "temperature": 1.0}, r"temperature = 2\.5, this run has 1\.0.*--overwrite"
+    )
+    run_kd_pipeline(settings | target | {"max_steps": 1, "temperature": 1.0, "overwrite": True})
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter1.tex").write_text("precious")
+    refused(settings | {"output_dir": str(other), "overwrite": True}, "no training run; name another --output_dir")
+    assert (other / "chapter1.tex").read_text() == "precious"
+
+
+def test_a_full_disk_is_seen_before_the_work(settings, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
+    refused(settings, r"0\.00 GB free, the run's checkpoints needs")
+
+
+def test_more_ranks_take_a_share_of_the_accumulation(settings, monkeypatch):
+    config = build_config(KDConfig, settings | {"gradient_accumulation_steps": 3})
+    monkeypatch.setattr(KDConfig, "world_size", 2)
+    with pytest.raises(UserError, match="does not divide among 2 processes; a step always takes 12 rows"):
+        run_kd_pipeline(config)

@@ -1,0 +1,362 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from src.distillation import losses
+from src.distillation.losses import DIVERGENCES, chunk_tokens, divergence, heldout_stats, kd_loss, plain_kd_loss
+
+N, V, H, G = 37, 61, 16, 24  # tokens, vocabulary, student width, teacher width
+EIGHT_A_CHUNK = 4 * losses.CHUNK_TENSORS * V * 8
+
+objectives = pytest.mark.parametrize(
+    "objective",
+    [
+        {"kind": kind, "temperature": temperature, "alpha": alpha, "beta": 0.3}
+        for kind in DIVERGENCES
+        for temperature in (1.0, 2.5, 4.0)
+        for alpha in (0.0, 0.5, 1.0)
+    ],
+    ids=lambda o: f"{o['kind']}-T{o['temperature']:g}-alpha{o['alpha']:g}",
+)
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    """37 tokens in chunks of 8: five of them, the last one short."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", EIGHT_A_CHUNK)
+    assert chunk_tokens(V) == 8
+
+
+def make_case(n=N, v=V, h=H, g=G, seed=0):
+    """Student hidden and head, teacher hidden and head, labels; logits of about +-3."""
+    torch.manual_seed(seed)
+    return (
+        torch.randn(n, h, requires_grad=True),
+        (torch.randn(v, h) * 3 / h**0.5).requires_grad_(),
+        torch.randn(n, g),
+        torch.randn(v, g) * 3 / g**0.5,
+        torch.randint(v, (n,)),
+    )
+
+
+def plain(student_NH, student_VH, teacher_NG, teacher_VG, labels_N, **objective):
+    return plain_kd_loss(student_NH @ student_VH.T, teacher_NG @ teacher_VG.T, labels_N, **objective)
+
+
+def log_probabilities(logits_NV):
+    """Row-wise log-softmax in float64 numpy."""
+    shifted = logits_NV - logits_NV.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def numpy_divergence(log_p, log_q, kind, beta):
+    """As the papers write them, without any care for rounding: `[N, V] -> [N]` in float64."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    if kind == "forward_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if kind == "reverse_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    log_m = np.log(beta * p + (1 - beta) * q)
+    return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
+
+
+def numpy_loss(student_logits, teacher_logits, labels, kind, temperature, alpha, beta):
+    log_q, log_p = log_probabilities(student_logits / temperature), log_probabilities(teacher_logits / temperature)
+    kd = numpy_divergence(log_p, log_q, kind, beta).sum()
+    ce = -log_probabilities(student_logits)[np.arange(len(labels)), labels].sum()
+    return alpha * temperature**2 * kd + (1 - alpha) * ce
+
+
+def as_float64(tensor):
+    return tensor.detach().double().numpy()
+
+
+def distance(actual, expected):
+    """Relative distance in norm."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# --- the divergences -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("beta", [0.01, 0.5, 0.9])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_divergence_is_exactly_zero_at_equality(kind, beta, scale):
+    """A "KL" that is a cross-entropy would show the teacher's entropy here."""
+    torch.manual_seed(0)
+    log_p = torch.log_softmax(torch.randn(5, V) * scale, -1)
+    assert (divergence(log_p, log_p.clone(), kind, beta) == 0).all()
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_gradient_is_zero_where_student_and_teacher_agree(kind, temperature):
+    hidden, head, _, _, labels = make_case()
+    sums = kd_loss(hidden, head, hidden.detach(), head.detach(), labels, temperature=temperature, alpha=1.0, kind=kind)
+    sums.loss.backward()
+    assert sums.kd == 0
+    assert hidden.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("beta", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("size", [50.0, 1e4])
+def test_extreme_logits_stay_finite(kind, beta, size):
+    """Teacher and student are certain of different tokens; at 1e4 every other probability is 0 in fp32."""
+    logits_p, logits_q = torch.zeros(2, V), torch.zeros(2, V, requires_grad=True)
+    logits_p[:, 3] = size
+    log_q = torch.log_softmax(logits_q + size * torch.eye(V)[[5, 6]], -1)
+    value = divergence(torch.log_softmax(logits_p, -1), log_q, kind, beta)
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert (value > 0).all()
+    assert logits_q.grad.isfinite().all()
+    one = torch.eye(V) * size
+    fast = kd_loss(
+        one[[5, 6]].requires_grad_(), torch.eye(V), one[[3, 3]], torch.eye(V), torch.tensor([3, 3]),
+        temperature=1.0, alpha=1.0, kind=kind, beta=beta,
+    )  # fmt: skip
+    torch.testing.assert_close(fast.loss, value.sum().detach())
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])
+def test_divergence_is_the_papers(kind, beta):
+    """Against float64 numpy: KL by its definition, jsd as GKD's equation 1 with m = beta p + (1 - beta) q."""
+    torch.manual_seed(0)
+    log_p, log_q = torch.log_softmax(torch.randn(2, 50, V) * 3, -1)
+    expected = numpy_divergence(as_float64(log_p), as_float64(log_q), kind, beta)
+    np.testing.assert_allclose(divergence(log_p, log_q, kind, beta).numpy(), expected, rtol=1e-5)
+
+
+def test_directions_are_not_mixed_up():
+    """p on one token, q on two: KL(p || q) = log 2, and KL(q || p) pays for the token p does not have."""
+    log_p, log_q = torch.log(torch.tensor([[[1.0, 1e-6]], [[0.5, 0.5]]]))
+    assert divergence(log_p, log_q, "forward_kl").item() == pytest.approx(0.6931, abs=1e-3)
+    assert divergence(log_p, log_q, "reverse_kl").item() == pytest.approx(-0.6931 + 0.5 * 13.8155, abs=1e-3)
+
+
+# --- the objective ---------------------------------------------------------------------------------------------------
+
+
+@objectives
+def test_fast_equals_plain(objective):
+    """Values within 1e-6; gradients, sums of 61 or 37 fp32 products in another order, within 2e-6."""
+    fast_case, plain_case = make_case(), make_case()
+    fast, reference = kd_loss(*fast_case, **objective), plain(*plain_case, **objective)
+    for name in ("loss", "ce"):
+        assert getattr(fast, name).item() == pytest.approx(getattr(reference, name).item(), rel=1e-6), name
+    if objective["alpha"] > 0:
+        assert fast.kd.item() == pytest.approx(reference.kd.item(), rel=1e-6)
+    fast.loss.backward()
+    reference.loss.backward()
+    for ours, theirs in zip(fast_case[:2], plain_case[:2], strict=True):
+        assert distance(ours.grad, theirs.grad) < 2e-6
+
+
+@objectives
+def test_plain_equals_numpy(objective):
+    """Value and gradient of the reference against central differences of an independent float64 loss."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 11, requires_grad=True), torch.randn(3, 11)
+    labels = torch.tensor([0, 4, 10])
+    result = plain_kd_loss(student * 2, teacher * 2, labels, **objective)
+    result.loss.backward()
+    at = as_float64(student)
+
+    def value(logits):
+        return numpy_loss(2 * logits, 2 * as_float64(teacher), labels.numpy(), **objective)
+
+    assert result.loss.item() == pytest.approx(value(at), rel=1e-6)
+    numeric = np.zeros_like(at)
+    for index in np.ndindex(at.shape):
+        step = np.zeros_like(at)
+        step[index] = 1e-5
+        numeric[index] = (value(at + step) - value(at - step)) / 2e-5
+    np.testing.assert_allclose(student.grad.numpy(), numeric, rtol=1e-5, atol=1e-6 * np.abs(numeric).max())
+
+
+@pytest.mark.parametrize("loss", [plain, kd_loss])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_temperature_squared_is_in_the_gradient_too(loss, kind):
+    """Finite difference / analytic of the same function at T = 4; T^2 in the value alone would make it 16."""
+    hidden, *rest = make_case()
+    objective = {"temperature": 4.0, "alpha": 1.0, "kind": kind}
+    loss(hidden, *rest, **objective).loss.backward()
+    direction = hidden.grad / hidden.grad.norm()
+    step = 0.02
+    with torch.no_grad():
+        up, down = (loss(hidden + sign * step * direction, *rest, **objective).loss for sign in (1, -1))
+    assert ((up - down) / (2 * step) / hidden.grad.norm()).item() == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_temperature_keeps_the_size_of_the_gradient(kind):
+    """What T^2 is for (Hinton 2015): without it the gradient at T = 40 would be 1600 times smaller than at T = 1."""
+    norms = []
+    for temperature in (1.0, 40.0):
+        hidden, *rest = make_case()
+        kd_loss(hidden, *rest, temperature=temperature, alpha=1.0, kind=kind).loss.backward()
+        norms.append(hidden.grad.norm().item())
+    assert 0.1 < norms[1] / norms[0] < 10
+
+
+@pytest.mark.parametrize("teacher", ["given", "absent"])
+def test_alpha_zero_is_cross_entropy(teacher):
+    hidden, head, *theirs, labels = make_case()
+    theirs = theirs if teacher == "given" else [None, None]
+    sums = kd_loss(hidden, head, *theirs, labels, temperature=4.0, alpha=0.0)
+    expected = torch.nn.functional.cross_entropy(hidden @ head.T, labels, reduction="sum")
+    assert sums.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums.loss == sums.ce
+    assert sums.kd == 0
+    gradients = [torch.autograd.grad(value, (hidden, head), retain_graph=True) for value in (sums.loss, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert distance(ours, theirs) < 2e-6
+
+
+@pytest.mark.parametrize("teacher", ["given", "absent"])
+def test_no_tokens_give_zeros(teacher):
+    """A micro-batch without response tokens must not spoil the step: MiniLLM's NaN."""
+    hidden, head, teacher_hidden, teacher_head, labels = make_case()
+    nobody = torch.zeros(N, dtype=torch.bool)
+    theirs = (teacher_hidden[nobody], teacher_head) if teacher == "given" else (None, None)
+    sums = kd_loss(hidden[nobody], head, *theirs, labels[nobody], temperature=2.0, alpha=0.5)
+    sums.loss.backward()
+    assert [value.item() for value in sums] == [0, 0, 0]
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(head.grad, torch.zeros_like(head))
+
+
+def test_gradient_scales_with_what_follows():
+    """The caller divides by the tokens of the step; the gradient formed in the forward pass must follow."""
+    hidden, head, *rest = make_case()
+    sums = kd_loss(hidden, head, *rest, temperature=2.0, alpha=0.5)
+    whole, divided = (
+        torch.autograd.grad(loss, (hidden, head), retain_graph=True) for loss in (sums.loss, sums.loss / 7)
+    )
+    torch.testing.assert_close(divided, tuple(gradient / 7 for gradient in whole))
+    assert not sums.kd.requires_grad
+    assert not sums.ce.requires_grad
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_padded_columns_change_nothing(kind):
+    """Rows of the heads beyond the shared vocabulary are cut by the caller: no share of the softmax, no gradient."""
+    hidden, head, teacher_hidden, teacher_head, labels = make_case()
+    objective = {"temperature": 2.0, "alpha": 0.5, "kind": kind}
+    expected = kd_loss(hidden, head, teacher_hidden, teacher_head, labels, **objective)
+    padded = torch.cat([head.detach(), torch.randn(7, H) * 100]).requires_grad_()
+    teacher_padded = torch.cat([teacher_head, torch.randn(13, G) * 100])
+    sums = kd_loss(hidden, padded[:V], teacher_hidden, teacher_padded[:V], labels, **objective)
+    assert torch.equal(torch.stack(sums), torch.stack(expected))
+    sums.loss.backward()
+    assert (padded.grad[V:] == 0).all()
+    assert (padded.grad[:V] != 0).any()
+
+
+# --- what is allocated, and in which type ----------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """Records the shapes of all tensors made inside it; views of a tensor that was there before do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        there = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.shapes |= {tuple(t.shape) for t in made if t.untyped_storage().data_ptr() not in there}
+        return result
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("head_needs_gradient", [False, True])
+def test_no_logits_of_all_tokens_are_allocated(kind, head_needs_gradient):
+    """The largest tensor is one chunk's logits; with a frozen head no `[V, H]` gradient is formed either."""
+    tokens, chunk = 400, 8
+    hidden, head, *rest = make_case(n=tokens, h=4)
+    head.requires_grad_(head_needs_gradient)
+    with Allocations() as seen:
+        kd_loss(hidden, head, *rest, temperature=2.0, alpha=0.5, kind=kind).loss.backward()
+    assert (chunk, V) in seen.shapes
+    others = seen.shapes - {(tokens, 4), (V, 4)}  # the gradients of hidden states and head
+    assert max(torch.Size(shape).numel() for shape in others) <= chunk * V
+    assert (hidden.grad.shape, head.grad is None) == (hidden.shape, not head_needs_gradient)
+    assert ((V, 4) in seen.shapes) == head_needs_gradient
+
+
+def test_chunks_follow_the_budget(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 256 * 2**20)
+    assert chunk_tokens(151_669) * 151_669 * 4 * losses.CHUNK_TENSORS <= 256 * 2**20
+    assert chunk_tokens(151_669) > 50
+    assert chunk_tokens(10**9) == 8
+
+
+@objectives
+def test_bf16_heads(objective):
+    """bf16 weights and states against fp32 softmaxes of the same products: values 1e-5, gradients (in bf16) 1 %."""
+    case = make_case()
+    low = [t.detach().bfloat16() for t in case[:4]]
+    low[0].requires_grad_()
+    fast = kd_loss(*low, case[4], **objective)
+    logits, teacher_logits = (low[0] @ low[1].T).detach().float().requires_grad_(), (low[2] @ low[3].T).float()
+    reference = plain_kd_loss(logits, teacher_logits, case[4], **objective)
+    assert fast.loss.dtype == torch.float32
+    assert fast.loss.item() == pytest.approx(reference.loss.item(), rel=1e-5)
+    fast.loss.backward()
+    reference.loss.backward()
+    assert distance(low[0].grad, logits.grad.double() @ low[1].double()) < 0.01
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 4.0])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_autocast_leaves_the_softmax_in_fp32(kind, temperature, alpha):
+    """Only the products are in bf16. Where the student is near its teacher, q - p is small: softmaxes in bf16 would put
+    the gradient off by 2.5 % (T = 1) to 9 % (T = 4) and the value by up to half; rounding in the products costs 0.3 %.
+    """
+    hidden, head, _, _, labels = make_case()
+    head = head.detach()
+    teacher_hidden = hidden.detach() + 0.1 * torch.randn(N, H)
+    objective = {"kind": kind, "temperature": temperature, "alpha": alpha, "beta": 0.3}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = kd_loss(hidden, head, teacher_hidden, head, labels, **objective)
+        fast.loss.backward()
+        logits, teacher_logits = hidden @ head.T, teacher_hidden @ head.T
+    assert logits.dtype == torch.bfloat16
+    logits = logits.detach().float().requires_grad_()
+    reference = plain_kd_loss(logits, teacher_logits.float(), labels, **objective)
+    reference.loss.backward()
+    assert fast.loss.dtype == fast.kd.dtype == hidden.grad.dtype == torch.float32
+    assert fast.loss.item() == pytest.approx(reference.loss.item(), rel=1e-5)
+    assert fast.kd.item() == pytest.approx(reference.kd.item(), rel=1e-5)
+    assert distance(hidden.grad, logits.grad.double() @ head.double()) < 0.006
+
+
+# --- held-out measures -----------------------------------------------------------------------------------------------
+
+
+def test_heldout_stats_equal_numpy():
+    hidden, head, _, _, labels = make_case()
+    teacher_hidden, teacher_head = hidden + 0.5 * torch.randn(N, H), head + 0.1 * torch.randn(V, H)
+    stats = heldout_stats(hidden, head, teacher_hidden, teacher_head, labels)
+    logits_q, logits_p = as_float64(hidden @ head.T), as_float64(teacher_hidden @ teacher_head.T)
+    log_q, log_p = log_probabilities(logits_q), log_probabilities(logits_p)
+    rows = np.arange(N)
+    expected = {
+        "kl_to_teacher": numpy_divergence(log_p, log_q, "forward_kl", 0.5),
+        "nll": -log_q[rows, labels],
+        "teacher_nll": -log_p[rows, labels],
+        "top1_agreement": logits_q.argmax(-1) == logits_p.argmax(-1),
+    }
+    for name, column in expected.items():
+        np.testing.assert_allclose(getattr(stats, name).numpy(), column, rtol=1e-5, err_msg=name)
+    assert 0 < stats.top1_agreement.mean() < 1
