@@ -1,0 +1,35 @@
+"""Stage 4: what did it bring?
+
+    python scripts/evaluate_distillation.py --config configs/embedded.yaml
+    python scripts/evaluate_distillation.py --config configs/embedded.yaml --model_path RUN/final_model --mode quick
+
+Compares the student before, its SFT control, the distilled student and the teacher, on held-out teacher text and on
+graded answers over a temperature sweep. Writes samples.jsonl, heldout.jsonl, results.json, report.md to `output_dir`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from src.evaluation.evaluator import EvaluateConfig, run_evaluation
+from src.evaluation.report import console_tables
+from src.utils.common import run_cli
+from src.utils.config import load_config
+
+
+def main() -> None:
+    config = load_config(EvaluateConfig, "evaluate_distillation")
+    results = run_evaluation(config)
+    console = Console(highlight=False)
+    for table in console_tables(results):
+        console.print(table)
+    console.print(results["verdict"])
+    for name in ("results.json", "report.md", "samples.jsonl"):
+        print(Path(config.output_dir) / name)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,406 @@
+"""Base, SFT control, distilled student and teacher on the same prompts and the same held-out text.
+
+Answers go to samples.jsonl and per-row sums to heldout.jsonl as they are made; results.json derives from those two.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from src.distillation.base import (
+    causal_lm,
+    compute_dtype,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    place,
+    prompt_text,
+    shared_vocabulary,
+)
+from src.distillation.batching import encode_pairs
+from src.distillation.heldout import score_heldout
+from src.distillation.sft import Request, Sampling, generate, make_requests
+from src.evaluation.graders import grade
+from src.evaluation.report import write_markdown
+from src.evaluation.results import ARMS, make_results
+from src.utils.common import (
+    ROW_KEYS,
+    Progress,
+    UserError,
+    append_jsonl,
+    check_dataset_row,
+    finish_stage,
+    logger,
+    provenance,
+    read_json,
+    read_jsonl,
+    repair_jsonl_tail,
+    require_disk,
+    sha256_file,
+    sha256_text,
+    stage_state,
+    start_stage,
+    write_json,
+)
+from src.utils.config import setting
+
+MODES = {"quick": 10, "medium": 50, "full": 350}
+PRESETS = {"raw": {"top_p": 1.0, "top_k": 0}, "recommended": {"top_p": 0.8, "top_k": 20}}
+SANDBOX_LEVEL = "none"  # code is not executed
+
+
+@dataclass
+class EvaluateConfig:
+    data_dir: str = setting("data/processed", "where eval_dataset.jsonl is")
+    experiment_dir: str = setting("outputs/experiment/default", "held-out rows are in its folder sft/, runs beside it")
+    output_dir: str = setting("outputs/evaluation", "where samples, results and reports go")
+    model_path: str | None = setting(
+        None, "RUN/final_model of the distilled student (default: the newest finished run)"
+    )
+    sft_model_path: str | None = setting(None, "RUN/final_model of its control (default: the newest that matches)")
+    base: str | None = setting(None, "the student before training (default: from the run's kd_config.json)")
+    teacher: str | None = setting(None, "the teacher (default: from the run's kd_config.json)")
+    arms: list[str] = setting(list(ARMS), "which of base, sft, kd, teacher to evaluate")
+    mode: Literal["quick", "medium", "full"] = setting("full", "10, 50 or 350 prompts")
+    temperatures: list[float] = setting([0.1, 0.7, 1.2], "sampling temperatures; 0 is greedy", "temperature")
+    presets: list[str] = setting(["recommended"], "raw (top_p 1, top_k 0) and / or recommended (0.8, 20)")
+    num_samples: int = setting(1, "answers a prompt, temperature and preset")
+    max_new_tokens: int = setting(768, "longest answer")
+    batch_size: int = setting(32, "rows in one forward pass")
+    heldout: bool = setting(True, "score the held-out teacher text (KL, NLL, top-1 agreement)")
+    max_length: int = setting(1024, "longest held-out row in tokens")
+    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
+    student_devices: list[int] = setting([], "GPUs the student is spread over")
+    gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    seed: int = setting(42, "every answer's seed is made from this, its row, temperature and preset")
+    overwrite: bool = setting(False, "evaluate again")
+
+
+@dataclass(frozen=True)
+class Arms:
+    """What each arm is, a model name (base, teacher) or an adapter folder (sft, kd); and why others are missing."""
+
+    base: str  # the student that the adapters sit on, whether or not it is an arm
+    found: dict[str, str]
+    missing: dict[str, str]
+    training: dict[str, dict[str, Any]]
+
+
+# --- arms ------------------------------------------------------------------------------------------------------------
+
+
+def _finished_runs(root: Path, prefix: str, experiment: str) -> list[Path]:
+    """Finished runs of an experiment, the newest last."""
+    runs = [path.parent for path in sorted(root.glob(f"{prefix}_*/kd_results.json"))]
+    return [run for run in runs if read_json(run / "kd_config.json").get("experiment") == experiment]
+
+
+def _difference(run: dict[str, Any], control: dict[str, Any]) -> str | None:
+    """Why a run is no control of another: it must differ in the objective alone (same rows, steps, seed), alpha 0."""
+    if not run or not control:
+        return "no kd_config.json beside both models says that they had the same rows and steps"
+    if control["fingerprint"].get("alpha") != 0:
+        return f"it was trained with alpha = {control['fingerprint'].get('alpha')}, a control has 0"
+    objective = {"alpha", "temperature", "divergence", "beta", "teacher_signal"}
+    ours, theirs = run["fingerprint"], control["fingerprint"]
+    for name in sorted((ours.keys() | theirs.keys()) - objective):
+        if ours.get(name) != theirs.get(name):
+            return f"its {name} is {theirs.get(name)!r}, the distilled student's {ours.get(name)!r}"
+    return None
+
+
+def _run_config(adapter: Path) -> dict[str, Any]:
+    path = adapter.parent / "kd_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _adapter_folder(path: str, flag: str) -> Path:
+    folder = Path(path)
+    folder = folder / "final_model" if (folder / "final_model").is_dir() else folder
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"--{flag} {path}: no adapter_config.json there; name a run folder or its final_model")
+    return folder
+
+
+def resolve_arms(config: EvaluateConfig) -> Arms:
+    """Find every arm that is asked for, by flag or from the newest finished run of the experiment.
+
+    Raises:
+        UserError: there is no distilled student, or a flag names something that is not there.
+    """
+    root, experiment = Path(config.experiment_dir).parent, Path(config.experiment_dir).name
+    if config.model_path:
+        kd = _adapter_folder(config.model_path, "model_path")
+    else:
+        runs = _finished_runs(root, "gpu_optimized_kd", experiment)
+        if not runs:
+            raise UserError(
+                f"{root}: no finished run of {experiment}; run scripts/run_improved_kd.py, or pass --model_path"
+            )
+        kd = runs[-1] / "final_model"
+    run_config = _run_config(kd)
+    if run_config.get("alpha") == 0:
+        raise UserError(
+            f"--model_path {kd} is an SFT control (alpha = 0); name a distilled student, or --sft_model_path"
+        )
+    adapter = read_json(kd / "adapter_config.json")
+    base = config.base or run_config.get("model_name_or_path") or adapter["base_model_name_or_path"]
+    found = {"kd": str(kd), "base": base}
+    missing = {}
+    if teacher := config.teacher or run_config.get("teacher_model_name_or_path"):
+        found["teacher"] = teacher
+    else:
+        missing["teacher"] = "no kd_config.json beside the model; name it with --teacher"
+    if config.sft_model_path:
+        control = _adapter_folder(config.sft_model_path, "sft_model_path")
+        if why := _difference(run_config, _run_config(control)):
+            raise UserError(f"--sft_model_path {control} is no control of {kd}: {why}")
+        found["sft"] = str(control)
+    else:
+        controls = _finished_runs(root, "sft_control", experiment)
+        matching = [run for run in controls if not _difference(run_config, read_json(run / "kd_config.json"))]
+        if matching:
+            found["sft"] = str(matching[-1] / "final_model")
+        elif controls:
+            missing["sft"] = (
+                f"{len(controls)} finished controls differ in rows or settings; run_improved_kd.py --alpha 0"
+            )
+        else:
+            missing["sft"] = "no finished control of this experiment; run_improved_kd.py --alpha 0"
+    found = {arm: found[arm] for arm in ARMS if arm in found and arm in config.arms}
+    missing |= {arm: "not asked for" for arm in ARMS if arm not in config.arms}
+    training = {}
+    for arm in ("sft", "kd"):
+        path = Path(found.get(arm, "")).parent / "kd_results.json"
+        if arm in found and path.is_file():
+            training[arm] = read_json(path)
+    return Arms(base, found, missing, training)
+
+
+@contextlib.contextmanager
+def use_arm(student: PreTrainedModel | PeftModel, arm: str) -> Iterator[None]:
+    """The student as one of its arms: `base` without an adapter, else with the adapter of that name."""
+    if not isinstance(student, PeftModel):
+        yield
+    elif arm == "base":
+        with student.disable_adapter():
+            yield
+    else:
+        student.set_adapter(arm)
+        yield
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def select_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` rows, the sources taking turns, each in the order of its ids: quick is part of medium, medium of full."""
+    by_source: dict[str, list] = {}
+    for row in sorted(rows, key=lambda row: row["id"]):
+        by_source.setdefault(row["source"], []).append(row)
+    turns = [(turn, source, row) for source, own in by_source.items() for turn, row in enumerate(own)]
+    return [row for _, _, row in sorted(turns, key=lambda item: item[:2])[:count]]
+
+
+def _stored(path: Path) -> list[dict[str, Any]]:
+    repair_jsonl_tail(path)
+    return read_jsonl(path) if path.is_file() and path.stat().st_size else []
+
+
+def _sample_row(arm: str, row: dict[str, Any], answer: dict[str, Any], preset: str, prompt: str) -> dict[str, Any]:
+    verdict = grade(row, answer["response"], answer["finish_reason"])
+    return {
+        "arm": arm,
+        "id": row["id"],
+        "source": row["source"],
+        "domain": row["domain"],
+        "temperature": answer["sampling"]["temperature"],
+        "preset": preset,
+        "sample_index": answer["sample_index"],
+        "seed": answer["seed"],
+        "sampling": answer["sampling"],
+        "prompt_sha256": sha256_text(prompt),
+        "response": answer["response"],
+        "finish_reason": answer["finish_reason"],
+        "num_tokens": answer["num_tokens"],
+        "extracted": verdict.extracted,
+        "outcome": verdict.outcome,
+        "strict": verdict.strict,
+        "score": verdict.score,
+        "sandbox_level": SANDBOX_LEVEL,
+    }
+
+
+# --- work ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Models:
+    student: Any = None
+    student_tokenizer: Any = None
+    teacher: Any = None
+    teacher_tokenizer: Any = None
+
+
+def _load(config: EvaluateConfig, arms: Arms) -> _Models:
+    dtype, models, base = compute_dtype(), _Models(), arms.base
+    if arms.found.keys() != {"teacher"}:
+        models.student_tokenizer = load_tokenizer(base)
+        student = load_model(base, dtype, place(base, config.student_devices, dtype, config.gpu_memory_gb))
+        for arm in ("kd", "sft"):
+            if arm not in arms.found:
+                continue
+            try:
+                if isinstance(student, PeftModel):
+                    student.load_adapter(arms.found[arm], adapter_name=arm)
+                else:
+                    student = PeftModel.from_pretrained(student, arms.found[arm], adapter_name=arm)
+            except (ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:120]
+                message = f"{arms.found[arm]} does not fit on {base}: {reason}; name its student with --base"
+                raise UserError(message) from error
+        models.student = student.eval()
+    if name := arms.found.get("teacher"):
+        models.teacher_tokenizer = load_tokenizer(name)
+        models.teacher = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
+    return models
+
+
+def _score_heldout(config: EvaluateConfig, arms: Arms, models: _Models, rows: list[dict[str, Any]], path: Path) -> None:
+    """Append the sums of the rows that heldout.jsonl lacks."""
+    names = [arm for arm in ("base", "sft", "kd") if arm in arms.found]
+    done = {(row["arm"], row["id"], row["sample_index"]) for row in _stored(path)}
+    tokenizers = (models.student_tokenizer, models.teacher_tokenizer)
+    pairs, _ = encode_pairs(rows, *tokenizers, config.max_length, "held-out rows")
+    todo = [p for p in pairs if not all((arm, p.student.id, p.student.sample_index) in done for arm in names)]
+    ours, theirs = [pair.student for pair in todo], [pair.teacher for pair in todo]
+    logits = [m.get_output_embeddings().weight.shape[0] for m in (causal_lm(models.student), models.teacher)]
+    vocab_size = shared_vocabulary(*tokenizers, *logits, ours, theirs)
+    contexts = {arm: lambda arm=arm: use_arm(models.student, arm) for arm in names}
+    with Progress(len(todo), "held-out rows") as progress:
+        pad_id = models.student_tokenizer.pad_token_id
+        for part in score_heldout(models.student, models.teacher, ours, theirs, vocab_size, pad_id, 8, contexts):
+            append_jsonl(path, [row for row in part if (row["arm"], row["id"], row["sample_index"]) not in done])
+            progress.advance(len(part) // len(names))
+
+
+def _generate(config: EvaluateConfig, arms: Arms, models: _Models, rows: list[dict[str, Any]], path: Path) -> None:
+    """Append the graded answers that samples.jsonl lacks."""
+    done: dict[tuple, set] = {}
+    for row in _stored(path):
+        cell = (row["arm"], row["preset"], row["temperature"])
+        done.setdefault(cell, set()).add((row["id"], row["sample_index"]))
+    by_id = {row["id"]: row for row in rows}
+    cells = [(arm, p, t) for arm in arms.found for p in config.presets for t in config.temperatures]
+    with Progress(len(cells) * len(rows) * config.num_samples, "graded answers", "answer") as progress:
+        for arm, preset, temperature in cells:
+            cell_done = frozenset(done.get((arm, preset, temperature), set()))
+            progress.skip(len(cell_done))
+            sampling = Sampling(temperature, **PRESETS[preset], max_new_tokens=config.max_new_tokens)
+            # the seeds are the same for every arm: arms are compared on common random numbers
+            requests = make_requests(rows, config.num_samples, config.seed, f"{preset}/{temperature:g}")
+            tokenizer = models.teacher_tokenizer if arm == "teacher" else models.student_tokenizer
+            prompts = {r.id: prompt_text(tokenizer, Request(r.id, 0, r.system, r.prompt, 0).messages) for r in requests}
+            model = models.teacher if arm == "teacher" else causal_lm(models.student)
+            with contextlib.nullcontext() if arm == "teacher" else use_arm(models.student, arm):
+                for part in generate(model, tokenizer, requests, sampling, config.batch_size, cell_done):
+                    append_jsonl(path, [_sample_row(arm, by_id[a["id"]], a, preset, prompts[a["id"]]) for a in part])
+                    progress.advance(len(part), arm=arm, temperature=temperature)
+
+
+def _check(config: EvaluateConfig) -> None:
+    for name, known in (("arms", ARMS), ("presets", PRESETS), ("temperatures", None)):
+        values = getattr(config, name)
+        if not values:
+            raise UserError(f"{name}: name at least one")
+        for value in values:
+            if known is not None and value not in known:
+                raise UserError(f"{name}: unknown {value!r}; there are {', '.join(known)}")
+            if values.count(value) > 1:
+                raise UserError(f"{name}: {value} is named twice")
+    for name in ("num_samples", "batch_size", "max_new_tokens"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 1")
+
+
+def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate every arm; returns the content of results.json.
+
+    Writes `output_dir`/{samples,heldout}.jsonl, results.json and report.md. Killed and called again, it goes on where
+    it was; called again when finished, it returns what is there.
+
+    Raises:
+        UserError: something the user must put right; the text says what and how.
+    """
+    _check(config)
+    arms = resolve_arms(config)
+    data = Path(config.data_dir) / "eval_dataset.jsonl"
+    rows = read_jsonl(data, ROW_KEYS, "run scripts/download_datasets.py", check_dataset_row)
+    chosen = select_rows(rows, MODES[config.mode])
+    heldout_file = Path(config.experiment_dir) / "sft" / "sft_eval_data_clean.jsonl"
+    with_heldout = config.heldout and "teacher" in arms.found and len(arms.found) > 1
+    heldout_rows = read_jsonl(heldout_file, ("id", "messages"), "run scripts/fix_sft_data.py") if with_heldout else []
+
+    ignored = (
+        "overwrite",
+        "output_dir",
+        "data_dir",
+        "experiment_dir",
+        "model_path",
+        "sft_model_path",
+        "base",
+        "teacher",
+    )
+    settings = {name: value for name, value in asdict(config).items() if name not in ignored}
+    fingerprint = {
+        **settings,
+        "data": sha256_file(data),
+        "heldout_rows": sha256_file(heldout_file) if with_heldout else None,
+        "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},
+    }
+    folder = Path(config.output_dir)
+    samples_path, heldout_path, results_path = (folder / n for n in ("samples.jsonl", "heldout.jsonl", "results.json"))
+    outputs = [samples_path, results_path, folder / "report.md", *([heldout_path] if with_heldout else [])]
+    marker = folder / "evaluation.json"
+    if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
+        logger.info("%s is complete; nothing to do", folder)
+        return read_json(results_path)
+    answers = len(chosen) * len(arms.found) * len(config.temperatures) * len(config.presets) * config.num_samples
+    require_disk(folder, answers * (4 * config.max_new_tokens + 2000), "the answers")
+    start_stage(marker, fingerprint)
+    if len(chosen) < MODES[config.mode]:
+        logger.info(
+            "%s asks for %d prompts, %s has %d: all are used", config.mode, MODES[config.mode], data, len(chosen)
+        )
+    for arm, why in arms.missing.items():
+        logger.info("arm %s: %s", arm, why)
+
+    models = _load(config, arms)
+    if heldout_rows:
+        _score_heldout(config, arms, models, heldout_rows, heldout_path)
+    _generate(config, arms, models, chosen, samples_path)
+    del models
+    gc.collect()
+    context = {
+        "arms": arms.found,
+        "missing_arms": arms.missing,
+        "training": arms.training,
+        "settings": {
+            "experiment": Path(config.experiment_dir).name,
+            "data_dir": config.data_dir,
+            "prompts": len(chosen),
+            **settings,
+        },
+        "provenance": provenance(),
+    }
+    results = make_results(_stored(samples_path), _stored(heldout_path) if with_heldout else [], context, config.seed)
+    write_json(results_path, results)
+    write_markdown(results, folder / "report.md")
+    finish_stage(marker, fingerprint)
+    return results

@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Base against distilled, side by side: a script to run and a function to call, not a pytest file.
+
+python test_kd_inference_v2.py --mode quick --temperature 0.7
+python test_kd_inference_v2.py --mode medium --temperature 0.1 0.7 1.2 --model_path RUN/final_model
+
+from test_kd_inference_v2 import test_model
+results = test_model(temperature=0.7, mode="quick")
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from src.evaluation.evaluator import EvaluateConfig, run_evaluation
+from src.evaluation.report import console_tables
+from src.utils.common import UserError, logger, read_json, read_jsonl, run_cli
+from src.utils.config import build_config, profile_argument, read_profile, setting
+
+SECTION = "evaluate_distillation"
+SHOWN = 6  # answers shown side by side
+LIMIT = 400  # characters of a text shown
+
+
+@dataclass
+class InferenceTestConfig:
+    mode: str = setting("quick", "quick, medium or full: 10, 50 or 350 prompts")
+    temperature: list[float] = setting([0.7], "sampling temperatures; 0 is greedy", "temperatures")
+    model_path: str | None = setting(None, "a run's folder or its final_model (default: the newest finished run)")
+    overwrite: bool = setting(False, "generate again")
+
+
+def newest_profile() -> Path:
+    """The shipped profile whose experiment has the newest finished run."""
+    found = []
+    for profile in sorted((ROOT / "configs").glob("*.yaml")):
+        experiment = Path(read_profile(profile, SECTION, EvaluateConfig).get("experiment_dir", ""))
+        for results in experiment.parent.glob("gpu_optimized_kd_*/kd_results.json"):
+            if read_json(results).get("experiment") == experiment.name:
+                found.append((results.parent.name, profile))
+    if not found:
+        raise UserError(
+            "no finished run of a shipped profile; run bash run_pipeline.sh, or name a profile with --config"
+        )
+    return max(found)[1]
+
+
+def run_comparison(own: InferenceTestConfig, config: str | Path | None) -> dict[str, Any]:
+    """Evaluate the arms base and kd; results.json's content and the folder it is in."""
+    profile = Path(config) if config else newest_profile()
+    logger.info("profile %s", profile)
+    values = read_profile(profile, SECTION, EvaluateConfig)
+    parts = [Path(values.get("experiment_dir", "default")).name]
+    if own.model_path:
+        parts.append(Path(own.model_path.removesuffix("/").removesuffix("/final_model")).name)
+    parts.append(f"{own.mode}_T{'_'.join(f'{t:g}' for t in own.temperature)}")
+    values = {name: value for name, value in values.items() if name not in ("temperature", "temperatures")} | {
+        "arms": ["base", "kd"],
+        "heldout": False,
+        "mode": own.mode,
+        "temperatures": own.temperature,
+        "model_path": own.model_path,
+        "overwrite": own.overwrite,
+        "output_dir": str(Path("outputs", "inference_test", *parts)),
+    }
+    built = build_config(EvaluateConfig, values, where=str(profile))
+    return {**run_evaluation(built), "output_dir": built.output_dir}
+
+
+def test_model(
+    temperature: float = 0.7, mode: str = "quick", model_path: str | None = None, config: str | Path | None = None
+) -> dict[str, Any]:
+    """Compare the student before and after distillation at one sampling temperature.
+
+    Args:
+        temperature: of the sampling; 0 is greedy.
+        mode: `quick`, `medium` or `full`: 10, 50 or 350 prompts (fewer where the data set is smaller).
+        model_path: a run's folder or its final_model (default: the newest finished run).
+        config: a profile (default: the shipped one with the newest finished run).
+
+    Returns:
+        The content of results.json, and `output_dir`, where samples.jsonl and report.md are too.
+
+    Raises:
+        UserError: something the user must put right.
+    """
+    return run_comparison(InferenceTestConfig(mode, [temperature], model_path), config)
+
+
+test_model.__test__ = False  # the name is the users'; pytest must not collect it
+
+
+def _printable(text: str) -> str:
+    """Cut to what fits a cell; control characters, which could steer the terminal, are shown as a replacement mark."""
+    cut = text if len(text) <= LIMIT else f"{text[:LIMIT]} ..."
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in cut)
+
+
+def show(results: dict[str, Any]) -> None:
+    """Answers side by side, then the tables and the verdict. Model-written text is shown as text, never as markup."""
+    console = Console(highlight=False)
+    rows = read_jsonl(Path(results["settings"]["data_dir"]) / "eval_dataset.jsonl", ("id", "prompt"))
+    prompts = {row["id"]: row["prompt"].rpartition("\n\n")[0] for row in rows}
+    answers: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in read_jsonl(Path(results["output_dir"]) / "samples.jsonl"):
+        if row["sample_index"] == 0:
+            answers.setdefault((row["temperature"], row["id"]), {})[row["arm"]] = row
+    table = Table("T", "prompt", "base", "distilled", title="Answers side by side", show_lines=True, expand=True)
+    for (temperature, row_id), arms in list(answers.items())[:SHOWN]:
+        cells = [f"{temperature:g}", prompts[row_id]]
+        cells += [f"[{arms[arm]['outcome']}] {arms[arm]['response']}" if arm in arms else "-" for arm in ("base", "kd")]
+        table.add_row(*(Text(_printable(cell)) for cell in cells))
+    console.print(table)
+    for one in console_tables(results):
+        console.print(one)
+    console.print(results["verdict"], markup=False)
+    for name in ("results.json", "samples.jsonl", "report.md"):
+        print(Path(results["output_dir"]) / name)
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    show(run_comparison(build_config(InferenceTestConfig, argv=argv, prog=Path(__file__).name), profile_argument(argv)))
+
+
+if __name__ == "__main__":
+    run_cli(main)
