@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Every stage, one command: models, prompts, teacher answers, cleaning, the SFT control, the distilled student, evaluation.
+# Safe to run again: finished stages are skipped, unfinished ones go on where they were.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/venv.sh
+
+usage() {
+  cat <<'TEXT'
+usage: bash run_pipeline.sh [--profile NAME]
+
+  --profile NAME   configs/NAME.yaml, or the path of a profile (default: embedded, two CPU cores, no GPU, no model hub)
+  --help           this text
+
+The stages, each of which can be run alone as `python scripts/STAGE.py --config configs/NAME.yaml`:
+  prepare_models  download_datasets  generate_sft_data  fix_sft_data
+  run_improved_kd --alpha 0  run_improved_kd  evaluate_distillation
+TEXT
+}
+
+profile=embedded
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --profile) [ $# -ge 2 ] || { echo "error: --profile needs a name" >&2; exit 2; }; profile="$2"; shift 2 ;;
+    --profile=*) profile="${1#*=}"; shift ;;
+    -h|--help) usage; exit 0 ;;
+    *) echo "error: unknown argument $1 (--help lists them)" >&2; exit 2 ;;
+  esac
+done
+config="$profile"
+[ -f "$config" ] || config="configs/$profile.yaml"
+[ -f "$config" ] || { echo "error: no profile $profile; there are: $(cd configs && echo *.yaml)" >&2; exit 2; }
+
+ensure_venv requirements.txt
+begin=$SECONDS
+stage() {
+  local name="$1" start=$SECONDS
+  shift
+  printf '\n=== %s %s\n' "$name" "$*"
+  "$VENV/bin/python" "scripts/$name.py" --config "$config" "$@"
+  echo "=== $name: $((SECONDS - start)) s"
+}
+
+stage prepare_models
+stage download_datasets
+stage generate_sft_data
+stage fix_sft_data
+stage run_improved_kd --alpha 0
+stage run_improved_kd
+stage evaluate_distillation
+echo "=== all stages: $((SECONDS - begin)) s"

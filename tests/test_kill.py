@@ -1,0 +1,156 @@
+"""SIGKILL at any moment and the same command again: every stage ends with what an uninterrupted run leaves.
+
+Real processes and tiny models. Times, memory, paths and versions may differ; nothing else may.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import load_peft_weights
+
+from src.utils.common import read_json, read_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+pytestmark = pytest.mark.slow
+
+
+def start(script: str, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+    command = [*launcher, str(ROOT / "scripts" / f"{script}.py"), *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(script: str, *arguments: str, **keywords) -> str:
+    process = start(script, *arguments, **keywords)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(path: Path, lines: int, script: str, *arguments: str) -> None:
+    """Start the script and kill it once `path` has this many lines."""
+    process = start(script, *arguments)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.is_file() and path.read_bytes().count(b"\n") >= lines:
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, f"{script} ended before it could be killed: {process.communicate()[0]}"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def profile(tmp_path, tiny_teacher, tiny_student):
+    """Two experiments on the same prompts, one to interrupt and one to leave alone: (name) -> `--config` arguments."""
+
+    def write(name: str) -> list[str]:
+        values = {
+            "data_dir": str(tmp_path / "data"),
+            "experiment_dir": str(tmp_path / name / "tiny"),
+            "teacher_model_name_or_path": tiny_teacher,
+            "model_name_or_path": tiny_student,
+            "download_datasets": {"domains": ["maths"], "domain_train_rows": [120], "domain_eval_rows": [24]},
+            "generate_sft_data": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 24, "batch_size": 8,
+                                  "num_samples": 2},
+            "run_improved_kd": {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 40, "save_steps": 5,
+                                "learning_rate": "1e-2", "warmup_steps": 2, "lora_r": 4, "bf16": False,
+                                "eval_steps": 10},
+            "evaluate_distillation": {"output_dir": str(tmp_path / name / "evaluation"), "mode": "quick",
+                                      "max_new_tokens": 24, "batch_size": 4, "num_samples": 2},
+        }  # fmt: skip
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return ["--config", str(path)]
+
+    return write
+
+
+def by_key(path: Path, *keys: str) -> dict:
+    rows = read_jsonl(path)
+    made = {tuple(row[key] for key in keys): row for row in rows}
+    assert len(made) == len(rows), f"{path} holds a row twice"
+    return made
+
+
+def test_killed_stages_end_as_uninterrupted_ones(profile, tmp_path, clean_rows, write_sft):
+    whole, cut = profile("whole"), profile("cut")
+    finish("download_datasets", *whole)
+    folders = {name: tmp_path / name for name in ("whole", "cut")}
+    answers = {name: folder / "tiny" / "sft" / "sft_train_data.jsonl" for name, folder in folders.items()}
+
+    finish("generate_sft_data", *whole)
+    for lines in (8, 60, 150):
+        kill_when(answers["cut"], lines, "generate_sft_data", *cut)
+        with answers["cut"].open("a") as file:  # what a kill in the middle of a write leaves
+            file.write('{"id": "torn')
+    finish("generate_sft_data", *cut)
+    assert by_key(answers["cut"], "id", "sample_index") == by_key(answers["whole"], "id", "sample_index")
+    for name in folders:  # a random teacher hardly ever ends its turn, so the training rows are others
+        write_sft(tmp_path / name / "tiny", clean_rows(100), clean_rows(12, start=200))
+
+    run = {name: folder / "run" for name, folder in folders.items()}
+    control = {name: folder / "control" for name, folder in folders.items()}
+    finish("run_improved_kd", *whole, "--output_dir", str(run["whole"]))
+    for steps in (3, 12, 27):
+        kill_when(run["cut"] / "metrics.jsonl", steps, "run_improved_kd", *cut, "--output_dir", str(run["cut"]))
+    finish("run_improved_kd", *cut, "--output_dir", str(run["cut"]))
+    for name, folder in control.items():
+        finish("run_improved_kd", *profile(name), "--alpha", "0", "--output_dir", str(folder))
+    measured = ("tokens_per_second", "peak_memory_mb", "train_seconds")
+    metrics, results = {}, {}
+    for name, folder in run.items():
+        rows = read_jsonl(folder / "metrics.jsonl")
+        metrics[name] = [{k: v for k, v in row.items() if k not in measured} for row in rows]
+        results[name] = {k: v for k, v in read_json(folder / "kd_results.json").items() if k not in measured}
+    assert metrics["cut"] == metrics["whole"]
+    assert results["cut"] == results["whole"]
+    ours, theirs = (load_peft_weights(str(run[name] / "final_model")) for name in run)
+    assert all((ours[name] == theirs[name]).all() for name in ours | theirs)
+
+    flags = {n: ["--model_path", str(run[n]), "--sft_model_path", str(control[n])] for n in run}
+    finish("evaluate_distillation", *whole, *flags["whole"])
+    samples = {name: folder / "evaluation" / "samples.jsonl" for name, folder in folders.items()}
+    for lines in (10, 100):
+        kill_when(samples["cut"], lines, "evaluate_distillation", *cut, *flags["cut"])
+    finish("evaluate_distillation", *cut, *flags["cut"])
+    keys = ("arm", "preset", "temperature", "id", "sample_index")
+    assert by_key(samples["cut"], *keys) == by_key(samples["whole"], *keys)
+    sections = []
+    for folder in folders.values():
+        stored = read_json(folder / "evaluation" / "results.json")
+        sections.append(json.dumps([stored[name] for name in ("heldout", "graded", "verdict")]))
+    assert sections[0] == sections[1]
+
+
+def test_two_processes_learn_what_one_learns(tmp_path, tiny_teacher, tiny_student, clean_rows, write_sft):
+    """DDP on gloo: rows per step, losses and the adapter are those of a single process."""
+    experiment = write_sft(tmp_path / "tiny", clean_rows(40), clean_rows(8, start=100))
+    settings = {
+        "model_name_or_path": tiny_student, "teacher_model_name_or_path": tiny_teacher, "experiment_dir": experiment,
+        "batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 0,
+        "lora_r": 4, "bf16": "false", "save_steps": 3,
+    }  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631")
+    finish("run_improved_kd", *arguments, f"--output_dir={tmp_path / 'one'}")
+    output = finish("run_improved_kd", *arguments, f"--output_dir={tmp_path / 'two'}", launcher=torchrun)
+    assert "8 rows = 2 x 2 x 2 (batch x accumulation x processes)" in output
+    one, two = (load_peft_weights(str(tmp_path / name / "final_model")) for name in ("one", "two"))
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-6
+    rows = [[r for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in r] for name in ("one", "two")]
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        for name in ("loss", "kd_loss", "ce_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
