@@ -17,12 +17,11 @@ sys.path.insert(0, str(ROOT))
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from src.evaluation.evaluator import EvaluateConfig, run_evaluation
-from src.evaluation.report import console_tables
+from src.evaluation.report import console_tables, make_console
 from src.utils.common import UserError, logger, read_json, read_jsonl, run_cli
 from src.utils.config import build_config, profile_argument, read_profile, setting
 
@@ -107,7 +106,7 @@ def _printable(text: str) -> str:
 
 def show(results: dict[str, Any]) -> None:
     """Answers side by side, then the tables and the verdict. Model-written text is shown as text, never as markup."""
-    console = Console(highlight=False)
+    console = make_console()
     rows = read_jsonl(Path(results["settings"]["data_dir"]) / "eval_dataset.jsonl", ("id", "prompt"))
     prompts = {row["id"]: row["prompt"].rpartition("\n\n")[0] for row in rows}
     answers: dict[tuple, dict[str, dict[str, Any]]] = {}

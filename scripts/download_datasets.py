@@ -146,9 +146,11 @@ def main() -> None:
     outputs = [folder / "train_dataset.jsonl", folder / "eval_dataset.jsonl", folder / "manifest.json"]
     fingerprint = {key: value for key, value in asdict(config).items() if key not in ("overwrite", "data_dir")}
     packs = [ROOT / "data" / "domains" / f"{name}.yaml" for name in config.domains]
-    given = [Path(config.gsm8k_path), Path(config.humaneval_path), Path(config.mbpp_path)]
-    files = [*packs, *given, *(path / f"{name}.jsonl" for path in given for name in ("train", "test"))]
-    fingerprint["files"] = {path.name: sha256_file(path) for path in files if path.is_file()}
+    given = [Path(p) for p in (config.gsm8k_path, config.humaneval_path, config.mbpp_path) if Path(p).exists()]
+    beside = [
+        folder / f"{name}.jsonl" for path in given for folder in (path, path.parent) for name in ("train", "test")
+    ]
+    fingerprint["files"] = {str(path): sha256_file(path) for path in [*packs, *given, *beside] if path.is_file()}
     marker = folder / "download_datasets.json"
     if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
         logger.info("%s is complete; nothing to do", folder)

@@ -12,10 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
-
 from src.evaluation.evaluator import EvaluateConfig, run_evaluation
-from src.evaluation.report import console_tables
+from src.evaluation.report import console_tables, make_console
 from src.utils.common import run_cli
 from src.utils.config import load_config
 
@@ -23,7 +21,7 @@ from src.utils.config import load_config
 def main() -> None:
     config = load_config(EvaluateConfig, "evaluate_distillation")
     results = run_evaluation(config)
-    console = Console(highlight=False)
+    console = make_console()
     for table in console_tables(results):
         console.print(table)
     console.print(results["verdict"])

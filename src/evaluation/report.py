@@ -1,8 +1,10 @@
 """results.json rendered for people: tables for the terminal and report.md. Nothing is computed here."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from src.evaluation.results import ARMS
@@ -56,6 +58,7 @@ def _cells(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
 
 
 def console_tables(results: dict[str, Any]) -> list[Table]:
+    """Every table, for a terminal; model-written text never enters one."""
     tables = []
     for title, header, rows in _cells(results):
         table = Table(*header, title=title, title_justify="left")
@@ -63,6 +66,11 @@ def console_tables(results: dict[str, Any]) -> list[Table]:
             table.add_row(*row)
         tables.append(table)
     return tables
+
+
+def make_console() -> Console:
+    """A console on standard output, wide enough for the tables where it is not a terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -62,7 +62,8 @@ def heldout_section(rows: Sequence[Row], seed: int) -> dict[str, Any]:
 def graded_section(samples: Sequence[Row], seed: int) -> dict[str, Any]:
     """Per (domain, preset, temperature, arm): outcomes and score; per pair of arms: paired differences.
 
-    A row's score is the mean over its samples. Answers that were not executed have no score and stay out of the means.
+    A row's score is the mean over its samples. Where some answers were not executed there is no accuracy: the others
+    (cut, or without code) alone would say nothing.
     """
     cells: dict[tuple, list[Row]] = defaultdict(list)
     for row in samples:
@@ -73,7 +74,7 @@ def graded_section(samples: Sequence[Row], seed: int) -> dict[str, Any]:
         cells.items(), key=lambda item: (*item[0][:3], ARMS.index(item[0][3]))
     ):
         outcomes = Counter(row["outcome"] for row in rows)
-        judged = [row for row in rows if row["score"] is not None]
+        judged = [] if outcomes["not_executed"] else rows
         prompts: dict[str, list[float]] = defaultdict(list)
         for row in judged:
             prompts[row["id"]].append(float(row["outcome"] == "correct"))
