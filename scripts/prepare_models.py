@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import contextlib
+import io
 import tempfile
 
 import torch
@@ -96,9 +98,12 @@ def make_teacher(config: PrepareModelsConfig) -> None:
         (Path(folder) / "model.gguf").write_bytes(data)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
         restore_digits(tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
+        # the conversion draws a bar that no setting of transformers switches off
+        quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with quiet:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            )
         model.config._name_or_path = str(target)
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
