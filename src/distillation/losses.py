@@ -5,23 +5,29 @@
 summed over response tokens; the caller divides once by the number of tokens in the optimisation step. `plain_kd_loss`
 says it in full logits and leaves the gradient to autograd: it is the reference. `kd_loss` says the same a chunk of
 tokens at a time and forms the gradient of the student's hidden state in the same pass, so that no `[tokens, vocab]`
-tensor exists and each projection is made once.
+tensor exists and each projection is made once: three matrix products where the head is frozen.
 
 T^2 keeps the meaning of alpha as T changes (Hinton et al. 2015, section 2). `reverse_kl` is MiniLLM's direction (Gu et
 al. 2024, equation 1), `jsd` the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024, equation 1).
 
-Shape letters: N response tokens, V shared vocabulary, H student width, G teacher width.
+Shape letters: N response tokens, C tokens of one chunk, V shared vocabulary, H student width, G teacher width, K kept
+tokens.
 """
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+logger = logging.getLogger("kd")
+
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-CHUNK_BYTES = 256 * 2**20  # what one chunk's fp32 [chunk, vocab] tensors may take together
-CHUNK_TENSORS = 8  # how many of them are alive at the peak
+CHUNK_BYTES = 256 * 2**20  # what the [C, V] tensors of one chunk may take together
+CHUNK_TENSORS = 8  # how many of them are alive at the peak; a compiled kernel holds a quarter of that
 
 
 class LossSums(NamedTuple):
@@ -30,6 +36,39 @@ class LossSums(NamedTuple):
     loss: Tensor
     kd: Tensor
     ce: Tensor
+
+
+class LogitMap(NamedTuple):
+    """What a model does to its logits after the projection: `softcap * tanh(scale * z / softcap)`, or `scale * z`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits.float() if self.scale == 1 else logits.float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def slope(self, mapped: Tensor) -> Tensor | float:
+        """The derivative of the map, from its result."""
+        return self.scale if self.softcap is None else self.scale * (1 - (mapped / self.softcap) ** 2)
+
+
+IDENTITY = LogitMap()
+
+
+class TopK(NamedTuple):
+    """A teacher's K most probable tokens, and all others as one bucket.
+
+    ids_NK: token ids; log_p_NK: their log-probabilities at T = 1.
+    log_sum_N: `log sum_j exp(log_p_j / T)` over the whole vocabulary, at the temperature of the loss (0 at T = 1).
+    """
+
+    ids_NK: Tensor
+    log_p_NK: Tensor
+    log_sum_N: Tensor
+
+    def part(self, rows: slice) -> "TopK":
+        return TopK(*(tensor[rows] for tensor in self))
 
 
 class HeldoutStats(NamedTuple):
@@ -41,9 +80,15 @@ class HeldoutStats(NamedTuple):
     top1_agreement: Tensor
 
 
-def chunk_tokens(vocab_size: int) -> int:
-    """How many tokens a chunk holds for `CHUNK_BYTES`."""
-    return max(8, CHUNK_BYTES // (4 * CHUNK_TENSORS * vocab_size))
+def chunk_tokens(vocab_size: int, compiled: bool = False, device_type: str = "cpu") -> int:
+    """How many tokens a chunk holds for `CHUNK_BYTES`.
+
+    A compiled kernel takes chunks of one size alone and the last is filled up, so that a large one would waste work: a
+    CPU's products are as fast with 128 rows as with more.
+    """
+    if not compiled:
+        return max(8, CHUNK_BYTES // (4 * CHUNK_TENSORS * vocab_size))
+    return max(8, min(CHUNK_BYTES // (CHUNK_TENSORS * vocab_size), 128 if device_type == "cpu" else 512))
 
 
 def _log_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -109,41 +154,139 @@ def plain_kd_loss(
     return LossSums(alpha * temperature**2 * kd + (1 - alpha) * ce, kd.detach(), ce.detach())
 
 
+def _topk_divergence_and_gradient(teacher: TopK, temperature: float, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward KL over K tokens and one bucket for the rest, and its gradient by the logits over T: `[N], [N, V]`.
+
+    The teacher does not say how its rest is spread, so the gradient spreads it as the student does.
+    """
+    log_p = teacher.log_p_NK.float() / temperature - teacher.log_sum_N.float()[:, None]
+    p = log_p.exp()
+    rest_p = (1 - p.sum(-1)).clamp(min=1e-7)
+    log_q_top = log_q.gather(1, teacher.ids_NK)
+    log_rest_q = log_q.scatter(1, teacher.ids_NK, -torch.inf).logsumexp(-1)
+    value = (p * (log_p - log_q_top)).sum(-1) + rest_p * (rest_p.log() - log_rest_q)
+    grad = log_q.exp() * (1 - rest_p / log_rest_q.exp())[:, None]
+    return value, grad.scatter_(1, teacher.ids_NK, log_q_top.exp() - p)
+
+
+class _Objective(NamedTuple):
+    """The settings of `kd_loss`, constants of its compiled kernel."""
+
+    temperature: float
+    alpha: float
+    kind: str
+    beta: float
+    student_map: LogitMap
+    teacher_map: LogitMap
+    dtype: torch.dtype  # of the products
+
+
+def _chunk(
+    student_CV: Tensor, teacher_CV: Tensor | TopK | None, labels_C: Tensor, counted_C: Tensor | None, o: _Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A chunk's gradient by the student's raw logits `[C, V]`, and its sums of D and CE.
+
+    Args:
+        student_CV: raw logits, as the product gave them, overwritten with the gradient; `teacher_CV` likewise, or its
+            top k, or None.
+        counted_C: fp32, 1 for a token and 0 for what only fills the chunk up; None where all count.
+    """
+    student = o.student_map(student_CV)
+    log_q1 = log_softmax(student, -1)
+    ce = -log_q1.gather(1, labels_C[:, None])[:, 0]
+    grad = log_q1.exp().mul_(1 - o.alpha)
+    if torch.compiler.is_compiling():  # a comparison is fused into the kernel, a scatter would leave it
+        hit = torch.arange(student.shape[1], device=student.device) == labels_C[:, None]
+        grad = torch.where(hit, grad - (1 - o.alpha), grad)
+    else:
+        grad.scatter_add_(1, labels_C[:, None], torch.full_like(grad[:, :1], o.alpha - 1))
+    kd = torch.zeros_like(ce)
+    if teacher_CV is not None:
+        log_q = log_q1 if o.temperature == 1 else log_softmax(student / o.temperature, -1)
+        if isinstance(teacher_CV, TopK):
+            kd, kd_grad = _topk_divergence_and_gradient(teacher_CV, o.temperature, log_q)
+        else:
+            log_p = log_softmax(o.teacher_map(teacher_CV) / o.temperature, -1)
+            kd, kd_grad = _divergence_and_gradient(log_p, log_q, o.kind, o.beta)
+        grad.add_(kd_grad, alpha=o.alpha * o.temperature)  # alpha * T^2 * (1 / T)
+    if o.student_map != IDENTITY:
+        grad = grad * o.student_map.slope(student)
+    if counted_C is not None:
+        grad, kd, ce = grad * counted_C[:, None], kd * counted_C, ce * counted_C
+    return student_CV.copy_(grad), kd.sum(), ce.sum()
+
+
+@functools.cache
+def compiler_works(device_type: str) -> bool:
+    """Whether torch.compile makes kernels for this kind of device here; said once in the log where it does not."""
+    try:
+        torch.compile(lambda x: x.exp().sum(-1))(torch.ones(2, 2, device=device_type))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        logger.info("no compiled loss kernel (%s); plain torch does the same, slower", reason.strip()[:120])
+        return False
+    return True
+
+
+@functools.cache
+def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_chunk, dynamic=False)
+
+
+def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """`a @ b`, in the buffer's rows if there is one; on CUDA half-precision factors give an fp32 result (a CPU has no
+    such product)."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b, out=None if buffer is None else buffer[: len(a)])
+
+
+def _fill(tensor: Tensor, rows: int) -> Tensor:
+    """`tensor` with zero rows added up to `rows`: a compiled kernel wants every chunk of one shape."""
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+
 class _ChunkedKD(torch.autograd.Function):
     """`kd_loss`, its gradients formed in the forward pass: a chunk's logits are gone before the next one's exist."""
 
     @staticmethod
-    def forward(ctx, student_NH, student_VH, teacher_NG, teacher_VG, labels_N, temperature, alpha, kind, beta, dtype):
-        student_head = student_VH.to(dtype)
-        teacher_head = None if teacher_VG is None else teacher_VG.to(dtype)
+    def forward(ctx, student_NH, student_VH, teacher, teacher_VG, labels_N, o, compiled):
+        student_head = student_VH.to(o.dtype)
+        teacher_head = None if teacher_VG is None else teacher_VG.to(o.dtype)
         grad_hidden = torch.empty_like(student_NH) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(student_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        kd_sum = student_NH.new_zeros((), dtype=torch.float32)
-        ce_sum = torch.zeros_like(kd_sum)
-        size = chunk_tokens(len(student_VH))
+        sums = torch.zeros(2, device=student_NH.device)
+        size = chunk_tokens(len(student_VH), compiled, student_NH.device.type)
+        chunk = _compiled_chunk() if compiled else _chunk
+        counted = None
+        # a CPU's allocator gives memory this large back each time, and takes a tenth of the time to get it again
+        buffers = [None, None]
+        if not student_NH.is_cuda:
+            shape = min(size, max(len(labels_N), 1)) if not compiled else size, len(student_VH)
+            buffers = [torch.empty(shape, dtype=o.dtype) for _ in buffers]
         for start in range(0, len(labels_N), size):
             part = slice(start, start + size)
-            hidden = student_NH[part].to(dtype)
-            logits = (hidden @ student_head.T).float()
-            log_q = log_softmax(logits, -1)
-            labels = labels_N[part, None]
-            ce_sum -= log_q.gather(1, labels).sum()
-            grad = log_q.exp().scatter_add_(1, labels, torch.full_like(labels, -1, dtype=torch.float32))
-            grad *= 1 - alpha
+            hidden, labels = student_NH[part].to(o.dtype), labels_N[part]
+            states = teacher.part(part) if isinstance(teacher, TopK) else None if teacher is None else teacher[part]
+            rows = len(labels)
+            if compiled:
+                counted = _fill(sums.new_ones(rows), size)
+                hidden, labels = _fill(hidden, size), _fill(labels, size)
+                states = None if states is None else _fill(states, size)
             if teacher_head is not None:
-                log_p = log_softmax((teacher_NG[part].to(dtype) @ teacher_head.T).float() / temperature, -1)
-                log_q = log_softmax(logits / temperature, -1)
-                value, kd_grad = _divergence_and_gradient(log_p, log_q, kind, beta)
-                kd_sum += value.sum()
-                grad += kd_grad.mul_(alpha * temperature)  # alpha * T^2 * (1 / T)
+                states = _product(states.to(o.dtype), teacher_head.T, buffers[1])
+            grad, *chunk_sums = chunk(_product(hidden, student_head.T, buffers[0]), states, labels, counted, o)
+            sums += torch.stack(chunk_sums)
+            grad = grad.to(o.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad.to(dtype) @ student_head
+                grad_hidden[part] = _product(grad, student_head)[:rows]
             if grad_head is not None:
-                grad_head += (grad.to(dtype).T @ hidden).float()
+                grad_head += _product(grad.T, hidden)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = student_VH.dtype
+        kd_sum, ce_sum = sums.unbind()
         ctx.mark_non_differentiable(kd_sum, ce_sum)
-        return alpha * temperature**2 * kd_sum + (1 - alpha) * ce_sum, kd_sum, ce_sum
+        return o.alpha * o.temperature**2 * kd_sum + (1 - o.alpha) * ce_sum, kd_sum, ce_sum
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
@@ -151,14 +294,14 @@ class _ChunkedKD(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad_loss,
             None if grad_head is None else (grad_head * grad_loss).to(ctx.head_dtype),
-            *[None] * 8,
+            *[None] * 5,
         )
 
 
 def kd_loss(
     student_hidden_NH: Tensor,
     student_head_VH: Tensor,
-    teacher_hidden_NG: Tensor | None,
+    teacher_hidden_NG: Tensor | TopK | None,
     teacher_head_VG: Tensor | None,
     labels_N: Tensor,
     *,
@@ -166,6 +309,9 @@ def kd_loss(
     alpha: float,
     kind: str = "forward_kl",
     beta: float = 0.5,
+    student_map: LogitMap = IDENTITY,
+    teacher_map: LogitMap = IDENTITY,
+    compiled: bool = False,
 ) -> LossSums:
     """The objective, summed over N response tokens, never holding more than a chunk of logits.
 
@@ -175,24 +321,34 @@ def kd_loss(
     Args:
         student_hidden_NH: final hidden states (after the last norm) at the positions that predict `labels_N`.
         student_head_VH: the output matrix cut to the shared vocabulary; its gradient is formed only if it needs one.
-        teacher_hidden_NG: the teacher's hidden states at the same response positions; never receives a gradient.
+        teacher_hidden_NG: the teacher's hidden states at the same response positions, which never receive a gradient;
+            or its top k (forward KL only, and then `teacher_head_VG` is None).
         teacher_head_VG: the teacher's output matrix cut to the shared vocabulary.
         labels_N: the response token ids.
         temperature: T > 0, of both softmaxes.
         alpha: the weight of the divergence, in [0, 1].
         kind: one of `DIVERGENCES`.
         beta: see `divergence`.
+        student_map: what the student does to its logits; `teacher_map` likewise.
+        compiled: run what lies between the products as one compiled kernel; the caller has asked `compiler_works`.
+
+    Raises:
+        ValueError: a top-k teacher with another divergence than the forward KL.
     """
-    if teacher_hidden_NG is None or teacher_head_VG is None or alpha == 0:
+    topk = isinstance(teacher_hidden_NG, TopK)
+    if topk and kind != "forward_kl":
+        raise ValueError(f"{kind} needs the whole distribution; a top-k teacher gives the forward KL only")
+    if teacher_hidden_NG is None or (teacher_head_VG is None and not topk) or alpha == 0:
         teacher_hidden_NG = teacher_head_VG = None
     device_type = student_hidden_NH.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else student_head_VH.dtype
+    objective = _Objective(temperature, alpha, kind, beta, student_map, teacher_map, dtype)
     with torch.autocast(device_type, enabled=False):
         return LossSums(
             *_ChunkedKD.apply(
                 student_hidden_NH, student_head_VH, teacher_hidden_NG, teacher_head_VG, labels_N,
-                temperature, alpha, kind, beta, dtype,
+                objective, compiled and not topk,
             )
         )  # fmt: skip
 
@@ -204,6 +360,8 @@ def heldout_stats(
     teacher_hidden_NG: Tensor,
     teacher_head_VG: Tensor,
     labels_N: Tensor,
+    student_map: LogitMap = IDENTITY,
+    teacher_map: LogitMap = IDENTITY,
 ) -> HeldoutStats:
     """Forward KL to the teacher, negative log-likelihoods and top-1 agreement per response token, at T = 1."""
     parts = []
@@ -212,7 +370,7 @@ def heldout_stats(
         part = slice(start, start + size)
         logits_q = student_hidden_NH[part].to(student_head_VH.dtype) @ student_head_VH.T
         logits_p = teacher_hidden_NG[part].to(teacher_head_VG.dtype) @ teacher_head_VG.T
-        log_q, log_p = log_softmax(logits_q.float(), -1), log_softmax(logits_p.float(), -1)
+        log_q, log_p = log_softmax(student_map(logits_q), -1), log_softmax(teacher_map(logits_p), -1)
         labels = labels_N[part, None]
         parts.append(
             (

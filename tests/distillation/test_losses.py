@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from src.distillation import losses
-from src.distillation.losses import DIVERGENCES, chunk_tokens, divergence, heldout_stats, kd_loss, plain_kd_loss
+from src.distillation.losses import (
+    DIVERGENCES,
+    LogitMap,
+    TopK,
+    chunk_tokens,
+    divergence,
+    heldout_stats,
+    kd_loss,
+    plain_kd_loss,
+)
 
 N, V, H, G = 37, 61, 16, 24  # tokens, vocabulary, student width, teacher width
 EIGHT_A_CHUNK = 4 * losses.CHUNK_TENSORS * V * 8
@@ -360,3 +373,90 @@ def test_heldout_stats_equal_numpy():
     for name, column in expected.items():
         np.testing.assert_allclose(getattr(stats, name).numpy(), column, rtol=1e-5, err_msg=name)
     assert 0 < stats.top1_agreement.mean() < 1
+
+
+# --- the compiled kernel, logit maps, top-k teachers -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_compiled_equals_plain(kind, temperature):
+    """The same sums and gradients to fp32 rounding, with a last chunk that must be filled up."""
+    if not losses.compiler_works("cpu"):
+        pytest.skip("no compiler here")
+    objective = {"kind": kind, "temperature": temperature, "alpha": 0.7, "beta": 0.3, "student_map": LogitMap(0.5, 4.0)}
+    cases = make_case(), make_case()
+    sums = [kd_loss(*case, **objective, compiled=c) for case, c in zip(cases, (True, False), strict=True)]
+    for ours, theirs in zip(*sums, strict=True):
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+        if ours.requires_grad:
+            ours.backward()
+            theirs.backward()
+    for ours, theirs in zip(cases[0][:2], cases[1][:2], strict=True):
+        assert distance(ours.grad, theirs.grad) < 2e-6
+
+
+def test_without_a_compiler_the_log_says_so():
+    code = (
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        "from src.distillation.losses import compiler_works; print(compiler_works('cpu'), compiler_works('cpu'))"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["False", "False"]
+    assert done.stderr.count("no compiled loss kernel") == 1
+
+
+@pytest.mark.parametrize("own_map", [LogitMap(2.0), LogitMap(1.0, 2.0), LogitMap(0.25, 3.0)])
+def test_logit_maps_are_in_value_and_gradient(own_map):
+    """Scale (Cohere, Granite) and soft-cap (Gemma 2) against autograd through the same formula."""
+    objective = {"temperature": 2.5, "alpha": 0.6}
+    fast_case, plain_case = make_case(), make_case()
+    fast = kd_loss(*fast_case, **objective, student_map=own_map, teacher_map=LogitMap(1.0, 5.0))
+    student = plain_case[0] @ plain_case[1].T * own_map.scale
+    if own_map.softcap:
+        student = own_map.softcap * torch.tanh(student / own_map.softcap)
+    teacher = 5 * torch.tanh(plain_case[2] @ plain_case[3].T / 5)
+    reference = plain_kd_loss(student, teacher, plain_case[4], **objective)
+    assert fast.loss.item() == pytest.approx(reference.loss.item(), rel=1e-6)
+    fast.loss.backward()
+    reference.loss.backward()
+    for ours, theirs in zip(fast_case[:2], plain_case[:2], strict=True):
+        assert distance(ours.grad, theirs.grad) < 2e-6
+    stats = heldout_stats(*[t.detach() for t in make_case()], own_map, LogitMap(1.0, 5.0))
+    own_nll = -torch.log_softmax(student, -1).gather(1, plain_case[4][:, None]).sum()
+    assert stats.nll.sum().item() == pytest.approx(own_nll.item(), rel=1e-6)
+
+
+def top_k(teacher_logits, k, temperature):
+    log_p = torch.log_softmax(teacher_logits, -1)
+    kept, ids = log_p.topk(k)
+    return TopK(ids, kept, (log_p / temperature).logsumexp(-1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 8, V - 1])
+def test_topk_is_the_divergence_of_the_bucketed_distributions(k, temperature):
+    """Value by the definition over K + 1 outcomes, gradient by autograd; with V - 1 kept it is the exact objective."""
+    case, other = make_case(), make_case()
+    teacher = top_k(case[2] @ case[3].T, k, temperature)
+    fast = kd_loss(case[0], case[1], teacher, None, case[4], temperature=temperature, alpha=0.6)
+    p = torch.softmax(other[2] @ other[3].T / temperature, -1)
+    q = torch.softmax(other[0] @ other[1].T / temperature, -1)
+    in_top = torch.zeros_like(p).scatter(1, teacher.ids_NK, 1.0)
+    buckets = [torch.cat([x.gather(1, teacher.ids_NK), (x * (1 - in_top)).sum(-1, keepdim=True)], 1) for x in (p, q)]
+    kd = (buckets[0] * (buckets[0].log() - buckets[1].log())).sum()
+    ce = -torch.log_softmax(other[0] @ other[1].T, -1).gather(1, other[4][:, None]).sum()
+    assert fast.kd.item() == pytest.approx(kd.item(), rel=1e-4)
+    fast.loss.backward()
+    (0.6 * temperature**2 * kd + 0.4 * ce).backward()
+    assert distance(case[0].grad, other[0].grad) < 1e-4
+    if k == V - 1:
+        exact = plain(*make_case(), temperature=temperature, alpha=0.6)
+        assert fast.loss.item() == pytest.approx(exact.loss.item(), rel=1e-4)
+
+
+def test_topk_gives_the_forward_kl_only():
+    case = make_case()
+    with pytest.raises(ValueError, match="top-k"):
+        kd_loss(case[0], case[1], top_k(case[2] @ case[3].T, 4, 1.0), None, case[4], temperature=1, alpha=1, kind="jsd")
