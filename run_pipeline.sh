@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every stage, one command: models, prompts, teacher answers, cleaning, the SFT control, the distilled student, evaluation.
+# Every stage, one command: models, prompts, teacher answers, cleaning, the teacher's beliefs, the SFT control, the distilled
+# student, evaluation.
 # Safe to run again: finished stages are skipped, unfinished ones go on where they were.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -14,7 +15,7 @@ usage: bash run_pipeline.sh [--profile NAME]
 
 The stages, each of which can be run alone as `python scripts/STAGE.py --config configs/NAME.yaml`:
   prepare_models  download_datasets  generate_sft_data  fix_sft_data
-  run_improved_kd --alpha 0  run_improved_kd  evaluate_distillation
+  cache_teacher  run_improved_kd --alpha 0  run_improved_kd  evaluate_distillation
 TEXT
 }
 
@@ -45,6 +46,7 @@ stage prepare_models
 stage download_datasets
 stage generate_sft_data
 stage fix_sft_data
+stage cache_teacher
 stage run_improved_kd --alpha 0
 stage run_improved_kd
 stage evaluate_distillation

@@ -18,7 +18,8 @@ ALLOWED = {
         "src.data", "src.distillation", "src.utils", "src.evaluation.graders", "src.evaluation.sandbox",
     },
     "src.evaluation": {"src.evaluation", "src.utils"} | {
-        f"src.distillation.{name}" for name in ("base", "sft", "losses", "heldout", "batching")
+        f"src.distillation.{name}"
+        for name in ("base", "sft", "losses", "heldout", "batching", "packing", "teacher_signal")
     },
     "scripts": {"src"},
     "tests": {"src"},

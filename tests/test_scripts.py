@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ CLEAN_FIELDS = {"id", "sample_index", "source", "domain", "messages", "verified"
 def scripts():
     """Name of a script -> its module, loaded by path."""
     modules = {}
-    for name in ("download_datasets", "generate_sft_data", "fix_sft_data", "run_improved_kd"):
+    for name in ("download_datasets", "generate_sft_data", "fix_sft_data", "cache_teacher", "run_improved_kd"):
         spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
         modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(modules[name])
@@ -82,7 +83,7 @@ def teacher_that_ends(tmp_path_factory, make_model, make_tokenizer, save_model) 
     """A tiny MoE teacher that speaks nonsense but ends its turn after a few dozen tokens."""
     model = make_model(moe=True, seed=1, vocab_size=320, hidden_size=48, layers=3)
     with torch.no_grad():
-        model.lm_head.weight[258] *= 6  # <|im_end|>
+        model.lm_head.weight[258] *= 4  # <|im_end|>
         model.lm_head.weight[259:] = 0  # think tags and padded logits
     return save_model(tmp_path_factory.mktemp("teacher") / "ends", model, make_tokenizer())
 
@@ -117,7 +118,8 @@ def profile(tmp_path, teacher_that_ends, tiny_student, humaneval_file):
         path = tmp_path / "profile.yaml"
         sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 20, "max_new_tokens": 32, "batch_size": 8}
         training = {"max_steps": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "warmup_steps": 0, "lora_r": 4,
-                    "temperature": 2.0, "max_length": 1500, "validation_fraction": 0.2, "bf16": False}  # fmt: skip
+                    "temperature": 2.0, "max_length": 1500, "validation_fraction": 0.2, "bf16": False,
+                    "teacher_signal": "online", "compile_loss": False}  # fmt: skip
         path.write_text(yaml.safe_dump({
             "data_dir": str(tmp_path / "data"), "experiment_dir": str(tmp_path / "experiment" / "tiny"),
             "teacher_model_name_or_path": teacher_that_ends, "model_name_or_path": tiny_student, "seed": 7,
@@ -315,7 +317,14 @@ def test_stages_2_and_3_leave_the_promised_artifacts(answered, succeeds, tmp_pat
         assert (sft / f"sft_{split}_data.jsonl").read_bytes() == raw_bytes[split]
     assert all({"id", "sample_index", "reason"} <= row.keys() for row in rejected)
 
-    printed = succeeds("run_improved_kd", "--config", path)
+    printed = succeeds("cache_teacher", "--config", path, "--signal", "topk", "--max_length", "1500", "--bf16", "false")
+    assert re.search(r"outside its top 64: [\d.]+% at T = 1.0, .*[\d.]+% at T = 4.0", printed)
+    assert "nothing to do" in succeeds(
+        "cache_teacher", "--config", path, "--signal", "topk", "--max_length", "1500", "--bf16", "false"
+    )
+    printed = succeeds("cache_teacher", "--config", path, "--max_length", "1500", "--bf16", "false", "--overwrite")
+    assert re.search(r"teacher_cache: \d+ rows, [\d,]+ response tokens, \d+ bytes each, [\d,]+ tokens/s", printed)
+    printed = succeeds("run_improved_kd", "--config", path, "--teacher_signal", "hidden")
     [folder] = (tmp_path / "experiment").glob("gpu_optimized_kd_*")
     assert f"kd: run folder {folder}" in printed
     config, results = read_json(folder / "kd_config.json"), read_json(folder / "kd_results.json")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from src.distillation.losses import LogitMap
 from src.utils.common import UserError
 
 IGNORED = -100  # the label of a position that is not a response token
@@ -75,7 +77,7 @@ def load_model(name: str, dtype: torch.dtype, device_map: dict[str, Any] | None 
         device_map: module -> device, as `layer_device_map` gives it; None for the default device.
 
     Raises:
-        UserError: it cannot be loaded, or transforms its logits in a way the losses do not know yet.
+        UserError: it cannot be loaded, or has a bias on its output layer.
     """
     if Path(name).is_dir():
         name = str(Path(name).resolve())  # an adapter remembers it and must find it from anywhere
@@ -94,9 +96,6 @@ def load_model(name: str, dtype: torch.dtype, device_map: dict[str, Any] | None 
         raise UserError(
             f"model {name!r}: its files lack {len(missing)} weights, the first {missing[0]}; fetch it again"
         )
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, key, None) not in (None, 1, 1.0):
-            raise UserError(f"model {name!r} sets {key}, which the distillation loss does not know")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"model {name!r} has a bias on its output layer, which the distillation loss does not know")
     return model.eval()
@@ -131,6 +130,13 @@ def model_fingerprint(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def logit_map(model: nn.Module) -> LogitMap:
+    """What the model does to its logits after the output layer: Cohere multiplies, Granite divides, Gemma caps them."""
+    config = causal_lm(model).config
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return LogitMap(float(scale), getattr(config, "final_logit_softcapping", None))
+
+
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
@@ -142,14 +148,28 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets
         UserError: the model has no module of one of those names.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n, _ in model.named_modules())]
     if missing:
         raise UserError(f"lora_target_modules: the student has no module named {', '.join(missing)}")
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    if any(head == t or head.endswith(f".{t}") for t in targets):
+        raise UserError(f"lora_target_modules: {head} is the output layer, whose adapter the loss would not see")
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False  # autocast casts; peft would go to fp32 and back in every layer
+    return adapted
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each layer by itself: one kernel set serves them all, where the whole backbone would take minutes."""
+    for layer in causal_lm(model).get_decoder().layers:
+        layer.compile()
 
 
 # --- placement -------------------------------------------------------------------------------------------------------
@@ -346,29 +366,29 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def head_weight(model: nn.Module, vocab_size: int) -> Tensor:
-    """The output matrix `[vocab_size, H]`, cut to the shared vocabulary."""
-    return causal_lm(model).get_output_embeddings().weight[:vocab_size]
+    """The output matrix `[vocab_size, H]`, cut to the shared vocabulary; gathered where ranks share it."""
+    weight = causal_lm(model).get_output_embeddings().weight
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight)[:vocab_size]
 
 
-def response_hidden(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def response_hidden(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Final hidden states at the positions that predict response tokens, and those tokens.
 
     The state at position i predicts token i + 1, so the first response token is predicted by the last of the prompt.
 
     Args:
         model: a causal language model, or a PEFT model around one.
-        batch: what `collate` returns.
+        batch: what `collate` or `packing.pack` returns.
 
     Returns:
         `[N, H]` and `[N]`, row after row, N the number of response tokens in the batch.
     """
     lm = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
-    hidden = lm.get_decoder()(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        use_cache=False,
-    ).last_hidden_state
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    if "sequence_lengths" in batch:
+        inputs["sequence_lengths"] = batch["sequence_lengths"]
+    hidden = lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
     labels = batch["labels"][:, 1:].to(hidden.device)
     mask = labels != IGNORED
     return hidden[:, :-1][mask], labels[mask]

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from src.distillation.base import EncodedRow, collate, encode_row, end_of_turn_id
+from src.distillation.base import EncodedRow, encode_row, end_of_turn_id
+from src.distillation.packing import MULTIPLE, batch_of
 from src.utils.common import UserError, read_jsonl, sha256_file, sha256_text
 
 
@@ -73,6 +73,11 @@ def _conversation(row: dict[str, Any]) -> str | None:
     return None if messages[-1]["content"].strip() else "the assistant's answer is empty"
 
 
+def read_clean(path: Path) -> list[dict[str, Any]]:
+    """The rows of a clean file; a broken one is a UserError that names file and line."""
+    return read_jsonl(path, ("id", "messages"), "run scripts/fix_sft_data.py first, or bring the file", _conversation)
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """A run's rows: to train on, set aside for choices, held out for the end; and how many were too long."""
@@ -100,10 +105,9 @@ def load_training_data(
     pairs, hashes, dropped = {}, {}, 0
     for split in ("train", "eval"):
         path = folder / f"sft_{split}_data_clean.jsonl"
-        rows = read_jsonl(
-            path, ("id", "messages"), "run scripts/fix_sft_data.py first, or bring the file", _conversation
+        pairs[split], left_out = encode_pairs(
+            read_clean(path), student_tokenizer, teacher_tokenizer, max_length, str(path)
         )
-        pairs[split], left_out = encode_pairs(rows, student_tokenizer, teacher_tokenizer, max_length, str(path))
         hashes[path.name] = sha256_file(path)
         dropped += left_out
     shared = {pair.student.id for pair in pairs["train"]} & {pair.student.id for pair in pairs["eval"]}
@@ -119,28 +123,51 @@ def load_training_data(
     return TrainingData(train, validation, pairs["eval"], hashes, dropped)
 
 
-def collate_pairs(pairs: list[Pair], pad_id: int, with_teacher: bool) -> dict[str, Tensor]:
-    """`collate` for the student, and with the prefix `teacher_` for the teacher."""
-    batch = collate([pair.student for pair in pairs], pad_id)
-    if with_teacher:
-        batch |= {f"teacher_{k}": v for k, v in collate([pair.teacher for pair in pairs], pad_id).items()}
-    return batch
+def collate_pairs(pairs: list[Pair], pad_id: int, packing: bool) -> dict[str, Any]:
+    """The student's batch, and its `rows` and `teacher_rows` as they are."""
+    rows = [pair.student for pair in pairs]
+    return batch_of(rows, pad_id, packing) | {"rows": rows, "teacher_rows": [pair.teacher for pair in pairs]}
+
+
+def share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices in `parts` groups of about equal tokens, none empty: the longest row goes to the group with the fewest
+    (Graham 1969). A pack costs what its tokens cost, so how many rows a group has does not matter."""
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    held = [0] * parts
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        least = min(range(parts), key=lambda g: (held[g], g))
+        groups[least].append(index)
+        held[least] += lengths[index]
+    return groups
+
+
+def alike(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices in `parts` groups of equally many rows, alike in length: padding to the longest wastes least."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    size = len(order) // parts
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class StepBatches(Sampler[list[int]]):
-    """Micro-batches such that every optimisation step takes `rows_per_step` rows, whatever the batch size or ranks.
+    """Micro-batches such that every optimisation step takes `rows_per_step` rows, whatever their size or the ranks.
 
-    Each epoch is a new permutation of the rows, a function of (seed, epoch). Within a step rows are sorted by length,
-    so that a micro-batch pads little. Rows beyond the last whole step sit this epoch out.
+    Each epoch is a new permutation of the rows, a function of (seed, epoch). Rows beyond the last whole step sit this
+    epoch out.
+
+    Args:
+        lengths: tokens of every row.
+        parts: micro-batches of one step, over all ranks.
+        packing: share rows out by their tokens; else by their number, alike in length.
     """
 
-    def __init__(self, lengths: list[int], rows_per_step: int, batch_size: int, seed: int) -> None:
-        self.lengths, self.rows_per_step, self.batch_size, self.seed = lengths, rows_per_step, batch_size, seed
+    def __init__(self, lengths: list[int], rows_per_step: int, parts: int, seed: int, packing: bool) -> None:
+        self.lengths, self.rows_per_step, self.parts, self.seed = lengths, rows_per_step, parts, seed
+        self.divide = share_out if packing else alike
         self.epoch = 0
         self.steps = len(lengths) // rows_per_step
 
     def __len__(self) -> int:
-        return self.steps * (self.rows_per_step // self.batch_size)
+        return self.steps * self.parts
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -150,6 +177,37 @@ class StepBatches(Sampler[list[int]]):
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         for step in range(self.steps):
             rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
-            rows.sort(key=lambda index: (-self.lengths[index], index))
-            for start in range(0, len(rows), self.batch_size):
-                yield rows[start : start + self.batch_size]
+            for group in self.divide([self.lengths[index] for index in rows], self.parts):
+                yield [rows[index] for index in group]
+
+
+def micro_batches(lengths: list[int], rows_per_step: int, ranks: int, tokens: int, epochs: int, seed: int) -> int:
+    """The fewest packed micro-batches of a step, over all ranks, of which none holds more than `tokens` tokens.
+
+    Raises:
+        UserError: one row alone is longer, or the rows of a step are fewer than the micro-batches they would need.
+    """
+    if max(lengths) > tokens:
+        raise UserError(f"tokens_per_batch = {tokens}, but a row has {max(lengths)} tokens; raise it")
+    for parts in range(ranks, rows_per_step + 1, ranks):
+        batches = StepBatches(lengths, rows_per_step, parts, seed, True)
+        for epoch in range(epochs):
+            batches.set_epoch(epoch)
+            if any(sum(lengths[index] for index in batch) > tokens for batch in batches):
+                break
+        else:
+            return parts
+    raise UserError(
+        f"tokens_per_batch = {tokens}: a step's {rows_per_step} rows do not fit on {ranks} processes; raise it"
+    )
+
+
+def waste(lengths: list[int], batches: StepBatches) -> float:
+    """The share of padding among the tokens of one epoch's forward passes."""
+    own = computed = 0
+    for batch in batches:
+        tokens = [lengths[index] for index in batch]
+        own += sum(tokens)
+        packed = batches.divide is share_out
+        computed += -(-sum(tokens) // MULTIPLE) * MULTIPLE if packed else max(tokens) * len(tokens)
+    return 1 - own / computed

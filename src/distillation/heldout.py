@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from src.distillation.base import EncodedRow, collate, head_weight, response_hidden
+from src.distillation.base import EncodedRow, head_weight, logit_map, response_hidden
 from src.distillation.losses import heldout_stats
+from src.distillation.packing import attention_of_packs, batch_of
+from src.distillation.teacher_signal import TeacherSignal
 
 Arm = Callable[[], contextlib.AbstractContextManager]
 SUMS = ("kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum")
@@ -18,13 +19,14 @@ SUMS = ("kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum")
 @torch.no_grad()
 def score_heldout(
     student: nn.Module,
-    teacher: PreTrainedModel,
+    teacher: TeacherSignal,
     student_rows: Sequence[EncodedRow],
     teacher_rows: Sequence[EncodedRow],
     vocab_size: int,
     pad_id: int,
     batch_size: int,
     arms: dict[str, Arm],
+    packing: bool,
 ) -> Iterator[list[dict[str, Any]]]:
     """Score arms of one loaded student (its adapters on, off or switched) against the teacher, batch by batch.
 
@@ -32,6 +34,7 @@ def score_heldout(
         student_rows: rows as the student's template renders them; `teacher_rows` the same rows by the teacher's.
         vocab_size: the shared vocabulary.
         arms: name -> a context in which `student` is that arm.
+        packing: read a batch's rows end to end, without padding.
 
     Yields:
         For each batch its rows `arm, id, sample_index, num_tokens, kl_sum, nll_sum, teacher_nll_sum, agreement_sum`:
@@ -40,22 +43,21 @@ def score_heldout(
     order = sorted(range(len(student_rows)), key=lambda index: len(student_rows[index]))
     training = student.training
     student.eval()
+    own_map = logit_map(student)
     try:
         for start in range(0, len(order), batch_size):
             ours = [student_rows[index] for index in order[start : start + batch_size]]
             theirs = [teacher_rows[index] for index in order[start : start + batch_size]]
-            teacher_hidden, _ = response_hidden(teacher, collate(theirs, pad_id))
-            teacher_head = head_weight(teacher, vocab_size)
-            batch = collate(ours, pad_id)
+            teacher_hidden = teacher.hidden(theirs)
+            batch = batch_of(ours, pad_id, packing)
             counts = [len(row.response_ids) for row in ours]
             scored = []
             for name, arm in arms.items():
-                with arm():
+                with arm(), attention_of_packs(student, packing):
                     hidden, labels = response_hidden(student, batch)
                     head = head_weight(student, vocab_size).to(hidden.device)
-                    stats = heldout_stats(
-                        hidden, head, teacher_hidden.to(hidden.device), teacher_head.to(hidden.device), labels
-                    )
+                    beliefs = teacher_hidden.to(hidden.device), teacher.head_on(hidden.device)
+                    stats = heldout_stats(hidden, head, *beliefs, labels, own_map, teacher.logit_map)
                 columns = [[part.double().sum().item() for part in measure.split(counts)] for measure in stats]
                 for row, count, *sums in zip(ours, counts, *columns, strict=True):
                     key = {"arm": name, "id": row.id, "sample_index": row.sample_index, "num_tokens": count}

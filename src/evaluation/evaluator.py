@@ -25,7 +25,9 @@ from src.distillation.base import (
 )
 from src.distillation.batching import encode_pairs
 from src.distillation.heldout import score_heldout
+from src.distillation.packing import check_packing
 from src.distillation.sft import Request, Sampling, generate, make_requests
+from src.distillation.teacher_signal import online_signal
 from src.evaluation.graders import grade
 from src.evaluation.report import write_markdown
 from src.evaluation.results import ARMS, make_results
@@ -73,6 +75,7 @@ class EvaluateConfig:
     num_samples: int = setting(1, "answers a prompt, temperature and preset")
     max_new_tokens: int = setting(768, "longest answer")
     batch_size: int = setting(32, "rows in one forward pass")
+    packing: bool = setting(True, "score held-out rows packed end to end; --no_packing pads them")
     heldout: bool = setting(True, "score the held-out teacher text (KL, NLL, top-1 agreement)")
     max_length: int = setting(1024, "longest held-out row in tokens")
     teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
@@ -282,10 +285,16 @@ def _score_heldout(config: EvaluateConfig, arms: Arms, models: _Models, rows: li
     ours, theirs = [pair.student for pair in todo], [pair.teacher for pair in todo]
     logits = [m.get_output_embeddings().weight.shape[0] for m in (causal_lm(models.student), models.teacher)]
     vocab_size = shared_vocabulary(*tokenizers, *logits, ours, theirs)
+    pad_id = models.student_tokenizer.pad_token_id
+    signal = online_signal(models.teacher, pad_id, config.packing).cut(vocab_size)
+    if config.packing and todo:
+        check_packing(models.teacher, theirs, pad_id)
+        check_packing(models.student, ours, pad_id)
     contexts = {arm: lambda arm=arm: use_arm(models.student, arm) for arm in names}
     with Progress(len(todo), "held-out rows") as progress:
-        pad_id = models.student_tokenizer.pad_token_id
-        for part in score_heldout(models.student, models.teacher, ours, theirs, vocab_size, pad_id, 8, contexts):
+        for part in score_heldout(
+            models.student, signal, ours, theirs, vocab_size, pad_id, 8, contexts, config.packing
+        ):
             append_jsonl(path, [row for row in part if (row["arm"], row["id"], row["sample_index"]) not in done])
             progress.advance(len(part) // len(names))
 

@@ -24,6 +24,7 @@ SECTIONS = (
     "download_datasets",
     "generate_sft_data",
     "fix_sft_data",
+    "cache_teacher",
     "run_improved_kd",
     "evaluate_distillation",
 )

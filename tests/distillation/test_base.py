@@ -5,7 +5,16 @@ import pytest
 import torch
 from accelerate.utils.modeling import check_device_map
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from src.distillation.base import (
     IGNORED,
@@ -21,6 +30,7 @@ from src.distillation.base import (
     layer_device_map,
     load_model,
     load_tokenizer,
+    logit_map,
     model_fingerprint,
     place,
     prompt_text,
@@ -380,11 +390,24 @@ def test_a_damaged_model_is_refused_in_one_line(tmp_path, tiny_student, damage):
     assert one_line(caught)
 
 
-def test_logits_the_loss_does_not_know_are_refused(tmp_path, make_model):
-    """`kd_loss` multiplies hidden states by the head and nothing else: no soft cap, no bias."""
-    make_model(final_logit_softcapping=30.0).save_pretrained(tmp_path / "capped")
-    with pytest.raises(UserError, match="final_logit_softcapping"):
-        load_fp32(str(tmp_path / "capped"))
+def test_what_a_model_does_to_its_logits():
+    """Gemma 2's soft-cap and Granite's divisor, against the models' own logits."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+    torch.manual_seed(0)
+    for model in (
+        Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=0.05, attn_implementation="eager")),
+        GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=8.0)),
+    ):
+        ids = torch.arange(1, 12)[None]
+        hidden = model.get_decoder()(input_ids=ids).last_hidden_state
+        raw = hidden @ model.get_output_embeddings().weight.T
+        expected = model(input_ids=ids).logits
+        assert not torch.allclose(raw, expected)
+        torch.testing.assert_close(logit_map(model)(raw), expected)
+
+
+def test_a_bias_on_the_output_layer_is_refused(tmp_path):
     config = PhiConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1,
         bos_token_id=1,

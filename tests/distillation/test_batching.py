@@ -2,63 +2,123 @@ import pytest
 import torch
 
 from src.distillation.base import IGNORED, EncodedRow
-from src.distillation.batching import Pair, StepBatches, collate_pairs, encode_pairs, is_validation
+from src.distillation.batching import (
+    Pair,
+    StepBatches,
+    collate_pairs,
+    encode_pairs,
+    is_validation,
+    micro_batches,
+    waste,
+)
 from src.utils.common import UserError
 
 ROWS, PER_STEP = 45, 8
 LENGTHS = [(7 * index) % 23 + 3 for index in range(ROWS)]
 
 
-def steps(batch_size, seed=0, epoch=0):
-    """The rows of each optimisation step, in the order its micro-batches take them."""
-    batches = StepBatches(LENGTHS, PER_STEP, batch_size, seed)
+def make(parts, seed=0, epoch=0, packing=True, lengths=LENGTHS, rows=PER_STEP):
+    batches = StepBatches(lengths, rows, parts, seed, packing)
     batches.set_epoch(epoch)
-    order = [row for batch in batches for row in batch]
-    return [order[start : start + PER_STEP] for start in range(0, len(order), PER_STEP)]
+    return batches
+
+
+def steps(parts, **keywords):
+    """The rows of each optimisation step."""
+    micro = list(make(parts, **keywords))
+    return [
+        sorted(row for batch in micro[start : start + parts] for row in batch) for start in range(0, len(micro), parts)
+    ]
 
 
 # --- micro-batches ---------------------------------------------------------------------------------------------------
 
+kinds = pytest.mark.parametrize("packing", [True, False])
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 8])
-def test_every_step_takes_its_rows(batch_size):
+
+@kinds
+@pytest.mark.parametrize("parts", [8, 4, 2, 1])
+def test_every_step_takes_its_rows(parts, packing):
     """45 rows are 5 whole steps of 8 different rows; five rows sit the epoch out."""
-    batches = StepBatches(LENGTHS, PER_STEP, batch_size, seed=0)
+    batches = make(parts, packing=packing)
     micro = list(batches)
-    assert len(batches) == len(micro) == 5 * PER_STEP // batch_size
-    assert {len(batch) for batch in micro} == {batch_size}
+    assert len(batches) == len(micro) == 5 * parts
+    assert all(micro)
+    if not packing:
+        assert {len(batch) for batch in micro} == {PER_STEP // parts}
     taken = [row for batch in micro for row in batch]
     assert len(set(taken)) == len(taken) == 40
     assert set(taken) <= set(range(ROWS))
 
 
-@pytest.mark.parametrize("batch_size", [2, 4, 8])
+@kinds
+@pytest.mark.parametrize("parts", [4, 2, 1])
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_the_batch_size_does_not_move_a_row_to_another_step(batch_size, epoch):
-    assert steps(batch_size, epoch=epoch) == steps(1, epoch=epoch)
+def test_the_micro_batches_do_not_move_a_row_to_another_step(parts, epoch, packing):
+    assert steps(parts, epoch=epoch, packing=packing) == steps(8, epoch=epoch)
 
 
-def test_rows_of_a_step_are_sorted_by_length():
-    for step in steps(4):
-        lengths = [LENGTHS[row] for row in step]
+def test_padded_rows_are_alike_in_length():
+    for batch in make(2, packing=False):
+        lengths = [LENGTHS[row] for row in batch]
         assert lengths == sorted(lengths, reverse=True)
+    micro = list(make(2, packing=False))
+    for longer, shorter in zip(micro[::2], micro[1::2], strict=True):
+        assert min(LENGTHS[row] for row in longer) >= max(LENGTHS[row] for row in shorter)
+
+
+def test_packed_rows_are_shared_out_by_tokens():
+    """No micro-batch holds more than its share and half of the longest row."""
+    micro = list(make(2))
+    for pair in zip(micro[::2], micro[1::2], strict=True):
+        one, other = (sum(LENGTHS[row] for row in batch) for batch in pair)
+        assert abs(one - other) <= min(LENGTHS[row] for batch in pair for row in batch)
+
+
+def reference_lengths():
+    """3,164 rows as the reference mix has them: 100 to 1,000 tokens, most of them short."""
+    generator = torch.Generator().manual_seed(0)
+    return (100 + 900 * torch.rand(3164, generator=generator) ** 2.5).int().tolist()
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8, 16, 32])
+def test_packing_wastes_at_most_5_percent(rows):
+    lengths = reference_lengths()
+    packed = waste(lengths, make(32 // rows, lengths=lengths, rows=32))
+    padded = waste(lengths, make(32 // rows, packing=False, lengths=lengths, rows=32))
+    assert 0 < packed <= 0.05
+    assert padded > packed
+
+
+def test_a_token_budget_decides_how_many_micro_batches_a_step_takes():
+    lengths = reference_lengths()
+    parts = micro_batches(lengths, 32, 2, 4096, 2, seed=0)
+    assert parts % 2 == 0
+    sizes = [
+        [sum(lengths[row] for row in batch) for batch in make(p, lengths=lengths, rows=32)] for p in (parts, parts - 2)
+    ]
+    assert max(sizes[0]) <= 4096 < max(sizes[1])
+    with pytest.raises(UserError, match="tokens_per_batch = 500, but a row has"):
+        micro_batches(lengths, 32, 1, 500, 1, seed=0)
+    with pytest.raises(UserError, match="a step's 3 rows do not fit on 2 processes"):
+        micro_batches([30] * 6, 3, 2, 40, 1, seed=0)
 
 
 def test_steps_are_drawn_from_all_lengths():
     """Sorting is within a step only: over the epoch short and long rows mix."""
-    means = [sum(LENGTHS[row] for row in step) / PER_STEP for step in steps(1)]
+    means = [sum(LENGTHS[row] for row in step) / PER_STEP for step in steps(8)]
     assert max(means) - min(means) < max(LENGTHS) / 2
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     """Not of how often it was asked, nor of torch's own random state; and it leaves that state alone."""
     torch.manual_seed(1)
-    first, again = steps(2, seed=5, epoch=2), steps(2, seed=5, epoch=2)
+    first, again = steps(4, seed=5, epoch=2), steps(4, seed=5, epoch=2)
     drawn = torch.rand(1)
     torch.manual_seed(1)
     assert torch.rand(1) == drawn
     assert first == again
-    orders = {str(steps(2, seed=seed, epoch=epoch)) for seed in (0, 1, 42) for epoch in range(4)}
+    orders = {str(steps(4, seed=seed, epoch=epoch)) for seed in (0, 1, 42) for epoch in range(4)}
     assert len(orders) == 12
 
 
@@ -120,14 +180,13 @@ def test_different_ends_of_turn_are_refused(make_tokenizer):
         encode_pairs(sized_rows([10]), make_tokenizer(), teacher, 100, "here")
 
 
-def test_collate_pairs():
+@kinds
+def test_collate_pairs(packing):
     pair = Pair(EncodedRow("a", (1, 2, 3), (4, 5)), EncodedRow("a", (1,), (4, 5)))
-    student = {"input_ids", "attention_mask", "labels"}
-    assert set(collate_pairs([pair], 0, with_teacher=False)) == student
-    batch = collate_pairs([pair], 0, with_teacher=True)
-    assert set(batch) == student | {f"teacher_{key}" for key in student}
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, IGNORED, 4, 5]]
-    assert batch["teacher_labels"].tolist() == [[IGNORED, 4, 5]]
+    batch = collate_pairs([pair], 0, packing)
+    assert batch["labels"][0, :5].tolist() == [IGNORED, IGNORED, IGNORED, 4, 5]
+    assert (batch["labels"][0, 5:] == IGNORED).all()
+    assert (batch["rows"], batch["teacher_rows"]) == ([pair.student], [pair.teacher])
 
 
 # --- validation rows -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 
 from src.distillation.base import add_lora, encode_row, load_model
 from src.distillation.heldout import SUMS, gap_recovered, score_heldout, summarise, summarise_teacher
+from src.distillation.teacher_signal import online_signal
 
 PAD, END, TOKENS = 256, 258, 261
 
@@ -25,10 +26,11 @@ def teacher(tiny_teacher):
     return load_model(tiny_teacher, torch.float32)
 
 
-def score(student, teacher, rows, batch_size=4, arms=None):
+def score(student, teacher, rows, batch_size=4, arms=None, packing=True):
     """arm -> id -> its row."""
     arms = arms or {"student": contextlib.nullcontext}
-    parts = list(score_heldout(student, teacher, *rows, TOKENS, PAD, batch_size, arms))
+    signal = online_signal(teacher, PAD, packing).cut(TOKENS)
+    parts = list(score_heldout(student, signal, *rows, TOKENS, PAD, batch_size, arms, packing))
     found = {arm: {} for arm in arms}
     for row in (row for part in parts for row in part):
         assert row["id"] not in found[row["arm"]]
@@ -58,9 +60,10 @@ def expected_sums(student, teacher, ours, theirs):
     }
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_sums_equal_full_logits_row_by_row(student, teacher, rows, batch_size):
-    found = score(student, teacher, rows, batch_size)["student"]
+def test_sums_equal_full_logits_row_by_row(student, teacher, rows, batch_size, packing):
+    found = score(student, teacher, rows, batch_size, packing=packing)["student"]
     assert len(found) == 6
     for ours, theirs in zip(*rows, strict=True):
         expected = expected_sums(student, teacher, ours, theirs)
@@ -110,7 +113,8 @@ def test_dropout_is_off_and_the_mode_comes_back(student, teacher, rows):
     assert score(model.eval(), teacher, rows) == score(model.train(), teacher, rows)
     assert model.training
     assert not next(parameter for parameter in model.parameters() if parameter.requires_grad).grad_fn
-    parts = score_heldout(model, teacher, *rows, TOKENS, PAD, 1, {"student": contextlib.nullcontext})
+    signal = online_signal(teacher, PAD, True).cut(TOKENS)
+    parts = score_heldout(model, signal, *rows, TOKENS, PAD, 1, {"student": contextlib.nullcontext}, True)
     next(parts)
     parts.close()
     assert model.training

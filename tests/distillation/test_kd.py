@@ -9,9 +9,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, load_peft_weights
 from transformers import set_seed
 
-from src.distillation import runs
+from src.distillation import kd, runs
 from src.distillation.base import add_lora, collate, encode_row, load_model, load_tokenizer
 from src.distillation.kd import KDConfig, run_kd_pipeline
+from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.utils.common import UserError, read_json, read_jsonl
 from src.utils.config import build_config
 
@@ -36,6 +37,8 @@ def settings(tmp_path, tiny_teacher, tiny_student, clean_rows, write_sft):
         "eval_steps": 100,
         "lora_r": 4,
         "bf16": False,
+        "teacher_signal": "online",
+        "compile_loss": False,
     }
 
 
@@ -91,9 +94,9 @@ def test_the_logged_loss_is_the_formula(settings, kind):
     results = run_kd_pipeline(settings | {"divergence": kind, "logging_steps": 2, "max_steps": 4})
     rows = losses(results)
     assert [row[0] for row in rows] == [2, 4]
-    for _, loss, kd, ce, *_ in rows:
-        assert loss == pytest.approx(0.8 * 2.5**2 * kd + 0.2 * ce, rel=1e-5)
-        assert kd > 0
+    for _, loss, kd_loss, ce, *_ in rows:
+        assert loss == pytest.approx(0.8 * 2.5**2 * kd_loss + 0.2 * ce, rel=1e-5)
+        assert kd_loss > 0
 
 
 # --- the same gradients, however the step is cut ---------------------------------------------------------------------
@@ -101,8 +104,12 @@ def test_the_logged_loss_is_the_formula(settings, kind):
 
 def test_micro_batches_of_any_size_give_the_same_run(settings):
     """Answers differ in length, so a wrong weighting of micro-batches would show."""
-    shapes = [(16, 1), (4, 4), (1, 16)]
-    made = [run_kd_pipeline(settings | {"batch_size": b, "gradient_accumulation_steps": a}) for b, a in shapes]
+    shapes = [(16, 1, True), (4, 4, True), (1, 16, True), (4, 4, False)]
+    made = [
+        run_kd_pipeline(settings | {"batch_size": b, "gradient_accumulation_steps": a, "packing": packing})
+        for b, a, packing in shapes
+    ]
+    made.append(run_kd_pipeline(settings | {"tokens_per_batch": 400}))
     for other in made[1:]:
         assert_same(weights(made[0]), weights(other), atol=1e-5, rtol=0)
         for ours, theirs in zip(losses(made[0]), losses(other), strict=True):
@@ -122,8 +129,8 @@ def test_alpha_0_is_plain_sft(settings, tmp_path, make_model, make_tokenizer, sa
            "validation_fraction": 0.0, "batch_size": 5}
     )  # fmt: skip
     assert Path(results["run_dir"]).name.startswith("sft_control_")
-    [(_, loss, kd, ce, *_)] = losses(results)
-    assert kd == 0
+    [(_, loss, kd_loss, ce, *_)] = losses(results)
+    assert kd_loss == 0
     tokenizer = load_tokenizer(settings["model_name_or_path"])
     set_seed(42)
     model = add_lora(load_model(settings["model_name_or_path"], torch.float32), 4, 128, 0.0)
@@ -144,6 +151,46 @@ def test_a_hybrid_student_learns_from_a_plain_teacher(settings, hybrid_student):
     """The student's prompt is longer by an empty think block; answers are matched by their own positions."""
     results = run_kd_pipeline(settings | {"model_name_or_path": hybrid_student, "max_steps": 20})
     assert results["after"]["kl_to_teacher"] < 0.9 * results["before"]["kl_to_teacher"]
+
+
+# --- the teacher's signal --------------------------------------------------------------------------------------------
+
+
+def cached(settings: dict, **changes) -> dict:
+    """The cache of the run's teacher and rows, in several files."""
+    names = ("teacher_model_name_or_path", "experiment_dir", "max_length")
+    plain = {"tokens_per_batch": 300, "tokens_per_shard": 200, "temperatures": [1.0, 2.5], "bf16": False}
+    return make_cache(build_config(CacheTeacherConfig, {name: settings[name] for name in names} | plain | changes))
+
+
+@pytest.mark.parametrize("change", [{}, {"divergence": "jsd", "temperature": 1.3}, {"alpha": 0.0}])
+def test_cached_hidden_states_are_the_resident_teacher(settings, change, monkeypatch):
+    """The same loss curve, adapter and held-out numbers; and the teacher's weights are not touched."""
+    index = cached(settings)
+    assert len(index["shards"]) > 3
+    online = run_kd_pipeline(settings | change)
+    load = kd.load_model
+    with monkeypatch.context() as patch:
+        forbidden = settings["teacher_model_name_or_path"]
+        patch.setattr(kd, "load_model", lambda name, *a: pytest.fail("loaded") if name == forbidden else load(name, *a))
+        hidden = run_kd_pipeline(settings | change | {"teacher_signal": "hidden"})
+    assert hidden["run_dir"] != online["run_dir"]
+    for ours, theirs in zip(losses(hidden), losses(online), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert_same(weights(hidden), weights(online), atol=1e-5, rtol=0)
+    for arm in ("before", "after", "teacher"):
+        assert hidden[arm] == pytest.approx(online[arm], rel=1e-4)
+
+
+def test_a_top_k_of_all_but_one_token_is_nearly_the_whole_teacher(settings):
+    online = run_kd_pipeline(settings)
+    cached(settings, signal="topk", top_k=260)
+    wide = run_kd_pipeline(settings | {"teacher_signal": "topk"})
+    for ours, theirs in zip(losses(wide), losses(online), strict=True):
+        assert ours[1:4] == pytest.approx(theirs[1:4], rel=5e-3)
+    cached(settings, signal="topk", top_k=2, overwrite=True)
+    narrow = run_kd_pipeline(settings | {"teacher_signal": "topk", "overwrite": True})
+    assert losses(narrow)[0][2] < 0.9 * losses(online)[0][2]  # what lies in the bucket cannot differ
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------

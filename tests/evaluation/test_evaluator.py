@@ -58,7 +58,7 @@ def trained(tmp_path_factory, tiny_teacher, tiny_student, clean_rows, write_sft)
     settings = {
         "model_name_or_path": tiny_student, "teacher_model_name_or_path": tiny_teacher, "learning_rate": 1e-2,
         "warmup_steps": 0, "batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "max_length": 256,
-        "lora_r": 4, "bf16": False, "temperature": 2.0,
+        "lora_r": 4, "bf16": False, "temperature": 2.0, "teacher_signal": "online", "compile_loss": False,
     }  # fmt: skip
     (root / "settings.json").write_text(json.dumps(settings))
     train(root, alpha=0.8)
@@ -147,11 +147,14 @@ def test_held_out_rows_are_scored_for_every_student_arm(evaluated):
 
 
 def test_the_held_out_numbers_are_those_of_training(trained, evaluated):
-    """Two ways to one number: the evaluation loads the adapter from disk, training had it in memory."""
+    """Two ways to one number: the evaluation loads the adapter from disk, training had it in memory.
+
+    The evaluation computes in bf16 where the processor does, this training in fp32.
+    """
     _, results = evaluated
     run = read_json(run_of(trained) / "kd_results.json")
     for arm, name in (("base", "before"), ("kd", "after"), ("teacher", "teacher")):
-        assert results["heldout"]["arms"][arm] == pytest.approx(run[name], rel=1e-4, abs=1e-6)
+        assert results["heldout"]["arms"][arm] == pytest.approx(run[name], rel=5e-3, abs=1e-6)
     assert results["training"]["kd"] == run
     assert results["training"]["sft"]["arm"] == "sft"
 

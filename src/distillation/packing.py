@@ -1,0 +1,108 @@
+"""Rows laid end to end in one sequence, each attending to itself alone: a forward pass without padding.
+
+Everything in a transformer but attention treats positions one by one, so a packed pass costs what its tokens cost. The
+attention function below runs torch's fused causal kernel once a row, on any device.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from src.distillation.base import IGNORED, EncodedRow, causal_lm, collate, response_hidden
+from src.utils.common import UserError
+
+ATTENTION = "packed_sdpa"
+MULTIPLE = 32  # a pack's length is filled up to a multiple of this, so that few shapes occur
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    sequence_lengths: Sequence[int], dropout: float = 0.0, scaling: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention within each of the `sequence_lengths`; the interface is transformers' attention function's.
+
+    Raises:
+        UserError: the model caps its attention scores or has attention sinks, which torch's fused kernel does not know.
+    """
+    if softcap is not None or s_aux is not None:
+        raise UserError("this model's attention has a soft-cap or sinks, so its rows cannot be packed; --no_packing")
+    parts = []
+    for q, k, v in zip(*(states.split(list(sequence_lengths), 2) for states in (query, key, value)), strict=True):
+        mask, length = None, q.shape[2]
+        if sliding_window is not None and length > sliding_window:
+            steps = torch.arange(length, device=q.device)
+            back = steps[:, None] - steps
+            mask = (back >= 0) & (back < sliding_window)
+        parts.append(
+            scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def pack(rows: Sequence[EncodedRow], pad_id: int, multiple: int = MULTIPLE) -> dict[str, object]:
+    """Rows end to end: `input_ids`, `position_ids`, `labels`, each `[1, L]`, and `sequence_lengths`.
+
+    What fills L up to `multiple` is one more sequence, of padding.
+    """
+    lengths = [len(row) for row in rows]
+    if fill := -sum(lengths) % multiple:
+        lengths.append(fill)
+    ids = [token for row in rows for token in (*row.prompt_ids, *row.response_ids)] + [pad_id] * fill
+    labels = [t for row in rows for t in (*[IGNORED] * len(row.prompt_ids), *row.response_ids)] + [IGNORED] * fill
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "labels": torch.tensor([labels]),
+        "sequence_lengths": lengths,
+    }
+
+
+def batch_of(rows: Sequence[EncodedRow], pad_id: int, packing: bool) -> dict[str, object]:
+    """What `response_hidden` reads: the rows packed, or padded to the longest."""
+    return pack(rows, pad_id) if packing else collate(rows, pad_id)
+
+
+@contextlib.contextmanager
+def attention_of_packs(model: nn.Module, packing: bool) -> Iterator[None]:
+    """Within it the model reads packed batches (or, with packing off, whatever it read before)."""
+    lm = causal_lm(model)
+    before = lm.config._attn_implementation
+    if packing:
+        try:
+            lm.set_attn_implementation(ATTENTION)
+        except ValueError as error:
+            raise UserError(
+                f"{type(lm).__name__} cannot read packed rows ({str(error)[:120]}...); --no_packing"
+            ) from error
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, rows: Sequence[EncodedRow], pad_id: int) -> None:
+    """Try two rows packed against the same rows one by one.
+
+    Raises:
+        UserError: the states differ by more than rounding, so this model mixes rows elsewhere than in its attention.
+    """
+    pair = sorted(rows, key=len)[:2]
+    alone = torch.cat([response_hidden(model, collate([row], pad_id))[0] for row in pair]).float()
+    with attention_of_packs(model, True):
+        together = response_hidden(model, pack(pair, pad_id))[0].float()
+    difference = ((together - alone).norm() / alone.norm()).item()
+    if not difference < 0.05:  # bf16 states differ by about 0.01; rows that see each other by more than 0.3
+        raise UserError(
+            f"packed rows are not kept apart by this model (its states are off by {difference:.0%}); pass --no_packing"
+        )

@@ -1,0 +1,350 @@
+"""A teacher's beliefs on disk: written in one pass over the clean rows, read by every training run after it.
+
+`hidden` keeps the final hidden state of every response position and the output matrix once. Logits, and with them every
+divergence at every temperature, follow exactly; a token costs 2 x width bytes, where its bf16 logits would cost 2 x
+vocabulary. `topk` keeps the K most probable tokens, their log-probabilities at T = 1 and, for a list of temperatures,
+the sum that says how much of the softened distribution lies outside them.
+
+    index.json           what it was made of, and where each row is
+    head.safetensors     the output matrix
+    shard_00000.safetensors ...    [tokens, width] or [tokens, K], the rows' response positions end to end
+    tokenizer/           the teacher's tokenizer, so that training needs nothing else of the teacher
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from src.distillation.base import (
+    EncodedRow,
+    compute_dtype,
+    encode_row,
+    end_of_turn_id,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    place,
+)
+from src.distillation.batching import is_validation, read_clean
+from src.distillation.losses import LogitMap, TopK, chunk_tokens
+from src.distillation.packing import check_packing
+from src.distillation.teacher_signal import Rows, TeacherSignal, online_signal
+from src.utils.common import (
+    Progress,
+    UserError,
+    atomic_path,
+    finish_stage,
+    logger,
+    provenance,
+    read_json,
+    require_disk,
+    sha256_file,
+    sha256_text,
+    stage_state,
+    start_stage,
+    write_json,
+)
+from src.utils.config import setting
+
+FORMAT = 1
+SAMPLED = 256  # positions of a file of hidden states on which the share outside the top k is measured
+NOT_IN_FINGERPRINT = ("teacher_model_name_or_path", "experiment_dir", "overwrite", "teacher_devices", "gpu_memory_gb")
+MADE_BY = "run scripts/cache_teacher.py"
+
+
+@dataclass
+class CacheTeacherConfig:
+    """How the teacher's beliefs are kept."""
+
+    teacher_model_name_or_path: str = setting("", "folder or hub id of the teacher", "teacher_model")
+    experiment_dir: str = setting("outputs/experiment/default", "its folder sft/ holds the clean rows")
+    signal: Literal["hidden", "topk"] = setting("hidden", "what is kept of each response position")
+    top_k: int = setting(64, "tokens kept by topk, and those outside which the softened share is reported")
+    temperatures: list[float] = setting([1.0, 1.5, 2.0, 2.5, 4.0], "for which topk can be trained on")
+    validation_fraction: float = setting(0.05, "as in training: topk keeps hidden states of these rows for measuring")
+    max_length: int = setting(1024, "longer rows (prompt and answer, tokens) are left out, as in training")
+    bf16: bool | None = setting(None, "compute and keep bf16 (default: where the processor multiplies it), else fp32")
+    packing: bool = setting(True, "read several rows in one pass without padding")
+    tokens_per_batch: int = setting(4096, "tokens in one forward pass; a longer row is one by itself")
+    tokens_per_shard: int = setting(65536, "response tokens in one file, the unit in which a killed run goes on")
+    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
+    gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    overwrite: bool = setting(False, "make it again")
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "tokens_per_batch", "tokens_per_shard", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1")
+        if self.bf16 is None:
+            self.bf16 = compute_dtype() is torch.bfloat16
+        if any(temperature <= 0 for temperature in self.temperatures):
+            raise UserError("temperatures must be above 0")
+
+
+def _key(row: EncodedRow) -> str:
+    return f"{row.id}/{row.sample_index}"
+
+
+def _token_hash(row: EncodedRow) -> str:
+    return sha256_text(f"{row.prompt_ids}{row.response_ids}")[:16]
+
+
+def _template_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return {"tokenizer": sha256_text(str(vocabulary))[:16], "template": sha256_text(tokenizer.chat_template)[:16]}
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class _Shard(NamedTuple):
+    file: str
+    kind: str  # hidden or topk
+    rows: list[EncodedRow]
+
+
+def _groups(rows: Rows, size: int, tokens: Callable[[EncodedRow], int]) -> list[list[EncodedRow]]:
+    """Consecutive rows whose `tokens` add up to `size` at most, one row at least."""
+    groups: list[list[EncodedRow]] = []
+    held = size
+    for row in rows:
+        if held + tokens(row) > size:
+            groups.append([])
+            held = 0
+        groups[-1].append(row)
+        held += tokens(row)
+    return groups
+
+
+def _shards(rows: Rows, topk: Callable[[EncodedRow], bool], tokens_per_shard: int) -> list[_Shard]:
+    """Rows in the order of their length, cut into files; those kept as top k in files of their own."""
+    ordered = sorted(rows, key=lambda row: (len(row), _key(row)))
+    shards: list[_Shard] = []
+    for kind in ("hidden", "topk"):
+        own = [row for row in ordered if topk(row) == (kind == "topk")]
+        for group in _groups(own, tokens_per_shard, lambda row: len(row.response_ids)):
+            shards.append(_Shard(f"shard_{len(shards):05d}.safetensors", kind, group))
+    return shards
+
+
+@torch.no_grad()
+def _top_k(
+    hidden_NG: Tensor, signal: TeacherSignal, k: int, temperatures: Sequence[float]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The top k of each position, and the share outside it at each temperature, summed over positions."""
+    parts: dict[str, list[Tensor]] = {"ids": [], "log_p": [], "log_sums": []}
+    outside = torch.zeros(len(temperatures), dtype=torch.float64)
+    for states in hidden_NG.split(chunk_tokens(len(signal.head_VG))):
+        log_p = torch.log_softmax(signal.logit_map(states.to(signal.head_VG.device) @ signal.head_VG.T), -1)
+        kept, ids = log_p.topk(k)
+        sums = torch.stack([(log_p / t).logsumexp(-1) for t in temperatures], -1)
+        for index, t in enumerate(temperatures):
+            outside[index] += (1 - (kept / t - sums[:, index, None]).exp().sum(-1)).sum().item()
+        for name, tensor in (("ids", ids.int()), ("log_p", kept.half()), ("log_sums", sums)):
+            parts[name].append(tensor.cpu())
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}, outside
+
+
+def _write_shard(path: Path, shard: _Shard, signal: TeacherSignal, config: CacheTeacherConfig) -> None:
+    batches = _groups(shard.rows, config.tokens_per_batch, len)
+    hidden = torch.cat([signal.hidden(batch).cpu() for batch in batches])
+    # the share outside the top k is printed for either kind; for hidden states a sample of positions tells it
+    looked_at = hidden if shard.kind == "topk" else hidden[:: max(1, len(hidden) // SAMPLED)]
+    tensors, outside = _top_k(looked_at, signal, config.top_k, config.temperatures)
+    kept = tensors if shard.kind == "topk" else {"hidden": hidden}
+    with atomic_path(path) as made:
+        save_file(kept | {"outside": outside, "looked_at": torch.tensor(len(looked_at))}, made)
+
+
+def _read_rows(
+    config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[EncodedRow], set[str], dict]:
+    """The clean rows that fit, the keys of those that measure (validation, held out), and the hashes of their files."""
+    folder, end_id = Path(config.experiment_dir) / "sft", end_of_turn_id(tokenizer)
+    rows, measuring, hashes = [], set(), {}
+    for split in ("train", "eval"):
+        path = folder / f"sft_{split}_data_clean.jsonl"
+        hashes[path.name] = sha256_file(path) if path.is_file() else None
+        for row in read_clean(path):
+            rows.append(encode_row(tokenizer, row, end_id))
+            if split == "eval" or is_validation(row["id"], config.validation_fraction):
+                measuring.add(_key(rows[-1]))
+    if len({_key(row) for row in rows}) < len(rows):
+        raise UserError(f"{folder}: two clean rows share an id and a sample_index; remove one")
+    return [row for row in rows if len(row) <= config.max_length], measuring, hashes
+
+
+def make_cache(config: CacheTeacherConfig) -> dict[str, Any]:
+    """Write `experiment_dir`/teacher_cache; killed and called again, it goes on with the first missing file.
+
+    Returns:
+        The content of index.json.
+
+    Raises:
+        UserError: something the user must put right; the text says what and how.
+    """
+    name, folder = config.teacher_model_name_or_path, Path(config.experiment_dir) / "teacher_cache"
+    if not name:
+        raise UserError("teacher_model_name_or_path is not set; name a profile with --config, or pass the flag")
+    tokenizer = load_tokenizer(name)
+    rows, measuring, hashes = _read_rows(config, tokenizer)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    made_of = {
+        "format": FORMAT, "teacher": model_fingerprint(name), **_template_hashes(tokenizer), "data": hashes,
+        **{key: value for key, value in asdict(config).items() if key not in NOT_IN_FINGERPRINT},
+    }  # fmt: skip
+    marker, index_path = folder / "stage.json", folder / "index.json"
+    state = stage_state(marker, made_of, config.overwrite, [index_path])
+    if state == "done":
+        logger.info("%s is complete; nothing to do", folder)
+        return read_json(index_path)
+    for left_over in folder.glob("*.safetensors") if state == "fresh" else ():
+        left_over.unlink()
+
+    shards = _shards(rows, lambda r: config.signal == "topk" and _key(r) not in measuring, config.tokens_per_shard)
+    model = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
+    tokens = sum(len(row.response_ids) for row in rows)
+    vocab_size, width = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings().weight.shape[1]
+    kept = 6 * config.top_k if config.signal == "topk" else dtype.itemsize * width
+    require_disk(folder, 1.1 * (tokens * kept + vocab_size * width * dtype.itemsize), "the teacher cache")
+    start_stage(marker, made_of)
+    if config.packing:
+        check_packing(model, rows, tokenizer.pad_token_id)
+    signal = online_signal(model, tokenizer.pad_token_id, config.packing).cut(vocab_size)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with atomic_path(folder / "head.safetensors") as made:
+        save_file({"head": signal.head_VG.cpu().contiguous()}, made)
+    seconds, passed = 0.0, 0
+    with Progress(len(rows), "teacher cache") as progress:
+        for shard in shards:
+            if (folder / shard.file).is_file():
+                progress.skip(len(shard.rows))
+                continue
+            started = time.monotonic()
+            _write_shard(folder / shard.file, shard, signal, config)
+            seconds += time.monotonic() - started
+            passed += sum(map(len, shard.rows))
+            progress.advance(len(shard.rows), tokens_per_second=f"{passed / seconds:.0f}")
+
+    measured = [[_tensor(folder / s.file, name) for s in shards] for name in ("outside", "looked_at")]
+    outside = sum(measured[0]) / sum(measured[1])
+    sizes = {shard.file: (folder / shard.file).stat().st_size for shard in shards}
+    index = {
+        **made_of,
+        "teacher_model_name_or_path": name,
+        "logit_map": list(signal.logit_map),
+        "vocab_size": vocab_size,
+        "tokens": tokens,
+        "bytes_per_token": sum(sizes.values()) / tokens,
+        "tokens_per_second": passed / seconds if seconds else None,
+        "share_outside_top_k": dict(zip(map(str, config.temperatures), outside.tolist(), strict=True)),
+        "shards": sizes,
+        "rows": _places(shards),
+        "provenance": provenance(),
+    }
+    write_json(index_path, index)
+    finish_stage(marker, made_of)
+    return index
+
+
+def _places(shards: Iterable[_Shard]) -> dict[str, list[Any]]:
+    """Row -> file, first position, number of positions, hash of its tokens."""
+    places = {}
+    for shard in shards:
+        start = 0
+        for row in shard.rows:
+            places[_key(row)] = [shard.file, start, len(row.response_ids), _token_hash(row)]
+            start += len(row.response_ids)
+    return places
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it and {MADE_BY} again") from None
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json of a finished cache.
+
+    Raises:
+        UserError: there is none, or it is unfinished or of another format.
+    """
+    if not (folder / "index.json").is_file():
+        raise UserError(f"{folder}: no finished teacher cache; {MADE_BY}, or train with --teacher_signal online")
+    index = read_json(folder / "index.json")
+    if index.get("format") != FORMAT:
+        raise UserError(f"{folder}: format {index.get('format')}, this version reads {FORMAT}; {MADE_BY} --overwrite")
+    return index
+
+
+def open_cache(folder: Path, signal: str, data_hashes: dict[str, str], train: Rows, measured: Rows,
+               vocab_size: int, temperature: float) -> TeacherSignal:  # fmt: skip
+    """The signal of a finished cache, every row of it verified.
+
+    Args:
+        folder: the cache.
+        signal: `hidden` or `topk`, what training rows are to give.
+        data_hashes: file name -> sha256 of the clean files.
+        train: the rows to train on as the teacher's template renders them; `measured` those that only measure.
+        vocab_size: the shared vocabulary.
+        temperature: that of the loss; a top-k cache knows the softened rest for its own temperatures only.
+
+    Raises:
+        UserError: the cache was made of something else, lacks a row, or a file is missing or of another size.
+    """
+    index = read_index(folder)
+    remedy = f"{MADE_BY} --overwrite"
+    for name, wanted, found in (
+        ("signal", signal, index["signal"]), ("vocabulary", vocab_size, index["vocab_size"]),
+        *((name, value, index["data"].get(name)) for name, value in data_hashes.items()),
+    ):  # fmt: skip
+        if wanted != found:
+            raise UserError(f"{folder} was made with {name} = {found}, this run has {wanted}; {remedy}")
+    if signal == "topk" and temperature not in index["temperatures"]:
+        known = ", ".join(f"{t:g}" for t in index["temperatures"])
+        raise UserError(f"{folder} keeps the top k for T = {known}, not {temperature:g}; {remedy} --temperatures ...")
+    for file, size in index["shards"].items():
+        if not (folder / file).is_file() or (folder / file).stat().st_size != size:
+            raise UserError(f"{folder / file}: missing or not as it was written; {remedy}")
+    for row in (*train, *measured):
+        place = index["rows"].get(_key(row))
+        if place is None or place[3] != _token_hash(row):
+            why = "is not in it" if place is None else "has other tokens there (data, tokenizer or template changed)"
+            raise UserError(f"{folder}: row {_key(row)} {why}; {remedy}")
+
+    @functools.cache
+    def shard(file: str) -> Any:
+        return safe_open(folder / file, "pt")  # memory-mapped: only what is asked for is read
+
+    def read(rows: Rows, tensor: str) -> Tensor:
+        parts = []
+        for row in rows:
+            file, start, count, _ = index["rows"][_key(row)]
+            parts.append(shard(file).get_slice(tensor)[start : start + count])
+        return torch.cat(parts)
+
+    def topk(rows: Rows) -> TopK:
+        log_sums = read(rows, "log_sums")[:, index["temperatures"].index(temperature)]
+        return TopK(read(rows, "ids").long(), read(rows, "log_p"), log_sums)
+
+    return TeacherSignal(
+        lambda rows: read(rows, "hidden"),
+        _tensor(folder / "head.safetensors", "head"),
+        LogitMap(*index["logit_map"]),
+        topk if signal == "topk" else None,
+    )

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from src.distillation.base import IGNORED, EncodedRow, collate, response_hidden
+from src.distillation.packing import MULTIPLE, attention_of_packs, check_packing, pack
+from src.utils.common import UserError
+
+SIZES = {
+    "vocab_size": 261, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def make_rows(lengths):
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randint(0, 250, (n,), generator=generator).tolist() for n in lengths]
+    return [EncodedRow(str(i), tuple(ids[: len(ids) // 2]), tuple(ids[len(ids) // 2 :])) for i, ids in enumerate(draw)]
+
+
+def test_a_pack_is_its_rows_end_to_end():
+    rows = [EncodedRow("a", (1, 2), (3,)), EncodedRow("b", (4,), (5, 6))]
+    batch = pack(rows, pad_id=9)
+    assert batch["sequence_lengths"] == [3, 3, MULTIPLE - 6]
+    assert batch["input_ids"][0].tolist() == [1, 2, 3, 4, 5, 6] + [9] * (MULTIPLE - 6)
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, *range(MULTIPLE - 6)]
+    assert batch["labels"][0, :6].tolist() == [IGNORED, IGNORED, 3, IGNORED, 5, 6]
+    assert (batch["labels"][0, 6:] == IGNORED).all()
+    assert pack([rows[0]], 9, multiple=3)["sequence_lengths"] == [3]
+
+
+@pytest.fixture(params=["qwen3", "qwen3_moe", "mistral"])
+def model(request, make_model):
+    """Grouped heads, experts, and a sliding window of 5 tokens."""
+    if request.param == "mistral":
+        torch.manual_seed(0)
+        return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5)).eval()
+    return make_model(moe=request.param == "qwen3_moe")
+
+
+def body(model):
+    return model.get_decoder().named_parameters()
+
+
+def test_each_row_reads_itself_alone(model):
+    """States and gradients as one row at a time gives them, in any company."""
+    rows = make_rows([7, 23, 12, 40])
+    alone = torch.cat([response_hidden(model, collate([row], 0))[0] for row in rows])
+    alone.pow(3).sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in body(model)}
+    model.zero_grad()
+    with attention_of_packs(model, True):
+        packed, labels = response_hidden(model, pack(rows, 0))
+    packed.pow(3).sum().backward()
+    assert labels.tolist() == [token for row in rows for token in row.response_ids]
+    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
+    for name, parameter in body(model):
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-2, rtol=1e-3)
+    check_packing(model, rows, 0)
+
+
+def test_the_attention_comes_back(make_model):
+    model = make_model()
+    before = model.config._attn_implementation
+    with attention_of_packs(model, False):
+        assert model.config._attn_implementation == before
+    with attention_of_packs(model, True):
+        assert model.config._attn_implementation != before
+    assert model.config._attn_implementation == before
+
+
+def test_models_that_mix_rows_elsewhere_are_refused():
+    """A state-space layer runs on from one row into the next; Gemma 2 caps its scores, which no fused kernel does."""
+    torch.manual_seed(0)
+    hybrid = FalconH1ForCausalLM(
+        FalconH1Config(**SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
+    ).eval()
+    with pytest.raises(UserError, match=r"not kept apart by this model .*--no_packing"):
+        check_packing(hybrid, make_rows([9, 12]), 0)
+    capped = Gemma2ForCausalLM(Gemma2Config(**SIZES, attn_implementation="eager")).eval()
+    with pytest.raises(UserError, match=r"Gemma2ForCausalLM cannot read packed rows .*--no_packing"):
+        check_packing(capped, make_rows([9, 12]), 0)
