@@ -67,6 +67,18 @@ def _fingerprint(config: KDConfig, data: TrainingData, teacher: str) -> dict[str
     return json.loads(json.dumps(settings | data.hashes))
 
 
+def _micro_batches(config: KDConfig, data: TrainingData) -> int:
+    """Forward passes of one step, over all ranks: as batch_size says, or as few as the token budget allows."""
+    if not config.tokens_per_batch:
+        return config.rows_per_step // config.per_device_train_batch_size
+    lengths = [len(pair.student) for pair in data.train]
+    epochs = config.num_train_epochs
+    if config.max_steps > 0:
+        epochs = config.max_steps / (len(lengths) // config.rows_per_step)
+    return micro_batches(lengths, config.rows_per_step, config.world_size, config.tokens_per_batch,
+                         math.ceil(epochs), config.data_seed)  # fmt: skip
+
+
 def _choose_folder(config: KDConfig, fingerprint: dict[str, Any]) -> Path:
     """The run's folder: named by the user, the one to go on with, a finished one of the same settings, or a new one."""
     if config.output_dir:
@@ -264,20 +276,13 @@ def _make_trainer(config: KDConfig, data: TrainingData, tokenizers: tuple[Any, A
         model.enable_input_require_grads()
     trainable = count_parameters(model, trainable=True)
     require_disk(folder, trainable * 4 * (3 * (config.save_total_limit or 2) + 4), "the run's checkpoints")
-    lengths = [len(pair.student) for pair in data.train]
-    parts = config.rows_per_step // config.per_device_train_batch_size
-    if config.tokens_per_batch:
-        steps_an_epoch = len(lengths) // config.rows_per_step
-        epochs = config.max_steps / steps_an_epoch if config.max_steps > 0 else config.num_train_epochs
-        parts = micro_batches(lengths, config.rows_per_step, config.world_size, config.tokens_per_batch,
-                              math.ceil(epochs), config.data_seed)  # fmt: skip
-    config.gradient_accumulation_steps = parts // config.world_size
     compiled = config.compile_loss is not False and compiler_works(config.device.type)
     if config.compile_layers:
         compile_layers(model)
     trainer = KDTrainer(
         model=model, args=config, train_dataset=data.train, teacher=teacher.cut(vocab_size), vocab_size=vocab_size,
-        eval_dataset=data.validation, pad_id=pad_id, parts=parts, compiled=compiled, callbacks=[RunRecorder(folder)],
+        eval_dataset=data.validation, pad_id=pad_id, parts=config.gradient_accumulation_steps * config.world_size,
+        compiled=compiled, callbacks=[RunRecorder(folder)],
     )  # fmt: skip
     _say_sizes(config, data, trainer, trainable)
     return trainer
@@ -307,6 +312,7 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
         config.rows_per_step,
     )  # fmt: skip
     fingerprint = _fingerprint(config, data, teacher_fingerprint)
+    config.gradient_accumulation_steps = _micro_batches(config, data) // config.world_size
     chosen: list[Path | None] = [None]
     if config.process_index == 0:
         chosen = [_choose_folder(config, fingerprint)]
