@@ -22,8 +22,10 @@ ALLOWED = {
         for name in ("base", "sft", "losses", "heldout", "batching", "packing", "teacher_signal")
     },
     "scripts": {"src"},
-    "tests": {"src"},
-    "benchmarks": {"src"},
+    "tests": {"src", "benchmarks"},
+    "benchmarks": {"src"} | {
+        f"benchmarks.{name}" for name in ("harness", "kd_reference", "step_parts", "train_job", "train_peers")
+    },
 }  # fmt: skip
 
 
@@ -103,6 +105,8 @@ def test_all_folders_are_walked():
         ("scripts.one", "import two"),
         ("scripts.one", "from two import main"),
         ("tests.test_it", "import two"),
+        ("benchmarks.kd_loss", "from benchmarks.train_step import measure"),
+        ("src.distillation.kd", "from benchmarks.harness import machine"),
     ],
 )
 def test_the_walk_can_fail(module, source):
@@ -119,6 +123,7 @@ def test_the_walk_can_fail(module, source):
         ("src.evaluation.evaluator", "from src.distillation.sft import generate\nfrom src.distillation import base"),
         ("scripts.one", "import torch\nfrom src.distillation.kd import KDConfig\nimport twofold"),
         ("tests.test_it", "from src.evaluation.report import write_markdown"),
+        ("benchmarks.kd_loss", "from benchmarks import harness\nfrom src.distillation.losses import kd_loss"),
     ],
 )
 def test_the_walk_can_pass(module, source):

@@ -1,0 +1,241 @@
+"""What the benchmarks share: the peers' environment, a fresh process for every contender, time, memory, the record.
+
+A script calls `main`, which plays two parts. As the parent it runs each contender in turn, `repeats` times over, each
+time in a new process, and keeps the best time. As that process (`--worker NAME --job FILE`) it runs one contender once.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from src.utils.common import ROOT, UserError, provenance, run_cli, write_json
+
+RIVALS = ROOT / ".venv-rivals"
+# Without their dependencies: torch, transformers, peft and the rest come from the environment that runs the benchmark,
+# so that everybody measures on the same versions. Neither triton nor torchao is needed for what is used of them here.
+RIVAL_PACKAGES = ("trl==1.16.0", "liger-kernel==0.8.5", "torchtune==0.6.1")
+NOISE = 0.05  # share of the machine in others' hands above which a measurement is called not quiet
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+
+Result = dict[str, Any]
+
+
+# --- the peers -------------------------------------------------------------------------------------------------------
+
+
+def rivals_python() -> str:
+    """The interpreter of the peers' environment, which is made once and sees this one's packages beneath its own."""
+    python = RIVALS / "bin" / "python"
+    stamp = RIVALS / "installed.txt"
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    wanted = "\n".join((*RIVAL_PACKAGES, *packages))
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        print(f"making {RIVALS.name} with {', '.join(RIVAL_PACKAGES)}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", RIVALS], check=True)
+        own = next((RIVALS / "lib").glob("python*/site-packages"))
+        (own / "running.pth").write_text("\n".join(packages), encoding="utf-8")
+        for package in RIVAL_PACKAGES:  # one by one: what cannot be had is reported as absent by its contenders
+            subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", package], check=False)
+        stamp.write_text(wanted, encoding="utf-8")
+    return str(python)
+
+
+# --- one contender, in its own process -------------------------------------------------------------------------------
+
+
+def resident_mb() -> float:
+    """Resident memory of this process now, MiB, after giving free blocks of the allocator back."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def _status(field: str) -> float:
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{field}:")) / 1024
+
+
+def forget_peak() -> None:
+    """Start the peak of resident memory again from what is resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def peak_mb() -> float:
+    """The peak of resident memory since `forget_peak`, MiB, as the kernel has kept it."""
+    return _status("VmHWM")
+
+
+def best_seconds(call: Callable[[], Any], runs: int = 2) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _processor_seconds() -> tuple[float, float, float]:
+    """All there were, those in use by anybody, and those of this process and its children, since they began."""
+    numbers = [int(word) for word in Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:9]]
+    tick = os.sysconf("SC_CLK_TCK")
+    idle = numbers[3] + numbers[4]
+    return sum(numbers) / tick, (sum(numbers) - idle) / tick, sum(os.times()[:4])
+
+
+@contextlib.contextmanager
+def busy_elsewhere(found: dict[str, float]) -> Iterator[None]:
+    """Put into `found` the share of the machine that others used meanwhile; a measurement wants it near 0."""
+    before = _processor_seconds()
+    yield
+    there, used, own = (b - a for a, b in zip(before, _processor_seconds(), strict=True))
+    found["busy_elsewhere"] = max(0.0, (used - own) / max(there, 1e-9))
+
+
+def relative_error(found: Any, wanted: Any) -> float:
+    """|found - wanted| / |wanted| over whole tensors, in fp64."""
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+# --- all contenders, in turn -----------------------------------------------------------------------------------------
+
+
+def run_worker(python: str, name: str, job: dict[str, Any], minutes: float = 15) -> Result:
+    """One contender once; what it could not do is its result: `{"name": ..., "absent": reason}`."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "job.json"
+        write_json(task, job)
+        # allocator settings and thread counts are left as they are found; the caches of a compiler are kept
+        command = [python, str(Path(sys.argv[0]).resolve()), "--worker", name, "--job", str(task)]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60 * minutes)
+        except subprocess.TimeoutExpired:
+            return {"name": name, "absent": f"took more than {minutes:g} minutes"}
+        answer = task.with_suffix(".result")
+        if done.returncode == 0:
+            return {"name": name, **json.loads(answer.read_text(encoding="utf-8"))}
+    reason = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+    return {"name": name, "absent": reason[:300]}
+
+
+def best_of(results: Sequence[Result]) -> Result:
+    """Several runs of one contender as one: the fastest run's numbers, and the largest peak."""
+    present = [result for result in results if "absent" not in result]
+    if not present:
+        return results[0]
+    best = dict(min(present, key=lambda result: result["seconds"]))
+    best["seconds_of_runs"] = [result["seconds"] for result in present]
+    if best.get("peak_mb") is not None:
+        best["peak_mb"] = max(result["peak_mb"] for result in present)
+    return best
+
+
+def round_robin(contenders: dict[str, str], jobs: Callable[[str], dict[str, Any]], repeats: int) -> list[Result]:
+    """Run contenders (name -> interpreter) in turn, `repeats` rounds; best of each."""
+    found: dict[str, list[Result]] = {name: [] for name in contenders}
+    for turn in range(repeats):
+        for name, python in contenders.items():
+            if found[name] and "absent" in found[name][-1]:
+                continue
+            found[name].append(run_worker(python, name, jobs(name)))
+            last = found[name][-1]
+            said = f"absent: {last['absent']}" if "absent" in last else f"{last['seconds']:.3f} s"
+            if last.get("busy_elsewhere", 0) > NOISE:
+                said += f"; NOT QUIET: others used {last['busy_elsewhere']:.0%} of the machine"
+            print(f"round {turn + 1} of {repeats}: {name}: {said}", file=sys.stderr, flush=True)
+    return [best_of(results) for results in found.values()]
+
+
+def ratios(results: Sequence[Result], ours: Sequence[str], floor: float) -> dict[str, dict[str, float]]:
+    """For each of ours: `seconds` of another divided by ours, `memory` likewise, and our own time over the floor."""
+    present = {result["name"]: result for result in results if "absent" not in result}
+    found = {}
+    for name in ours:
+        if name in present:
+            own = present[name]
+            others = {other: result for other, result in present.items() if other not in ours}
+            found[name] = {"over_floor": own["seconds"] / floor} | {
+                f"{what}_of_{other}": result[key] / max(own[key], 1e-9)
+                for other, result in others.items()
+                for what, key in (("seconds", "seconds"), ("memory", "peak_mb"))
+            }
+    return found
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    info = {key.strip(): value.strip() for key, value in lines.items()}
+    flags = info.get("flags", "").split()
+    return {
+        "cpu": info.get("model name"),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def write_report(path: Path, report: dict[str, Any], before: dict[str, Any]) -> None:
+    """Write the record with the machine and the versions: ours, and the peers' own."""
+    facts = provenance()
+    own = next((RIVALS / "lib").glob("python*/site-packages"), None)
+    peers = {d.metadata["Name"]: d.version for d in metadata.distributions(path=[str(own)])} if own else {}
+    peers = {name: version for name, version in peers.items() if name not in ("pip", "setuptools")}
+    write_json(
+        path,
+        report
+        | {"versions": facts["versions"] | peers, "machine": before}
+        | {key: facts[key] for key in ("command", "git_commit", "git_dirty", "time")},
+    )
+
+
+def print_table(results: Sequence[Result], columns: dict[str, str]) -> None:
+    """Print results as a table: `columns` maps a key to the format of its values."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", *columns)
+    for result in results:
+        cells = [
+            "-" if result.get(key) is None else format(result[key], style) for key, style in columns.items()
+        ]  # fmt: skip
+        table.add_row(result["name"], *([f"absent: {result['absent']}", *cells[1:]] if "absent" in result else cells))
+    Console(width=160).print(table)
+
+
+def main(parser: argparse.ArgumentParser, parent: Callable[..., None], worker: Callable[[str, dict], Result]) -> None:
+    """Play the parent or the worker, whichever the command line asks for."""
+    parser.add_argument("--output", type=Path, help="the JSON record to write")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, which measure nothing: is it all in order?")
+    parser.add_argument("--repeats", type=int, default=2, metavar="K", help="rounds; the best of them counts (2)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        job = json.loads(arguments.job.read_text(encoding="utf-8"))
+        quiet: dict[str, float] = {}
+        with busy_elsewhere(quiet):
+            result = worker(arguments.worker, job)
+        write_json(arguments.job.with_suffix(".result"), result | quiet)
+        return
+
+    def checked() -> None:
+        if arguments.output is None:
+            raise UserError("--output FILE.json is needed: the record of the run")
+        parent(arguments)
+
+    run_cli(checked)

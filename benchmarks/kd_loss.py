@@ -1,0 +1,248 @@
+"""The distillation loss alone, forward and backward to the student's hidden states, against its peers and its matmuls.
+
+    python benchmarks/kd_loss.py --output benchmarks/results/kd_loss_bf16.json
+    python benchmarks/kd_loss.py --output benchmarks/results/kd_loss_fp32.json --dtype float32
+    python benchmarks/kd_loss.py --output benchmarks/results/kd_loss_growth.json --growth
+
+Forward KL at temperature T with a frozen head, from the same seeded states. Every contender's gradient and loss are
+held against fp64 from the same (rounded) states.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import harness
+from benchmarks.kd_reference import inputs, project, reference, rows
+from src.distillation.losses import kd_loss
+
+Loss = Callable[..., Tensor]  # (student_NH, student_head_VH, teacher_NH, teacher_head_VH, labels_N, T, alpha) -> mean
+SHAPE = {"V": 151_936, "H": 1_024, "N": 2_048}
+QUICK = {"V": 1_000, "H": 64, "N": 96}
+TEMPERATURE = 2.0
+ACCURACY_TEMPERATURES = (1.0, 2.5, 4.0)
+
+
+# --- the contenders --------------------------------------------------------------------------------------------------
+
+
+def ours(compiled: bool) -> Loss:
+    def loss(student, student_head, teacher, teacher_head, labels, temperature, alpha):
+        sums = kd_loss(
+            student, student_head, teacher, teacher_head, labels,
+            temperature=temperature, alpha=alpha, kind="forward_kl", compiled=compiled,
+        )  # fmt: skip
+        return sums.loss / len(labels)
+
+    return loss
+
+
+def plain_torch(student, student_head, teacher, teacher_head, labels, temperature, alpha):
+    """Full logits, softmaxes in fp32, autograd."""
+    logits = student @ student_head.T
+    log_q = F.log_softmax(logits.float() / temperature, -1)
+    with torch.no_grad():
+        log_p = F.log_softmax((teacher @ teacher_head.T).float() / temperature, -1)
+    kd = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+    return kd if alpha == 1 else alpha * kd + (1 - alpha) * F.cross_entropy(logits.float(), labels)
+
+
+def trl_chunked() -> Loss:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss(student, student_head, teacher, teacher_head, labels, temperature, alpha):
+        divergence, _ = ChunkedDivergenceFunction.apply(
+            student, student_head, None, teacher, teacher_head, None, 0.0, temperature
+        )
+        return divergence.mean() * temperature**2  # it leaves T^2 to the caller
+
+    return loss
+
+
+def liger(compiled: bool) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    def loss(student, student_head, teacher, teacher_head, labels, temperature, alpha):
+        function = LigerFusedLinearJSDLoss(
+            weight_hard_loss=1 - alpha, weight_soft_loss=alpha, beta=0.0, temperature=temperature, compiled=compiled
+        )
+        return function(student, student_head, teacher, teacher_head, labels) * temperature**2  # likewise
+
+    return loss
+
+
+def torchtune() -> Loss:
+    # the file alone: the package refuses to be imported without torchao, which this loss does not use
+    from importlib.metadata import distribution
+    from runpy import run_path
+
+    path = distribution("torchtune").locate_file("torchtune/modules/loss/kd_losses.py")
+    function = run_path(str(path))["ForwardKLWithChunkedOutputLoss"]()
+
+    def loss(student, student_head, teacher, teacher_head, labels, temperature, alpha):
+        chunks = function.num_output_chunks
+        with torch.no_grad():
+            teacher_logits = [chunk @ teacher_head.T for chunk in teacher[None].chunk(chunks, dim=1)]
+        return function([chunk @ student_head.T for chunk in student[None].chunk(chunks, dim=1)], teacher_logits,
+                        labels[None])  # fmt: skip
+
+    return loss
+
+
+CONTENDERS: dict[str, Callable[[], Loss]] = {
+    "ours": lambda: ours(compiled=True),
+    "ours_plain": lambda: ours(compiled=False),
+    "ours_with_ce": lambda: ours(compiled=True),
+    "plain_torch": lambda: plain_torch,
+    "trl_chunked": trl_chunked,
+    "liger": lambda: liger(compiled=True),
+    "liger_eager": lambda: liger(compiled=False),
+    "torchtune": torchtune,
+}
+RIVALS = {"trl_chunked", "liger", "liger_eager", "torchtune"}  # run in the peers' environment
+ALPHA = {"ours_with_ce": 0.8}  # the others: 1, divergence alone
+ONLY_AT_1 = ("torchtune",)  # it has no temperature
+NOTES = {
+    "torchtune": "T = 1; its loss is the cross-entropy to the teacher, above the divergence by the teacher's entropy",
+    "trl_chunked": "multiplies in fp32 on a CPU, whatever the dtype",
+    "liger": "forms the frozen head's gradient as well",
+    "liger_eager": "forms the frozen head's gradient as well",
+}
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def make_references(job: dict[str, Any]) -> dict[str, Any]:
+    """For every case its fp64 gradient and loss on the chosen rows, saved as `job["reference"]`."""
+    student, student_head, teacher, teacher_head, labels = inputs(job)
+    chosen = rows(len(labels))
+    logits = project(student[chosen], student_head), project(teacher[chosen], teacher_head)
+    cases = [(t, alpha) for t in (TEMPERATURE, *ACCURACY_TEMPERATURES) for alpha in (1.0, *ALPHA.values())]
+    found = {f"{t} {alpha}": reference(*logits, student_head, labels[chosen], t, alpha) for t, alpha in cases}
+    torch.save(found, job["reference"])
+    return {"seconds": 0.0}
+
+
+def floor(job: dict[str, Any]) -> dict[str, Any]:
+    """The three products alone, each in its best layout and chunk, into memory that is there: seconds for N tokens."""
+    student, head = inputs(job)[:2]
+    tokens, vocab = len(student), len(head)
+    best = {"logits": float("inf"), "grad": float("inf")}
+
+    def try_(product: str, left: Tensor, right: Tensor, chunk: int) -> None:
+        out = torch.mm(left, right)
+        seconds = harness.best_seconds(lambda: torch.mm(left, right, out=out), 3)
+        best[product] = min(best[product], seconds * tokens / chunk)
+
+    for chunk in sorted({min(size, tokens) for size in (64, 128, 256, 512, 1024)}):
+        states, grad = student[:chunk], torch.randn(chunk, vocab).to(student.dtype)
+        try_("logits", states, head.T, chunk)
+        try_("logits", head, states.T, chunk)
+        try_("grad", grad, head, chunk)
+        try_("grad", head.T, grad.T.contiguous(), chunk)
+    return {"seconds": 2 * best["logits"] + best["grad"], "seconds_of_products": best}
+
+
+def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
+    if name == "reference":
+        return make_references(job)
+    if name == "floor":
+        return floor(job)
+    loss, alpha = CONTENDERS[name](), ALPHA.get(name, 1.0)
+    temperature = 1.0 if name in ONLY_AT_1 else TEMPERATURE
+
+    def call(states: tuple[Tensor, ...], temperature: float) -> tuple[float, Tensor]:
+        student = states[0].detach().requires_grad_()
+        value = loss(student, *states[1:], temperature, alpha)
+        value.backward()
+        return value.item(), student.grad
+
+    call(inputs(job | QUICK), temperature)  # libraries, and a compiler's, are not what is measured
+    torch.compiler.reset()
+    states = inputs(job)
+    resident = harness.resident_mb()
+    value, grad = call(states, temperature)
+    harness.resident_mb()
+    harness.forget_peak()
+    seconds = harness.best_seconds(lambda: call(states, temperature), 2)
+    result = {"seconds": seconds, "peak_mb": harness.peak_mb() - resident, "loss": value, "temperature": temperature,
+              "alpha": alpha, "note": NOTES.get(name), "grad_rel_error": None}  # fmt: skip
+    if "reference" not in job:
+        return result
+    saved, chosen = torch.load(job["reference"]), rows(job["N"])
+    wanted, _ = saved[f"{temperature} {alpha}"]
+    result["grad_rel_error"] = harness.relative_error(grad[chosen].double() * job["N"], wanted)
+    few = (states[0][chosen], states[1], states[2][chosen], states[3], states[4][chosen])
+    result["accuracy"] = []
+    for other in (1.0,) if name in ONLY_AT_1 else ACCURACY_TEMPERATURES:
+        value, grad = call(few, other)
+        wanted, wanted_value = saved[f"{other} {alpha}"]
+        error = harness.relative_error(grad.double() * len(chosen), wanted)
+        result["accuracy"].append(
+            {"temperature": other, "grad_rel_error": error, "loss": value, "loss_fp64": wanted_value}
+        )
+    return result
+
+
+def growth(job: dict[str, Any], quick: bool) -> list[dict[str, Any]]:
+    """Ours alone over tokens and vocabulary."""
+    tokens = (96, 192) if quick else (512, 1_024, 2_048, 4_096, 8_192)
+    vocabularies = (1_000, 2_000) if quick else (32_000, 65_536, 151_936)
+    sizes = [(n, vocabularies[-1]) for n in tokens] + [(tokens[-2 if quick else 2], v) for v in vocabularies[:-1]]
+    table = []
+    for n, vocab in sizes:
+        found = harness.run_worker(sys.executable, "ours", job | {"N": n, "V": vocab})
+        kept = {key: found.get(key) for key in ("seconds", "peak_mb", "absent")}
+        states_mb = n * job["H"] * getattr(torch, job["dtype"]).itemsize / 2**20
+        table.append({"name": f"N {n:,}, V {vocab:,}", "N": n, "V": vocab, **kept, "one_NH_tensor_mb": states_mb})
+        if kept["seconds"]:
+            table[-1]["ns_per_logit"] = kept["seconds"] / n / vocab * 1e9
+    return table
+
+
+def parent(arguments: argparse.Namespace) -> None:
+    shape = dict(QUICK if arguments.quick else SHAPE)
+    job = {**shape, "dtype": arguments.dtype, "seed": 0}
+    report: dict[str, Any] = {"shapes": job | {"temperature": TEMPERATURE}, "results": []}
+    before = harness.machine()
+    if arguments.growth:
+        report["growth"] = growth(job, arguments.quick)
+        columns = {"seconds": ".2f", "peak_mb": ".0f", "one_NH_tensor_mb": ".1f", "ns_per_logit": ".2f"}
+        harness.print_table(report["growth"], columns)
+        harness.write_report(arguments.output, report, before)
+        return
+    names = ["floor", *(arguments.only or CONTENDERS)]
+    rivals = harness.rivals_python() if set(names) & RIVALS else ""
+    with tempfile.TemporaryDirectory() as folder:
+        job["reference"] = str(Path(folder) / "reference.pt")
+        made = harness.run_worker(sys.executable, "reference", job)
+        if "absent" in made:
+            raise harness.UserError(f"the fp64 reference failed: {made['absent']}")
+        pythons = {name: rivals if name in RIVALS else sys.executable for name in names}
+        bottom, *results = harness.round_robin(pythons, lambda _: job, arguments.repeats)
+    report |= {"results": results, "floor_seconds": bottom["seconds"], "floor": bottom}
+    report["ratios"] = harness.ratios(results, ("ours", "ours_plain"), bottom["seconds"])
+    for result in results:
+        result |= {f"error_at_{each['temperature']:g}": each["grad_rel_error"] for each in result.get("accuracy", [])}
+    print(f"floor: {bottom['seconds']:.2f} s")
+    columns = {"seconds": ".2f", "peak_mb": ".0f", "loss": ".4f", "grad_rel_error": ".2e"}
+    harness.print_table(results, columns | {f"error_at_{each:g}": ".2e" for each in ACCURACY_TEMPERATURES})
+    harness.write_report(arguments.output, report, before)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--growth", action="store_true", help="ours over N = 512 to 8,192 and V = 32k to 152k")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=tuple(CONTENDERS), help="these contenders alone")
+    harness.main(parser, parent, measure)

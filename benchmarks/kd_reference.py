@@ -1,0 +1,54 @@
+"""What `kd_loss.py` measures on and holds results against: seeded states, and the objective in fp64."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROWS = 128
+
+
+def inputs(job: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Student and teacher that lean to the same labels: logits of spread 2.5, the label's about 15 above their mean."""
+    vocab, width, tokens, dtype = job["V"], job["H"], job["N"], getattr(torch, job["dtype"])
+    generator = torch.Generator().manual_seed(job["seed"])
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    teacher_head = normal(vocab, width).mul_(2.5 / width**0.5)
+    student_head = (0.9 * teacher_head).add_(normal(vocab, width), alpha=0.44 * 2.5 / width**0.5).to(dtype)
+    labels = torch.randint(vocab, (tokens,), generator=generator)
+    towards = F.normalize(teacher_head[labels], dim=-1)
+    teacher = normal(tokens, width)
+    student = 0.9 * teacher + 0.44 * normal(tokens, width) + 5 * towards
+    return student.to(dtype), student_head, (teacher + 6 * towards).to(dtype), teacher_head.to(dtype), labels
+
+
+def rows(tokens: int) -> Tensor:
+    """The tokens whose gradient is computed in fp64, spread over all."""
+    return torch.linspace(0, tokens - 1, min(ROWS, tokens)).long()
+
+
+def project(states: Tensor, head: Tensor) -> Tensor:
+    """Logits `[R, V]` in fp64, a slice of the head at a time."""
+    return torch.cat([states.double() @ part.double().T for part in head.split(8192)], dim=1)
+
+
+def reference(z_RV, t_RV, head_VH, labels_R, temperature: float, alpha: float) -> tuple[Tensor, float]:
+    """The objective from the logits of student and teacher, in fp64.
+
+    Returns:
+        The gradient of the summed loss by the student's states, `[R, H]`, and the loss per token.
+    """
+    log_p, log_q = F.log_softmax(t_RV / temperature, -1), F.log_softmax(z_RV / temperature, -1)
+    kd = (log_p.exp() * (log_p - log_q)).sum()
+    grad_RV = alpha * temperature * (log_q.exp() - log_p.exp())
+    log_q = F.log_softmax(z_RV, -1)
+    ce = -log_q.gather(1, labels_R[:, None]).sum()
+    grad_RV += (1 - alpha) * log_q.exp().scatter_add(1, labels_R[:, None], torch.full_like(z_RV[:, :1], -1))
+    grad_RH = torch.zeros(len(z_RV), head_VH.shape[1], dtype=torch.float64)
+    for part, head in zip(grad_RV.split(8192, dim=1), head_VH.split(8192), strict=True):
+        grad_RH += part @ head.double()
+    return grad_RH, ((alpha * temperature**2 * kd + (1 - alpha) * ce) / len(z_RV)).item()

@@ -1,0 +1,180 @@
+"""What the teacher's cached beliefs cost to make and to read, how true they are, and when they have paid.
+
+    python benchmarks/teacher_cache.py --output benchmarks/results/teacher_cache.json
+
+`online` asks the resident teacher, `hidden` and `topk` read their cache. `seconds` is what the beliefs about one
+optimisation step's rows cost, `opening_seconds` what is paid once a run; `loss` and `grad_rel_error` are those of the
+forward KL on some rows, held against a teacher in fp32 and the objective in fp64.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import harness
+from benchmarks.kd_reference import project, reference
+from benchmarks.train_job import add_flags, cache_config, encoded, make_caches, make_job, train_ours
+from src.distillation.base import compute_dtype, head_weight, load_model, response_hidden
+from src.distillation.kd import KDConfig
+from src.distillation.losses import TopK, kd_loss
+from src.distillation.packing import batch_of
+from src.distillation.teacher_cache import make_cache, open_cache
+from src.distillation.teacher_signal import TeacherSignal, online_signal
+from src.utils.common import UserError, read_json
+from src.utils.config import build_config
+
+SIGNALS = ("online", "hidden", "topk")
+TEMPERATURES = (1.0, 2.5)
+LOOKED_AT = 16  # rows on which loss and gradient are compared
+
+
+def teacher_of(job: dict[str, Any], dtype: torch.dtype) -> Any:
+    return load_model(job["profile"]["teacher_model_name_or_path"], dtype).requires_grad_(False)
+
+
+def open_signal(name: str, job: dict[str, Any], rows: list[Any], pad_id: int, temperature: float) -> TeacherSignal:
+    if name == "online":
+        return online_signal(teacher_of(job, compute_dtype("cpu")), pad_id, packing=True)
+    folder = Path(job[name]) / "teacher_cache"
+    size = read_json(folder / "index.json")["vocab_size"]
+    return open_cache(folder, name, {}, rows, [], size, temperature)
+
+
+def beliefs(signal: TeacherSignal, rows: list[Any]) -> Any:
+    return signal.topk(rows) if signal.topk is not None else signal.hidden(rows)
+
+
+def student_states(job: dict[str, Any], rows: list[Any], pad_id: int, size: int) -> tuple[Any, Any, Any]:
+    """The untrained student's hidden states on the rows one by one, their labels, and its output matrix, all fp32."""
+    student = load_model(job["profile"]["model_name_or_path"], compute_dtype("cpu")).float()
+    with torch.no_grad():
+        pairs = [response_hidden(student, batch_of([row], pad_id, packing=False)) for row in rows]
+    hidden, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
+    return hidden, labels, head_weight(student, size).detach()
+
+
+def make_references(job: dict[str, Any]) -> dict[str, Any]:
+    """The student's states, and at each temperature the gradient and loss against a teacher in fp32."""
+    tokenizer, rows, _ = encoded(job, Path(job["data"]))
+    rows = rows[:: max(1, len(rows) // LOOKED_AT)]
+    pad_id, size = tokenizer.pad_token_id, max(tokenizer.get_vocab().values()) + 1
+    teacher = online_signal(teacher_of(job, compute_dtype("cpu")).float(), pad_id, packing=False)
+    beliefs_NG = torch.cat([teacher.hidden([row]) for row in rows])
+    states = student_states(job, rows, pad_id, size)
+    logits = project(states[0], states[2]), project(beliefs_NG, teacher.head_VG[:size])
+    truth = {t: reference(*logits, states[2], states[1], t, 1.0) for t in TEMPERATURES}
+    torch.save({"states": states, "truth": truth, "rows": rows}, job["reference"])
+    return {"seconds": 0.0}
+
+
+def make(name: str, job: dict[str, Any]) -> dict[str, Any]:
+    """One pass of the teacher over all clean rows of the experiment, loading it included."""
+    resident = harness.resident_mb()
+    start = time.perf_counter()
+    index = make_cache(cache_config(job, job[name], signal=name))
+    keep = ("bytes_per_token", "tokens_per_second", "share_outside_top_k", "tokens")
+    kept = {key: index[key] for key in keep}
+    return {"seconds": time.perf_counter() - start, "peak_mb": harness.peak_mb() - resident, **kept}
+
+
+def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
+    what, _, signal_name = name.rpartition(":")
+    if what == "make":
+        return make(signal_name, job)
+    if what == "curve":
+        losses = train_ours(job, Path(job["data"]), signal_name, job["profile"]["alpha"])
+        return {"seconds": 0.0, "losses": losses}
+    if name == "caches":
+        return make_caches(job)
+    if name == "reference":
+        return make_references(job)
+    tokenizer, rows, _ = encoded(job, Path(job["data"]))
+    saved = torch.load(job["reference"], weights_only=False)
+    resident = harness.resident_mb()
+    start = time.perf_counter()
+    signal = open_signal(name, job, rows, tokenizer.pad_token_id, TEMPERATURES[0])
+    opening = time.perf_counter() - start
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [[rows[i] for i in order[at :: job["steps"]]] for at in range(job["steps"])]
+    beliefs(signal, batches[0])
+    harness.forget_peak()
+    seconds = harness.best_seconds(lambda: [beliefs(signal, batch) for batch in batches], 2) / job["steps"]
+    result = {"seconds": seconds, "opening_seconds": opening, "peak_mb": harness.peak_mb() - resident, "accuracy": []}
+    hidden, labels, head = saved["states"]
+    for temperature in TEMPERATURES:
+        signal = open_signal(name, job, rows, tokenizer.pad_token_id, temperature)
+        found = beliefs(signal, saved["rows"])
+        theirs = (found, None) if isinstance(found, TopK) else (found.float(), signal.head_VG[: len(head)].float())
+        student = hidden.detach().requires_grad_()
+        sums = kd_loss(student, head, *theirs, labels, temperature=temperature, alpha=1.0)
+        sums.loss.backward()
+        gradient, value = saved["truth"][temperature]
+        result["accuracy"].append(
+            {"temperature": temperature, "loss": sums.loss.item() / len(labels), "loss_fp64": value,
+             "grad_rel_error": harness.relative_error(student.grad, gradient)}
+        )  # fmt: skip
+    return result | {key: result["accuracy"][0][key] for key in ("loss", "grad_rel_error")}
+
+
+def parent(arguments: argparse.Namespace) -> None:
+    before = harness.machine()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job = make_job(arguments, folder)
+        config = build_config(KDConfig, job["profile"])
+        for kind in ("hidden", "topk"):
+            job[kind] = str(folder / kind)
+            (folder / kind).mkdir()
+            (folder / kind / "sft").symlink_to(Path(job["profile"]["experiment_dir"]).resolve() / "sft")
+        job["reference"] = str(folder / "reference.pt")
+        once = ("make:hidden", "make:topk", "caches", "reference", "curve:hidden", "curve:online")
+        did = {task: harness.run_worker(sys.executable, task, job) for task in once}
+        for task, found in did.items():
+            if "absent" in found:
+                raise UserError(f"{task} failed: {found['absent']}")
+        results = harness.round_robin(dict.fromkeys(SIGNALS, sys.executable), lambda _: job, arguments.repeats)
+    curves = {signal: did[f"curve:{signal}"]["losses"] for signal in ("hidden", "online")}
+    apart = max(abs(a - b) / abs(b) for a, b in zip(*curves.values(), strict=True))
+    by_name = {result["name"]: result for result in results}
+    made = {kind: did[f"make:{kind}"] for kind in ("hidden", "topk")}
+    report: dict[str, Any] = {
+        "results": results, "made": made, "curves": curves | {"largest_relative_difference": apart},
+        "floor_seconds": None, "shapes": {key: job[key] for key in ("profile", "steps", "rows", "tokens", "answers")},
+    }  # fmt: skip
+    if not any("absent" in result for result in results):
+        steps = config.max_steps if config.max_steps > 0 else job["steps"] * config.num_train_epochs
+        saved = {key: by_name["online"][key] - by_name["hidden"][key] for key in ("seconds", "opening_seconds")}
+        report["ratios"] = {
+            "online_over_hidden_seconds": by_name["online"]["seconds"] / by_name["hidden"]["seconds"],
+            "seconds_saved_a_run": saved["seconds"] * steps + saved["opening_seconds"],
+            "steps_a_run": steps,
+        }
+        report["ratios"]["runs_until_it_has_paid"] = made["hidden"]["seconds"] / report["ratios"]["seconds_saved_a_run"]
+    for result in results:
+        for each in result.get("accuracy", []):
+            at = f"{each['temperature']:g}"
+            result |= {f"loss_at_{at}": each["loss"], f"error_at_{at}": each["grad_rel_error"]}
+    columns = {"seconds": ".4f", "opening_seconds": ".2f", "peak_mb": ".0f"}
+    for t in TEMPERATURES:
+        columns |= {f"loss_at_{t:g}": ".4f", f"error_at_{t:g}": ".2e"}
+    harness.print_table(results, columns)
+    for kind, found in made.items():
+        print(f"{kind}: {found['seconds']:.1f} s to make with the teacher's loading, {found['tokens_per_second']:.0f} "
+              f"tokens/s, {found['bytes_per_token']:.0f} bytes per response token")  # fmt: skip
+    shares = ", ".join(f"{s:.1%} at T = {t}" for t, s in made["hidden"]["share_outside_top_k"].items())
+    print(f"teacher outside its top 64: {shares}")
+    print(f"loss curves, hidden against online: {apart:.1e} apart at most; {report.get('ratios')}")
+    harness.write_report(arguments.output, report, before)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    harness.main(parser, parent, measure)

@@ -1,0 +1,90 @@
+"""A profile's rows and settings for the benchmarks that train, and a run of ours on them."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from src.distillation.base import encode_row, end_of_turn_id, load_tokenizer
+from src.distillation.kd import SECTION, KDConfig, run_kd_pipeline
+from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
+from src.utils.common import UserError, read_jsonl, write_jsonl
+from src.utils.config import build_config, read_profile
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="configs/embedded.yaml", help="the profile")
+    parser.add_argument("--model", help="folder of the student (the profile's)")
+    parser.add_argument("--teacher", help="folder of the teacher (the profile's)")
+    parser.add_argument("--experiment_dir", help="its sft/ holds the clean rows (the profile's)")
+    parser.add_argument("--steps", type=int, default=5, help="optimisation steps under the clock (5)")
+
+
+def choose_rows(profile: dict[str, Any], count: int, folder: Path) -> list[Any]:
+    """Write `count` training rows, spread over all lengths, as an experiment of their own; one row is held out."""
+    tokenizer = load_tokenizer(profile["model_name_or_path"])
+    end_id = end_of_turn_id(tokenizer)
+    source = Path(profile["experiment_dir"]) / "sft"
+    rows = {}
+    for split in ("train", "eval"):
+        path = source / f"sft_{split}_data_clean.jsonl"
+        found = [(encode_row(tokenizer, row, end_id), row) for row in read_jsonl(path, ("id", "messages"))]
+        found = [pair for pair in found if len(pair[0]) <= profile.get("max_length", 1024)]
+        rows[split] = sorted(found, key=lambda pair: (len(pair[0]), pair[0].id))
+    if len(rows["train"]) < count:
+        raise UserError(f"{source}: {len(rows['train'])} rows, {count} are needed; run the stages before training")
+    chosen = [rows["train"][(2 * i + 1) * len(rows["train"]) // (2 * count)] for i in range(count)]
+    write_jsonl(folder / "sft" / "sft_train_data_clean.jsonl", [row for _, row in chosen])
+    write_jsonl(folder / "sft" / "sft_eval_data_clean.jsonl", [rows["eval"][0][1]])
+    return [encoded for encoded, _ in chosen]
+
+
+def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What every contender is told; `data` holds the rows of all steps, `probe` those of a single one."""
+    profile = read_profile(arguments.config, SECTION, KDConfig)
+    given = {
+        "model_name_or_path": arguments.model, "teacher_model_name_or_path": arguments.teacher,
+        "experiment_dir": arguments.experiment_dir,
+    }  # fmt: skip
+    profile |= {name: str(Path(value).resolve()) for name, value in given.items() if value}
+    config = build_config(KDConfig, profile)
+    steps = 2 if arguments.quick else arguments.steps
+    rows = choose_rows(profile, steps * config.rows_per_step, folder / "data")
+    choose_rows(profile, config.rows_per_step, folder / "probe")
+    return {
+        "profile": profile | {"overwrite": True}, "steps": steps, "epochs": 2, "max_grad_norm": config.max_grad_norm,
+        "rows": len(rows), "tokens": sum(map(len, rows)), "answers": sum(len(row.response_ids) for row in rows),
+        "lora_r": config.lora_r, "data": str(folder / "data"), "probe": str(folder / "probe"),
+    }  # fmt: skip
+
+
+def make_caches(job: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's hidden states of both folders, as `scripts/cache_teacher.py` keeps them."""
+    for folder in (job["data"], job["probe"]):
+        make_cache(cache_config(job, folder))
+    return {"seconds": 0.0}
+
+
+def cache_config(job: dict[str, Any], folder: str, **settings: Any) -> CacheTeacherConfig:
+    names = ("teacher_model_name_or_path", "max_length", "bf16")
+    settings |= {name: job["profile"][name] for name in names if name in job["profile"]}
+    return CacheTeacherConfig(experiment_dir=folder, validation_fraction=0.0, **settings)
+
+
+def encoded(job: dict[str, Any], folder: Path) -> tuple[Any, list[Any], list[dict[str, Any]]]:
+    rows = read_jsonl(folder / "sft" / "sft_train_data_clean.jsonl")
+    tokenizer = load_tokenizer(job["profile"]["model_name_or_path"])
+    return tokenizer, [encode_row(tokenizer, row, end_of_turn_id(tokenizer)) for row in rows], rows
+
+
+def train_ours(job: dict[str, Any], folder: Path, signal: str, alpha: float, **settings: Any) -> list[float]:
+    """A run of ours over the folder's rows, `job["epochs"]` times; the loss of every step."""
+    run = folder / f"run_{time.time_ns()}"
+    run_kd_pipeline(
+        job["profile"]
+        | {"experiment_dir": str(folder), "output_dir": str(run), "teacher_signal": signal, "alpha": alpha}
+        | {"validation_fraction": 0, "eval_strategy": "no", "save_strategy": "no", "max_steps": -1}
+        | {"epochs": job["epochs"], "max_grad_norm": job["max_grad_norm"]}
+        | settings
+    )
+    return [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row]

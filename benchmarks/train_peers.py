@@ -1,0 +1,92 @@
+"""The other ways to take a step in `train_step.py`: TRL's GKDTrainer, and a loop as one writes it in plain torch."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.train_job import encoded
+from src.distillation.base import add_lora, collate, load_model
+from src.distillation.kd import KDConfig
+from src.distillation.losses import plain_kd_loss
+from src.utils.config import build_config
+
+
+def models(config: KDConfig) -> tuple[Any, Any]:
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    student = load_model(config.model_name_or_path, dtype)
+    return student, load_model(config.teacher_model_name_or_path, dtype).requires_grad_(False)
+
+
+def trl_gkd(name: str, job: dict[str, Any], folder: Path) -> list[float]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    config = build_config(KDConfig, job["profile"])
+    tokenizer, pairs, rows = encoded(job, folder)
+    student, teacher = models(config)
+    data = [
+        {"input_ids": [*pair.prompt_ids, *pair.response_ids], "messages": row["messages"],
+         "completion_mask": [0] * len(pair.prompt_ids) + [1] * len(pair.response_ids)}
+        for pair, row in zip(pairs, rows, strict=True)
+    ]  # fmt: skip
+    keep = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
+            "warmup_steps", "weight_decay", "seed", "max_length", "temperature", "bf16")  # fmt: skip
+    arguments = GKDConfig(
+        output_dir=str(folder / name), lmbda=0.0, beta=0.0, gradient_checkpointing=name == "trl_gkd_default",
+        num_train_epochs=job["epochs"], max_grad_norm=job["max_grad_norm"], use_cpu=not torch.cuda.is_available(),
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        **{field: getattr(config, field) for field in keep},
+    )  # fmt: skip
+    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                      target_modules=config.lora_target_modules, task_type="CAUSAL_LM")  # fmt: skip
+    trainer = GKDTrainer(student, teacher, arguments, train_dataset=Dataset.from_list(data),
+                         processing_class=tokenizer, peft_config=lora)  # fmt: skip
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def summed_loss(model: Any, teacher: Any, rows: list[Any], tokenizer: Any, temperature: float, alpha: float) -> Any:
+    """Full logits of both models on one padded batch; the objective summed over its response tokens."""
+    batch, size = collate(rows, tokenizer.pad_token_id), max(tokenizer.get_vocab().values()) + 1
+    labels = batch.pop("labels")[:, 1:]
+    mask = labels != -100
+    with torch.no_grad():
+        theirs = teacher(**batch, use_cache=False).logits[:, :-1, :size][mask] if alpha else None
+    logits = model(**batch, use_cache=False).logits[:, :-1, :size][mask]
+    return plain_kd_loss(logits, theirs, labels[mask], temperature=temperature, alpha=alpha).loss
+
+
+def plain_torch(name: str, job: dict[str, Any], folder: Path) -> list[float]:
+    from transformers import get_scheduler, set_seed
+
+    config = build_config(KDConfig, job["profile"])
+    tokenizer, pairs, _ = encoded(job, folder)
+    set_seed(config.seed)
+    student, teacher = models(config)
+    model = add_lora(student, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+    steps = job["epochs"] * len(pairs) // config.rows_per_step
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer, int(config.warmup_steps), steps)
+    model.train()
+    losses = []
+    for epoch in range(job["epochs"]):
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(epoch)).tolist()
+        for rows in (order[i : i + config.rows_per_step] for i in range(0, len(order), config.rows_per_step)):
+            step = [pairs[i] for i in rows]
+            tokens, losses = sum(len(pair.response_ids) for pair in step), [*losses, 0.0]
+            for start in range(0, len(step), config.per_device_train_batch_size):
+                micro = step[start : start + config.per_device_train_batch_size]
+                with torch.autocast("cpu", enabled=bool(config.bf16), dtype=torch.bfloat16):
+                    loss = summed_loss(
+                        model, teacher, micro, tokenizer, config.temperature, config.alpha
+                    ) / tokens  # fmt: skip
+                loss.backward()
+                losses[-1] += loss.item()
+            torch.nn.utils.clip_grad_norm_(parameters, job["max_grad_norm"])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return losses

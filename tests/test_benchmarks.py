@@ -1,0 +1,86 @@
+"""The benchmarks in tiny sizes: their records have the promised form, and what they measure of ours is right."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import kd_loss, teacher_cache, train_job, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("names", [("ours_plain", "plain_torch"), pytest.param(("ours",), marks=pytest.mark.slow)])
+def test_kd_loss_writes_its_record(tmp_path, names):
+    path = tmp_path / "record.json"
+    command = [sys.executable, "benchmarks/kd_loss.py", "--quick", "--repeats", "1", "--dtype", "float32"]
+    subprocess.run([*command, "--only", *names, "--output", path], cwd=ROOT, check=True, capture_output=True)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert {"results", "floor_seconds", "shapes", "versions", "machine", "ratios", "git_commit"} <= record.keys()
+    assert record["floor_seconds"] > 0
+    assert [result["name"] for result in record["results"]] == list(names)
+    for result in record["results"]:
+        assert {"name", "seconds", "peak_mb", "grad_rel_error", "loss"} <= result.keys()
+        assert result["seconds"] > 0
+        assert result["grad_rel_error"] < 1e-5
+        assert [each["temperature"] for each in result["accuracy"]] == [1.0, 2.5, 4.0]
+        for each in result["accuracy"]:
+            assert each["grad_rel_error"] < 1e-5
+            assert each["loss"] == pytest.approx(each["loss_fp64"], rel=1e-5)
+
+
+def test_kd_loss_sees_a_wrong_objective(tmp_path, monkeypatch):
+    job = {**kd_loss.QUICK, "dtype": "float32", "seed": 0, "reference": str(tmp_path / "reference.pt")}
+    kd_loss.measure("reference", job)
+    right = kd_loss.CONTENDERS["ours_plain"]()
+    monkeypatch.setitem(kd_loss.CONTENDERS, "wrong", lambda: lambda *case: right(*case[:5], case[5] * 1.01, case[6]))
+    assert kd_loss.measure("ours_plain", job)["grad_rel_error"] < 1e-5
+    assert kd_loss.measure("wrong", job)["grad_rel_error"] > 1e-3
+
+
+@pytest.fixture
+def job(tmp_path, tiny_models, clean_rows, write_sft):
+    settings = {"batch_size": 2, "gradient_accumulation_steps": 2, "lora_r": 4, "temperature": 2.0, "bf16": False}
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(yaml.safe_dump({"run_improved_kd": settings | {"alpha": 0.8}}), encoding="utf-8")
+    arguments = argparse.Namespace(
+        config=profile, model=tiny_models.student, teacher=tiny_models.teacher, quick=True, steps=None,
+        experiment_dir=write_sft(tmp_path / "experiment", clean_rows(30), clean_rows(2, start=100)),
+    )  # fmt: skip
+    return train_job.make_job(arguments, tmp_path)
+
+
+def test_train_step_measures_the_same_work(job):
+    train_job.make_caches(job)
+    found = {name: train_step.measure(name, job) for name in ("ours_hidden", "ours_online", "ours_sft", "plain_torch")}
+    assert found["ours_hidden"]["loss"] == pytest.approx(found["ours_online"]["loss"], rel=0.01)
+    assert found["plain_torch"]["loss"] == pytest.approx(found["ours_online"]["loss"], rel=0.05)  # another order
+    for result in found.values():
+        assert result["tokens_per_second"] * result["seconds"] == pytest.approx(job["tokens"] / job["steps"])
+    for name, bound in (("ours_online", 1e-4), ("plain_torch", 1e-4), ("ours_hidden", 1e-4)):
+        assert train_step.measure(f"{name}:gradient", job)["grad_rel_error"] < bound
+    measured = train_step.measure("ours_online:parts", job)
+    assert {"teacher", "student_forward", "loss", "backward", "optimizer", "rest"} == measured["parts"].keys()
+    assert sum(measured["parts"].values()) == pytest.approx(measured["seconds"], rel=0.1)
+    assert min(measured["parts"].values()) > 0
+
+
+def test_teacher_cache_tells_exact_from_biased(job, tmp_path):
+    for kind in ("hidden", "topk"):
+        job[kind] = str(tmp_path / kind)
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "sft").symlink_to(Path(job["profile"]["experiment_dir"]) / "sft")
+        made = teacher_cache.measure(f"make:{kind}", job)
+        assert made["bytes_per_token"] > 0
+    job["reference"] = str(tmp_path / "reference.pt")
+    teacher_cache.measure("reference", job)
+    found = {name: teacher_cache.measure(name, job)["accuracy"] for name in teacher_cache.SIGNALS}
+    for index, hidden in enumerate(found["hidden"]):
+        online, topk = found["online"][index], found["topk"][index]
+        assert hidden["loss"] == pytest.approx(online["loss"], rel=0.01)
+        assert hidden["grad_rel_error"] < online["grad_rel_error"] + 0.01
+        assert hidden["grad_rel_error"] < topk["grad_rel_error"]
