@@ -87,7 +87,7 @@ def test_model(
         config: a profile (default: the shipped one with the newest finished run).
 
     Returns:
-        The content of results.json, and `output_dir`, where samples.jsonl and report.md are too.
+        The content of results.json, and `output_dir`, where samples.jsonl, report.md and report.html are too.
 
     Raises:
         UserError: something the user must put right.
@@ -107,22 +107,21 @@ def _printable(text: str) -> str:
 def show(results: dict[str, Any]) -> None:
     """Answers side by side, then the tables and the verdict. Model-written text is shown as text, never as markup."""
     console = make_console()
-    rows = read_jsonl(Path(results["settings"]["data_dir"]) / "eval_dataset.jsonl", ("id", "prompt"))
-    prompts = {row["id"]: row["prompt"].rpartition("\n\n")[0] for row in rows}
     answers: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in read_jsonl(Path(results["output_dir"]) / "samples.jsonl"):
         if row["sample_index"] == 0:
             answers.setdefault((row["temperature"], row["id"]), {})[row["arm"]] = row
     table = Table("T", "prompt", "base", "distilled", title="Answers side by side", show_lines=True, expand=True)
-    for (temperature, row_id), arms in list(answers.items())[:SHOWN]:
-        cells = [f"{temperature:g}", prompts[row_id]]
+    for (temperature, _), arms in list(answers.items())[:SHOWN]:
+        prompt = next(iter(arms.values()))["prompt"]
+        cells = [f"{temperature:g}", prompt.rpartition("\n\n")[0] or prompt]
         cells += [f"[{arms[arm]['outcome']}] {arms[arm]['response']}" if arm in arms else "-" for arm in ("base", "kd")]
         table.add_row(*(Text(_printable(cell)) for cell in cells))
     console.print(table)
     for one in console_tables(results):
         console.print(one)
     console.print(results["verdict"], markup=False)
-    for name in ("results.json", "samples.jsonl", "report.md"):
+    for name in ("results.json", "samples.jsonl", "report.md", "report.html"):
         print(Path(results["output_dir"]) / name)
 
 

@@ -4,7 +4,8 @@
     python scripts/evaluate_distillation.py --config configs/embedded.yaml --model_path RUN/final_model --mode quick
 
 Compares the student before, its SFT control, the distilled student and the teacher, on held-out teacher text and on
-graded answers over a temperature sweep. Writes samples.jsonl, heldout.jsonl, results.json, report.md to `output_dir`.
+graded answers over a temperature sweep. Writes samples.jsonl, heldout.jsonl, results.json, report.md and report.html
+(one page that opens from disk) to `output_dir`.
 """
 
 import sys
@@ -24,8 +25,8 @@ def main() -> None:
     console = make_console()
     for table in console_tables(results):
         console.print(table)
-    console.print(results["verdict"])
-    for name in ("results.json", "report.md", "samples.jsonl"):
+    console.print(results["verdict"], markup=False)
+    for name in ("results.json", "samples.jsonl", "report.md", "report.html"):
         print(Path(config.output_dir) / name)
 
 

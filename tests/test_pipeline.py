@@ -85,7 +85,7 @@ def test_every_stage_does_its_work(made):
     for arm in ("base", "kd"):
         stored = read_json(kd / "kd_results.json")["before" if arm == "base" else "after"]
         assert evaluation["heldout"]["arms"][arm]["kl_to_teacher"] == pytest.approx(stored["kl_to_teacher"], rel=0.02)
-    for words in ("distilled", "SFT control", "KL to teacher", str(root / "evaluation" / "results.json"), "all stages"):
+    for words in ("distilled", "SFT control", "KL to teacher", str(root / "evaluation" / "report.html"), "all stages"):
         assert words in printed
     assert not re.search(r"\d+%\|", printed), "a progress bar was drawn off a terminal"
     assert "Traceback" not in printed

@@ -14,6 +14,7 @@ from src.distillation.teacher_signal import TeacherSignal
 
 Arm = Callable[[], contextlib.AbstractContextManager]
 SUMS = ("kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum")
+POSITIONS = (0, 4, 8, 16, 32, 64, 128, 256)  # where a bin of response positions starts; the last has no end
 
 
 @torch.no_grad()
@@ -38,7 +39,8 @@ def score_heldout(
 
     Yields:
         For each batch its rows `arm, id, sample_index, num_tokens, kl_sum, nll_sum, teacher_nll_sum, agreement_sum`:
-        sums over the row's response tokens, at T = 1, in nats.
+        sums over the row's response tokens, at T = 1, in nats; `kl_by_position, agreement_by_position`: the same sums
+        over each bin of `POSITIONS` that the row reaches.
     """
     order = sorted(range(len(student_rows)), key=lambda index: len(student_rows[index]))
     training = student.training
@@ -58,13 +60,27 @@ def score_heldout(
                     head = head_weight(student, vocab_size).to(hidden.device)
                     beliefs = teacher_hidden.to(hidden.device), teacher.head_on(hidden.device)
                     stats = heldout_stats(hidden, head, *beliefs, labels, own_map, teacher.logit_map)
-                columns = [[part.double().sum().item() for part in measure.split(counts)] for measure in stats]
-                for row, count, *sums in zip(ours, counts, *columns, strict=True):
+                columns = [measure.double().cpu().split(counts) for measure in stats]
+                for row, count, *parts in zip(ours, counts, *columns, strict=True):
                     key = {"arm": name, "id": row.id, "sample_index": row.sample_index, "num_tokens": count}
-                    scored.append(key | dict(zip(SUMS, sums, strict=True)))
+                    sums = {column: part.sum().item() for column, part in zip(SUMS, parts, strict=True)}
+                    by_position = {"kl_by_position": _by_position(parts[0]),
+                                   "agreement_by_position": _by_position(parts[3])}  # fmt: skip
+                    scored.append(key | sums | by_position)
             yield scored
     finally:
         student.train(training)
+
+
+def _by_position(measure_N: torch.Tensor) -> list[float]:
+    starts = [start for start in POSITIONS if start < len(measure_N)]
+    return [part.sum().item() for part in measure_N.tensor_split(starts[1:])]
+
+
+def tokens_by_position(num_tokens: int) -> list[int]:
+    """How many of a row's response tokens are in each bin of `POSITIONS` that it reaches."""
+    starts = [start for start in POSITIONS if start < num_tokens]
+    return [end - start for start, end in zip(starts, [*starts[1:], num_tokens], strict=True)]
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

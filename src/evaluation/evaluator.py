@@ -29,8 +29,9 @@ from src.distillation.packing import check_packing
 from src.distillation.sft import Request, Sampling, generate, make_requests
 from src.distillation.teacher_signal import online_signal
 from src.evaluation.graders import grade
-from src.evaluation.report import write_markdown
-from src.evaluation.results import ARMS, make_results
+from src.evaluation.report import write_reports
+from src.evaluation.results import ARMS, make_results, run_files
+from src.evaluation.schema import read_results, write_results
 from src.utils.common import (
     ROW_KEYS,
     Progress,
@@ -48,7 +49,6 @@ from src.utils.common import (
     sha256_text,
     stage_state,
     start_stage,
-    write_json,
 )
 from src.utils.config import setting
 
@@ -92,7 +92,6 @@ class Arms:
     base: str  # the student that the adapters sit on, whether or not it is an arm
     found: dict[str, str]
     missing: dict[str, str]
-    training: dict[str, dict[str, Any]]
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------
@@ -178,12 +177,7 @@ def resolve_arms(config: EvaluateConfig) -> Arms:
             missing["sft"] = "no finished control of this experiment; run_improved_kd.py --alpha 0"
     found = {arm: found[arm] for arm in ARMS if arm in found and arm in config.arms}
     missing |= {arm: "not asked for" for arm in ARMS if arm not in config.arms}
-    training = {}
-    for arm in ("sft", "kd"):
-        path = Path(found.get(arm, "")).parent / "kd_results.json"
-        if arm in found and path.is_file():
-            training[arm] = read_json(path)
-    return Arms(base, found, missing, training)
+    return Arms(base, found, missing)
 
 
 @contextlib.contextmanager
@@ -223,6 +217,9 @@ def _sample_row(arm: str, row: dict[str, Any], answer: dict[str, Any], preset: s
         "id": row["id"],
         "source": row["source"],
         "domain": row["domain"],
+        "grader": row["grader"],
+        "prompt": row["prompt"],
+        "reference": row["reference"],
         "temperature": answer["sampling"]["temperature"],
         "preset": preset,
         "sample_index": answer["sample_index"],
@@ -341,8 +338,8 @@ def _check(config: EvaluateConfig) -> None:
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate every arm; returns the content of results.json.
 
-    Writes `output_dir`/{samples,heldout}.jsonl, results.json and report.md. Killed and called again, it goes on where
-    it was; called again when finished, it returns what is there.
+    Writes `output_dir`/{samples,heldout}.jsonl, results.json and report.{md,html}. Killed and called again, it goes on
+    where it was; called again when finished, it returns what is there.
 
     Raises:
         UserError: something the user must put right; the text says what and how.
@@ -375,11 +372,12 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     }
     folder = Path(config.output_dir)
     samples_path, heldout_path, results_path = (folder / n for n in ("samples.jsonl", "heldout.jsonl", "results.json"))
-    outputs = [samples_path, results_path, folder / "report.md", *([heldout_path] if with_heldout else [])]
+    reports = [folder / "report.md", folder / "report.html"]
+    outputs = [samples_path, results_path, *reports, *([heldout_path] if with_heldout else [])]
     marker = folder / "evaluation.json"
     if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
         logger.info("%s is complete; nothing to do", folder)
-        return read_json(results_path)
+        return read_results(results_path)
     answers = len(chosen) * len(arms.found) * len(config.temperatures) * len(config.presets) * config.num_samples
     require_disk(folder, answers * (4 * config.max_new_tokens + 2000), "the answers")
     start_stage(marker, fingerprint)
@@ -399,7 +397,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     context = {
         "arms": arms.found,
         "missing_arms": arms.missing,
-        "training": arms.training,
+        **run_files(arms.found),
         "settings": {
             "experiment": Path(config.experiment_dir).name,
             "data_dir": config.data_dir,
@@ -408,8 +406,9 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         },
         "provenance": provenance(),
     }
-    results = make_results(_stored(samples_path), _stored(heldout_path) if with_heldout else [], context, config.seed)
-    write_json(results_path, results)
-    write_markdown(results, folder / "report.md")
+    samples = _stored(samples_path)
+    results = make_results(samples, _stored(heldout_path) if with_heldout else [], context, config.seed)
+    write_results(results_path, results)
+    write_reports(folder, results, samples)
     finish_stage(marker, fingerprint)
     return results

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from src.distillation.base import add_lora, encode_row, load_model
-from src.distillation.heldout import SUMS, gap_recovered, score_heldout, summarise, summarise_teacher
+from src.distillation.heldout import (
+    POSITIONS,
+    SUMS,
+    gap_recovered,
+    score_heldout,
+    summarise,
+    summarise_teacher,
+    tokens_by_position,
+)
 from src.distillation.teacher_signal import online_signal
 
 PAD, END, TOKENS = 256, 258, 261
@@ -50,10 +58,14 @@ def expected_sums(student, teacher, ours, theirs):
         for model, row in ((student, ours), (teacher, theirs))
     )
     each = torch.arange(len(answer))
+    kl, agreement = (log_p.exp() * (log_p - log_q)).sum(-1), (log_p.argmax(-1) == log_q.argmax(-1)).double()
+    bins = [slice(*ends) for ends in zip(POSITIONS, (*POSITIONS[1:], None), strict=True) if ends[0] < len(answer)]
     return {
         "sample_index": 0,
         "num_tokens": len(answer),
-        "kl_sum": (log_p.exp() * (log_p - log_q)).sum().item(),
+        "kl_sum": kl.sum().item(),
+        "kl_by_position": [kl[part].sum().item() for part in bins],
+        "agreement_by_position": [agreement[part].sum().item() for part in bins],
         "nll_sum": -log_q[each, answer].sum().item(),
         "teacher_nll_sum": -log_p[each, answer].sum().item(),
         "agreement_sum": (log_p.argmax(-1) == log_q.argmax(-1)).sum().item(),
@@ -67,7 +79,8 @@ def test_sums_equal_full_logits_row_by_row(student, teacher, rows, batch_size, p
     assert len(found) == 6
     for ours, theirs in zip(*rows, strict=True):
         expected = expected_sums(student, teacher, ours, theirs)
-        assert {key: found[ours.id][key] for key in expected} == pytest.approx(expected, rel=1e-5)
+        for key, value in expected.items():
+            assert found[ours.id][key] == pytest.approx(value, rel=1e-5), key
     assert sum(row["agreement_sum"] for row in found.values()) > 0
 
 
@@ -118,6 +131,11 @@ def test_dropout_is_off_and_the_mode_comes_back(student, teacher, rows):
     next(parts)
     parts.close()
     assert model.training
+
+
+@pytest.mark.parametrize(("tokens", "bins"), [(1, [1]), (4, [4]), (5, [4, 1]), (300, [4, 4, 8, 16, 32, 64, 128, 44])])
+def test_tokens_by_position(tokens, bins):
+    assert tokens_by_position(tokens) == bins
 
 
 def test_summaries_are_means_over_tokens():

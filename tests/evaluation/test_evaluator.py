@@ -8,22 +8,27 @@ from pathlib import Path
 
 import pytest
 
+from src.distillation.heldout import tokens_by_position
 from src.distillation.kd import run_kd_pipeline
 from src.distillation.sft import ENGINE
 from src.evaluation import evaluator
 from src.evaluation.evaluator import MODES, EvaluateConfig, resolve_arms, run_evaluation, select_rows
 from src.evaluation.graders import OUTCOMES
-from src.evaluation.results import ARMS, NO_CONTROL, heldout_section, make_results
+from src.evaluation.report import write_reports
+from src.evaluation.results import ARMS, CONTEXT, heldout_section, make_results, rebuild
+from src.evaluation.schema import SCHEMA_VERSION, write_results
+from src.evaluation.verdict import NO_CONTROL
 from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
 
 SAMPLE_FIELDS = {
-    "arm", "id", "source", "domain", "temperature", "preset", "sample_index", "seed", "sampling", "prompt_sha256",
-    "response", "finish_reason", "num_tokens", "extracted", "outcome", "strict", "score", "sandbox_level",
+    "arm", "id", "source", "domain", "grader", "prompt", "reference", "temperature", "preset", "sample_index", "seed",
+    "sampling", "prompt_sha256", "response", "finish_reason", "num_tokens", "extracted", "outcome", "strict", "score",
+    "sandbox_level",
 }  # fmt: skip
 HELDOUT_FIELDS = {
     "arm", "id", "sample_index", "num_tokens", "kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum",
+    "kl_by_position", "agreement_by_position",
 }  # fmt: skip
-CONTEXT = ("arms", "missing_arms", "training", "settings", "provenance")
 
 
 def eval_rows() -> list[dict[str, str]]:
@@ -168,7 +173,7 @@ def test_the_distilled_student_is_closer_to_the_teacher(evaluated):
     assert difference["real"] is True
     low, high = difference["interval"]
     assert low <= difference["difference"] <= high < 0
-    assert 0 < results["heldout"]["gap_recovered"]["kd"]["kl_to_teacher"] < 1
+    assert 0 < results["heldout"]["gap_recovered"]["kd"]["kl_to_teacher"]["value"] < 1
     assert "the distilled student against the untrained student: closer" in results["verdict"]
     assert "against its SFT control" in results["verdict"]
     assert "a claim that distillation beats SFT needs several" in results["verdict"]
@@ -190,15 +195,18 @@ def test_rows_are_the_sum_of_outcomes(evaluated):
         assert low <= comparison["difference"] <= high
 
 
-def test_results_are_made_from_the_stored_rows_alone(evaluated):
+def test_results_and_reports_are_made_from_the_stored_files_alone(evaluated, tmp_path):
     config, results = evaluated
-    written = read_json(Path(config.output_dir) / "results.json")
+    folder = Path(config.output_dir)
+    written = read_json(folder / "results.json")
     assert written == json.loads(json.dumps(results))
-    again = make_results(
-        stored(config, "samples"), stored(config, "heldout"), {name: written[name] for name in CONTEXT}, config.seed
-    )
-    assert json.loads(json.dumps(again)) == written
-    assert written["schema_version"] == 1
+    write_results(tmp_path / "results.json", rebuild(folder))
+    write_reports(tmp_path, read_json(tmp_path / "results.json"), stored(config, "samples"))
+    for name in ("results.json", "report.md", "report.html"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert written["schema_version"] == SCHEMA_VERSION
+    for arm in ("sft", "kd"):
+        assert [row["step"] for row in written["curves"][arm] if "ce_loss" in row] == [1, 2]
     assert written["settings"]["experiment"] == "tiny"
     assert written["settings"]["prompts"] == 10
 
@@ -207,14 +215,14 @@ def test_the_order_of_the_stored_rows_is_of_no_account(evaluated):
     config, results = evaluated
     context = {name: results[name] for name in CONTEXT}
     turned = make_results(stored(config, "samples")[::-1], stored(config, "heldout")[::-1], context, config.seed)
-    assert turned["verdict"] == results["verdict"]
-    assert turned["heldout"]["differences"] == results["heldout"]["differences"]
+    assert turned == results
 
 
 def test_the_report_shows_the_numbers_and_no_model_text(evaluated):
     config, results = evaluated
     text = (Path(config.output_dir) / "report.md").read_text(encoding="utf-8")
-    assert results["verdict"] in text
+    assert results["headline"] in text
+    assert results["verdict"].removeprefix(results["headline"]).strip() in text
     for arm, what in results["arms"].items():
         assert f"{results['heldout']['arms'][arm]['nll']:.4f}" in text
         assert f"`{what}`" in text
@@ -231,7 +239,9 @@ def test_several_answers_to_a_prompt_are_one_unit():
     """Sums per prompt, not the last answer alone: 2 prompts with 2 answers each, of 10 and 30 tokens."""
     sums = {"teacher_nll_sum": 0.0, "agreement_sum": 0.0, "nll_sum": 0.0}
     rows = [
-        {"arm": arm, "id": row_id, "sample_index": index, "num_tokens": tokens, "kl_sum": kl * tokens} | sums
+        {"arm": arm, "id": row_id, "sample_index": index, "num_tokens": tokens, "kl_sum": kl * tokens}
+        | sums
+        | dict.fromkeys(("kl_by_position", "agreement_by_position"), [0.0] * len(tokens_by_position(tokens)))
         for arm, kl in (("base", 2.0), ("kd", 0.5))
         for row_id in ("a", "b")
         for index, tokens in ((0, 10), (1, 30))
@@ -240,7 +250,7 @@ def test_several_answers_to_a_prompt_are_one_unit():
     assert (held["rows"], held["prompts"], held["response_tokens"]) == (4, 2, 80)
     assert held["arms"]["kd"]["kl_to_teacher"] == 0.5
     assert held["differences"][0]["interval"] == [-1.5, -1.5]
-    assert held["gap_recovered"]["kd"]["kl_to_teacher"] == 0.75
+    assert held["gap_recovered"]["kd"]["kl_to_teacher"] == {"value": 0.75, "interval": [0.75, 0.75]}
 
 
 # --- scripted answers: grading ---------------------------------------------------------------------------------------
@@ -277,16 +287,18 @@ def test_right_answers_are_right_and_code_is_not_executed(trained, tmp_path, scr
             assert score["accuracy"] is score["interval"] is score["mean_score"] is None
         else:
             assert score["outcomes"]["correct"] == score["answers"] > 0
-            assert (score["accuracy"], score["interval"], score["mean_score"]) == (1.0, [1.0, 1.0], 1.0)
+            assert (score["accuracy"], score["interval"][1], score["mean_score"]) == (1.0, 1.0, 1.0)
             assert score["strict_accuracy"] == 1.0
     assert {comparison["domain"] for comparison in results["graded"]["comparisons"]} == {"maths", "ops"}
     for comparison in results["graded"]["comparisons"]:
-        assert (comparison["difference"], comparison["interval"], comparison["real"]) == (0.0, [0.0, 0.0], False)
+        assert (comparison["difference"], comparison["interval"]) == (0.0, [0.0, 0.0])
+        assert (comparison["won"], comparison["lost"], comparison["decision"]) == (0, 0, "not shown")
     assert not (tmp_path / "ran").exists()
     for row in read_jsonl(tmp_path / "out" / "samples.jsonl"):
         if row["domain"] == "code":
             assert (row["outcome"], row["score"], row["sandbox_level"]) == ("not_executed", None, "none")
             assert row["extracted"].startswith("open(")
+    assert "Not executed, and so without accuracy: answers of code." in results["verdict"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "not executed" in report
     assert "return" not in report

@@ -1,0 +1,166 @@
+"""Two kinds of plot as inline SVG: dots with whiskers, and lines. Colours and text sizes are the page's (CSS)."""
+
+from collections.abc import Callable, Sequence
+from html import escape
+from math import floor, log10
+from typing import NamedTuple
+
+WIDTH, LEFT, RIGHT, ROW, HEADING = 360, 104, 18, 17, 22
+Text = Callable[[float], str]
+
+
+class Dot(NamedTuple):
+    """A value with its interval in the style of an arm; `hollow` says that nothing is shown by it. Without an arm it
+    is the heading of the rows under it."""
+
+    label: str
+    arm: str = ""
+    value: float | None = None
+    interval: Sequence[float] | None = None
+    hollow: bool = False
+    instead: str = ""
+
+
+class Point(NamedTuple):
+    x: float
+    y: float
+    interval: Sequence[float] | None = None
+
+
+def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """Round numbers that enclose [low, high]."""
+    if low == high:
+        high = low + (abs(low) or 1.0)
+    span = high - low
+    power = 10.0 ** floor(log10(span / wanted))
+    step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= wanted)
+    first = floor(low / step + 1e-9)
+    found = [first * step]
+    while found[-1] < high - step * 1e-9:
+        found.append((first + len(found)) * step)
+    return found
+
+
+def _mark(arm: str, x: float, y: float, hollow: bool = False) -> str:
+    kind = " hollow" if hollow else ""
+    if arm == "base":
+        return f'<circle class="mark{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.6"/>'
+    shape = {
+        "sft": "-3.3,-3.3 3.3,-3.3 3.3,3.3 -3.3,3.3",
+        "kd": "0,-4.8 4.8,0 0,4.8 -4.8,0",
+        "teacher": "0,-4.4 4.4,3.6 -4.4,3.6",
+    }[arm]
+    return f'<polygon class="mark{kind}" transform="translate({x:.1f} {y:.1f})" points="{shape}"/>'
+
+
+def mark(arm: str) -> str:
+    """An arm's mark alone, for legends."""
+    return f'<svg class="key a-{arm}" viewBox="-6 -6 12 12" aria-hidden="true">{_mark(arm, 0, 0)}</svg>'
+
+
+def _svg(height: float, label: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(kind: str, x: float, y: float, text: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def _spoken(name: str, value: float, interval: Sequence[float] | None, text: Text) -> str:
+    between = f" [{text(interval[0])}, {text(interval[1])}]" if interval else ""
+    return f"<title>{escape(f'{name}: {text(value)}{between}')}</title>"
+
+
+def dots(
+    rows: Sequence[Dot], text: Text, label: str, within: Sequence[float] = (), line_at: float | None = None
+) -> str:
+    """Values with whiskers, one under another.
+
+    Args:
+        rows: from top to bottom.
+        text: a value in words, for the axis and the tooltips.
+        within: values that the axis must hold at least.
+        line_at: where to draw a line to compare with (0, or the teacher's value).
+    """
+    values = [v for row in rows for v in (row.value, *(row.interval or ())) if v is not None]
+    values += [*within, *([] if line_at is None else [line_at])]
+    scale = ticks(min(values), max(values))
+    height = sum(ROW if row.arm else HEADING for row in rows) + 26
+
+    def x(value: float) -> float:
+        return LEFT + (value - scale[0]) / (scale[-1] - scale[0]) * (WIDTH - LEFT - RIGHT)
+
+    parts = []
+    for tick in scale:
+        parts += [_line("grid", x(tick), 4, x(tick), height - 20), _text("tick mid", x(tick), height - 6, text(tick))]
+    if line_at is not None:
+        parts.append(_line("compare", x(line_at), 2, x(line_at), height - 20))
+    y = 0.0
+    for row in rows:
+        y += ROW if row.arm else HEADING
+        if not row.arm:
+            parts.append(_text("heading", 0, y - 6, row.label))
+            continue
+        parts.append(_text("label end", LEFT - 9, y - 1, row.label))
+        if row.value is None:
+            parts.append(_text("label none", LEFT + 4, y - 1, row.instead))
+            continue
+        whisker = _line("whisker", x(row.interval[0]), y - 5, x(row.interval[1]), y - 5) if row.interval else ""
+        spoken = _spoken(row.label, row.value, row.interval, text)
+        parts.append(f'<g class="a-{row.arm}">{spoken}{whisker}{_mark(row.arm, x(row.value), y - 5, row.hollow)}</g>')
+    return _svg(height, label, parts)
+
+
+def lines(
+    series: Sequence[tuple[str, str, Sequence[Point]]],
+    text: Text,
+    label: str,
+    x_ticks: Sequence[tuple[float, str]],
+    x_label: str,
+    within: Sequence[float] = (),
+    marks: bool = True,
+) -> str:
+    """Values against something, an arm a line.
+
+    Args:
+        series: (arm, its name, points from left to right).
+        text, within: see `dots`.
+        x_ticks: positions and their labels, at least two.
+    """
+    height, left, bottom, top = 190, 44, 34, 8
+    values = [v for *_, points in series for p in points for v in (p.y, *(p.interval or ()))] + list(within)
+    scale = ticks(min(values), max(values))
+    first, last = x_ticks[0][0], x_ticks[-1][0]
+    pad = 14 if marks else 0
+
+    def x(value: float) -> float:
+        return left + pad + (value - first) / (last - first) * (WIDTH - left - RIGHT - 2 * pad)
+
+    def y(value: float) -> float:
+        return top + (scale[-1] - value) / (scale[-1] - scale[0]) * (height - top - bottom)
+
+    parts = []
+    for tick in scale:
+        parts += [
+            _line("grid", left, y(tick), WIDTH - RIGHT, y(tick)),
+            _text("tick end", left - 6, y(tick) + 4, text(tick)),
+        ]
+    parts += [_text("tick mid", x(at), height - bottom + 15, name) for at, name in x_ticks]
+    parts.append(_text("tick mid", (left + WIDTH - RIGHT) / 2, height - 4, x_label))
+    for index, (arm, name, points) in enumerate(series):
+        shift = (index - (len(series) - 1) / 2) * 4 if marks else 0  # whiskers side by side, not on one another
+        places = [(x(p.x) + shift, y(p.y), p) for p in points]
+        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py, _ in places)
+        parts.append(f'<g class="a-{arm}"><path class="line" d="{path}"><title>{escape(name)}</title></path>')
+        for px, py, p in places if marks else ():
+            whisker = _line("whisker", px, y(p.interval[0]), px, y(p.interval[1])) if p.interval else ""
+            parts.append(f"<g>{_spoken(name, p.y, p.interval, text)}{whisker}{_mark(arm, px, py)}</g>")
+        parts.append("</g>")
+    return _svg(height, label, parts)

@@ -1,0 +1,258 @@
+"""report.html in a real browser: it renders, filters, fetches nothing, and shows what a model wrote as text."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from src.evaluation.page import TEMPLATE, browser_data, script_json
+from src.evaluation.plots import Dot, Point, dots, lines, ticks
+from src.evaluation.report import markdown, write_reports
+from src.evaluation.results import make_results
+
+NASTY = {
+    "maths-000": "<script>document.title = 'owned'</script></script><img src=x onerror=\"document.title='owned'\">",
+    "maths-001": "a \"double\" and 'single' quote, `tick`, &amp; &lt;b&gt; @@HASH@@ <!-- --> ]]> \\u003c",
+    "maths-002": "\u202eשלום עולם 123\u202c and مرحبا",
+    "maths-003": "🎉 fine 👩‍👩‍👧 你好\u2028next\u2029end\u0000",
+}
+
+
+@pytest.fixture(scope="module")
+def evaluation(made_up):
+    """A small evaluation; some of the distilled student's answers, a prompt and a path are hostile."""
+    samples = made_up["samples"](14, temperatures=(0.1, 0.7))
+    for row in samples:
+        if row["arm"] == "kd" and row["id"] in NASTY:
+            row["response"] = NASTY[row["id"]]
+        if row["id"] == "maths-000":
+            row["prompt"], row["reference"] = f"{row['prompt']} {NASTY['maths-000']}", "</script>"
+    settings = made_up["context"](mode="<b>full</b>")
+    settings["arms"]["kd"] = "outputs/<img src=x onerror=alert(1)>"
+    return make_results(samples, made_up["heldout"](), settings, 42), samples
+
+
+@pytest.fixture(scope="module")
+def page(evaluation, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    write_reports(folder, *evaluation)
+    return folder / "report.html"
+
+
+# --- without a browser -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_fetches_nothing(page):
+    text = page.read_text(encoding="utf-8")
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+    assert json.loads(data)["items"]
+    rest = text.replace(data, "")
+    assert not re.search(r"<[^>]*\b(?:src|href|style|on\w+)\s*=|url\(|@import|https?:", rest)
+    assert "@@" not in rest
+    assert "default-src 'none'" in rest
+    assert rest.count("<script") == 2
+    assert "<img" not in rest
+    assert "&lt;b&gt;full&lt;/b&gt;" in rest
+
+
+def test_data_cannot_leave_its_block():
+    value = [*NASTY.values(), "</SCRIPT>", "<!--<script>"]
+    text = script_json(value)
+    assert not re.search("[<>&\u2028\u2029]", text)
+    assert json.loads(text) == value
+
+
+def test_too_many_answers_are_cut_and_counted(evaluation, monkeypatch):
+    from src.evaluation import page
+
+    whole = browser_data(evaluation[1])
+    assert len(whole["items"]) == whole["all"] == 14 * 2 * 2
+    monkeypatch.setattr(page, "MAX_EMBEDDED", 3000)
+    few = browser_data(evaluation[1])
+    assert 0 < len(few["items"]) < few["all"] == whole["all"]
+
+
+def test_reports_are_rendered_from_the_stored_files_alone(evaluation, page, tmp_path):
+    results, samples = json.loads(json.dumps(evaluation))
+    write_reports(tmp_path, results, samples)
+    for name in ("report.html", "report.md"):
+        assert (tmp_path / name).read_bytes() == page.with_name(name).read_bytes()
+
+
+def test_markdown_has_the_verdict_the_decisions_and_no_model_text(evaluation):
+    results, samples = evaluation
+    text = markdown(results)
+    assert results["headline"] in text
+    for c in results["graded"]["comparisons"]:
+        assert f"| {c['won']} / {c['lost']} | {c['p']:.2g} | {c['p_holm']:.2g} |" in text
+    assert not [row for row in samples if row["response"] in text]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.3, 0.02), (0.0, 0.0), (5, 5), (2.1, 947), (-1e-6, 3e-6)])
+def test_ticks_enclose_and_are_few(low, high):
+    found = ticks(low, high)
+    assert found[0] <= low + 1e-12
+    assert found[-1] >= high - 1e-12
+    assert 2 <= len(found) <= 7
+
+
+def test_plots_place_values_and_escape_names():
+    plot = dots([Dot("<b>"), Dot("a&b", "kd", 0.5, [0.25, 1.0], True), Dot("x", "sft", instead="none")], str, "<i>")
+    assert "&lt;b&gt;" in plot
+    assert "a&amp;b: 0.5 [0.25, 1.0]" in plot
+    assert 'class="mark hollow"' in plot
+    [(x1, x2)] = re.findall(r'class="whisker" x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"', plot)
+    [x] = re.findall(r'polygon class="mark hollow" transform="translate\(([\d.]+)', plot)
+    assert (float(x) - float(x1)) / (float(x2) - float(x1)) == pytest.approx(1 / 3, abs=0.01)
+    rising = lines([("kd", "kd", [Point(0, 0.0), Point(10, 1.0)])], str, "", [(0, "0"), (10, "10")], "x", marks=False)
+    (xa, ya), (xb, yb) = re.findall(r"([\d.]+) ([\d.]+)", re.search(r' d="M([^"]+)"', rising)[1].replace("L", ";"))
+    assert float(xa) < float(xb)
+    assert float(ya) > float(yb), "SVG's y points down"
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (requirements-dev.txt)")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def opened(browser, page):
+    """The page at a desktop's size; nothing may have been said on the console when a test ends."""
+    browser.set_window_size(1280, 900)
+    browser.get_log("browser")
+    browser.get(page.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+    assert browser.title == "Evaluation of made_up"
+
+
+def texts(browser, selector: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map(node => node.textContent)"
+    return browser.execute_script(script, selector)
+
+
+def choose(browser, control: str, value: str | bool) -> list[str]:
+    """Set a control as a person would; returns the count line's numbers: matching, all, shown."""
+    browser.execute_script(
+        """const node = document.getElementById(arguments[0]);
+        if (node.type === "checkbox") node.checked = arguments[1]; else node.value = arguments[1];
+        node.dispatchEvent(new Event("input", {bubbles: true}));""",
+        control, value,
+    )  # fmt: skip
+    return [int(number) for number in re.findall(r"\d+", texts(browser, "#count")[0])]
+
+
+def test_it_renders(opened, evaluation):
+    results, _ = evaluation
+    assert texts(opened, "h1") == [results["headline"]]
+    assert len(texts(opened, "svg.plot")) == 18
+    titles = ["Closeness to the teacher", "Correct answers", "Differences, paired by prompt", "Training"]
+    assert set(titles) <= set(texts(opened, "h2"))
+    assert len(texts(opened, ".item")) == 20
+    assert texts(opened, "td").count("no difference shown") == sum(
+        c["decision"] == "not shown" for c in results["graded"]["comparisons"]
+    )
+
+
+def test_what_a_model_wrote_is_text(opened):
+    for row_id, said in NASTY.items():
+        choose(opened, "search", row_id)
+        shown = texts(opened, ".item:first-child .a-kd .text")
+        assert shown == [said]
+        assert texts(opened, ".item script, .item img") == []
+    assert texts(opened, "main script, main img") == []
+    choose(opened, "search", "maths-002")
+    script = "const node = document.querySelector('.a-kd .text'); return [node.dir, getComputedStyle(node).unicodeBidi]"
+    assert opened.execute_script(script) == ["auto", "plaintext"]
+
+
+def test_filters(opened, evaluation):
+    _, samples = evaluation
+    sets: dict[tuple, dict] = {}
+    for row in samples:
+        sets.setdefault((row["id"], row["temperature"]), {})[row["arm"]] = row
+    kept = [key for key, arms in sets.items() if key[0].startswith("maths") and key[1] == 0.7]
+    assert choose(opened, "domain", "maths")[:2] == [28, 56]
+    assert choose(opened, "temperature", "0.7")[0] == len(kept) == 14
+    differing = [key for key in kept if len({row["outcome"] for row in sets[key].values()}) > 1]
+    assert choose(opened, "differ", True)[0] == len(differing) > 0
+    choose(opened, "differ", False)
+    choose(opened, "arm", "kd")
+    right = [key for key in kept if sets[key]["kd"]["outcome"] == "correct"]
+    assert choose(opened, "outcome", "correct")[0] == len(right)
+    assert 0 < len(right) < 14
+    choose(opened, "arm", "")
+    anyone = [key for key in kept if any(row["outcome"] == "correct" for row in sets[key].values())]
+    assert choose(opened, "outcome", "correct")[0] == len(anyone) > len(right)
+    choose(opened, "outcome", "")
+    assert choose(opened, "search", "Question 3 of MATHS")[0] == 1
+    assert choose(opened, "search", "no such words")[0] == 0
+    assert texts(opened, ".item") == []
+
+
+def test_more_is_shown_on_request(opened):
+    for expected in (20, 40, 56):
+        assert len(texts(opened, ".item")) == expected
+        hidden = opened.execute_script("return document.getElementById('more').hidden")
+        assert hidden == (expected == 56)
+        opened.execute_script("document.getElementById('more').click()")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_both_themes_at_two_widths(opened, page, width, theme):
+    """Nothing sticks out of the page, text has a contrast of 4.5 to 1 at least, and the button turns the theme."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    opened.get(page.as_uri())
+    assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+    script = """
+      const shade = colour => {
+        const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map(v => v / 255)
+          .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const paper = node => {
+        const colour = getComputedStyle(node).backgroundColor;
+        return colour === "rgba(0, 0, 0, 0)" ? paper(node.parentElement) : colour;
+      };
+      const chosen = "h1, h2 , p, li, dt, dd, summary, th, td, .text, .said *, label, .tick, .label";
+      return [...document.querySelectorAll(chosen)].map(node => {
+        const style = getComputedStyle(node);
+        const [a, b] = [shade(node.tagName === "text" ? style.fill : style.color), shade(paper(node))];
+        return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+      });"""
+    assert min(opened.execute_script(script)) >= 4.5
+    paper = "return getComputedStyle(document.body).backgroundColor"
+    before = opened.execute_script(paper)
+    assert opened.execute_script("return document.getElementById('theme').textContent") == (
+        "Dark" if theme == "light" else "Light"
+    )
+    opened.execute_script("document.getElementById('theme').click()")
+    after = opened.execute_script(paper)
+    lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (before, after)]
+    assert (lightness[0] > lightness[1]) == (theme == "light")
+
+
+def test_the_template_is_shipped():
+    import tomllib
+
+    settings = tomllib.loads((TEMPLATE.parents[2] / "pyproject.toml").read_text())
+    assert TEMPLATE.name in settings["tool"]["setuptools"]["package-data"]["src.evaluation"]
