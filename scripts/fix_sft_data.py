@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from src.data.cleaning import clean
+from src.evaluation.sandbox import open_sandbox
 from src.utils.common import (
     ROW_KEYS,
     check_dataset_row,
@@ -50,6 +51,7 @@ class FixSftDataConfig:
     keep: Literal["correct", "all"] = setting(
         "correct", "`correct` drops answers verified wrong; `all` keeps them, labelled"
     )
+    allow_unsafe_execution: bool = setting(False, "run code answers even where the host allows limits only")
     overwrite: bool = setting(False, "clean again")
 
 
@@ -77,20 +79,23 @@ def main() -> None:
     prompts_hint, answers_hint = "run scripts/download_datasets.py", "run scripts/generate_sft_data.py"
     rows = {split: read_jsonl(path, ROW_KEYS, prompts_hint, check_dataset_row) for split, path in data.items()}
     answers = {split: read_jsonl(path, ANSWER_KEYS, answers_hint, check_answer) for split, path in raw.items()}
-    fingerprint = {"keep": config.keep} | {path.name: sha256_file(path) for path in (*data.values(), *raw.values())}
+    fingerprint = {"keep": config.keep, "allow_unsafe_execution": config.allow_unsafe_execution}
+    fingerprint |= {path.name: sha256_file(path) for path in (*data.values(), *raw.values())}
     outputs = [*clean_files.values(), folder / "rejected.jsonl", folder / "stats.json"]
     if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
         logger.info("%s is clean already; nothing to do", folder)
         return
     start_stage(marker, fingerprint)
+    sandbox = open_sandbox(config.allow_unsafe_execution)
     stats, all_rejected = {}, []
     for split in raw:
         eval_rows = rows["eval"] if split == "train" else []
-        kept, rejected, stats[split] = clean(answers[split], rows[split], eval_rows, config.keep)
+        kept, rejected, stats[split] = clean(answers[split], rows[split], eval_rows, config.keep, sandbox=sandbox)
         write_jsonl(clean_files[split], kept)
         all_rejected += [{**row, "split": split} for row in rejected]
     write_jsonl(outputs[2], all_rejected)
-    write_json(outputs[3], {**stats, "keep": config.keep, "provenance": provenance()})
+    facts = {"keep": config.keep, "sandbox_level": sandbox.used_level, "provenance": provenance()}
+    write_json(outputs[3], {**stats, **facts})
     finish_stage(marker, fingerprint)
     print_stats(stats)
     print(f"clean rows in {folder}; rejected answers and reasons in rejected.jsonl, counts in stats.json")

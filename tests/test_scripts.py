@@ -299,6 +299,7 @@ def test_stages_2_and_3_leave_the_promised_artifacts(answered, succeeds, tmp_pat
     succeeds("fix_sft_data", "--config", path)
     stats, rejected = read_json(sft / "stats.json"), read_jsonl(sft / "rejected.jsonl")
     assert stats["keep"] == "all"
+    assert stats["sandbox_level"] in ("namespaces", "none")
     assert stats["train"]["by_reason"]["truncated"] > 0
     for split, answers in raw.items():
         kept = read_jsonl(sft / f"sft_{split}_data_clean.jsonl")

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from src.data.sources import Row, question_of
-from src.evaluation.graders import defined_names, grade
+from src.evaluation.graders import function_names, grade_all
+from src.evaluation.sandbox import CLOSED, Sandbox
 from src.utils.common import UserError
 
 REASONS = (
@@ -73,14 +74,6 @@ def masked_question(row: Row) -> str:
     """The question's words with every number as 0; empty below 8 words."""
     words = words_of(re.sub(r"\d+(?:[.,]\d+)*", " 0 ", question_of(row)))
     return " ".join(words) if len(words) >= MIN_WORDS else ""
-
-
-def function_names(row: Row) -> set[str]:
-    """What a code row asks for: its entry point, else the functions of its reference that its tests name."""
-    arguments = json.loads(row["grader_args"])
-    if arguments.get("entry_point"):
-        return {arguments["entry_point"]}
-    return defined_names(row["reference"]) & set(re.findall(r"\w+", arguments.get("tests", "")))
 
 
 def check_disjoint(train_rows: list[Row], eval_rows: list[Row]) -> None:
@@ -161,9 +154,8 @@ def clean_row(row: Row, answer: dict[str, Any], verified: bool | None) -> dict[s
     }
 
 
-def clean(
-    answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], keep: str, minimum: int = 1
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], keep: str, minimum: int = 1,
+          sandbox: Sandbox = CLOSED) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """Filter teacher answers; every answer is either kept or rejected with the first reason that applies of `REASONS`.
 
     Args:
@@ -174,6 +166,7 @@ def clean(
         keep: `correct` rejects answers that the grader finds wrong (one it cannot judge stays, verified null); `all`
             keeps them with verified false.
         minimum: the fewest kept answers that are worth going on with.
+        sandbox: where code answers are run; where it runs nothing they cannot be judged.
 
     Returns:
         `(kept, rejected, stats)`: kept rows in the conversational format, `{id, sample_index, reason}`, and counts. An
@@ -188,10 +181,13 @@ def clean(
     by_id = {row["id"]: row for row in rows}
     index = overlap_index(eval_rows)
     lengths = entry_lengths(index)
+    sound = [number for number, answer in enumerate(answers) if answer["id"] in by_id and text_fault(answer) is None]
+    graded = [(by_id[answers[i]["id"]], answers[i]["response"], answers[i]["finish_reason"]) for i in sound]
+    grades = dict(zip(sound, grade_all(graded, sandbox), strict=True))
     seen_keys, kept_texts = set(), set()
     kept: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
-    for answer in answers:
+    for number, answer in enumerate(answers):
         row = by_id.get(answer["id"])
         key = (answer["id"], answer["sample_index"])
         text = (answer["id"], " ".join(answer["response"].lower().split()))
@@ -206,7 +202,7 @@ def clean(
             elif overlaps(answer["response"], index, lengths, given=row["prompt"]):
                 reason = "eval_overlap"
             else:
-                verified = VERIFIED[grade(row, answer["response"], answer["finish_reason"]).outcome]
+                verified = VERIFIED[grades[number].outcome]
                 reason = "wrong" if keep == "correct" and verified is False else None
         seen_keys.add(key)
         if reason is None:

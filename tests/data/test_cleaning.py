@@ -120,6 +120,17 @@ def test_verified_follows_the_grader():
     assert [row["verified"] for row in clean(answers, rows, [], "correct")[0]] == [True, None]
 
 
+def test_code_is_verified_by_running_it(sandbox):
+    sound, broken = "def check(f):\n    assert f(3) == 4", "def check(f):\n    import no_such_module"
+    rows = [make_row("Write f.", grader="python_tests", entry_point="f", tests=tests) for tests in (sound, broken)]
+    right, stub = "```python\ndef f(x): return x + 1\n```", "```python\ndef f(x): pass\n```"
+    answers = [make_answer(rows[0], stub), make_answer(rows[1], right), make_answer(rows[0], right, 1)]
+    kept, rejected, _ = clean(answers, rows, [], "correct", sandbox=sandbox)
+    assert [(row["id"], row["verified"]) for row in kept] == [(rows[1]["id"], None), (rows[0]["id"], True)]
+    assert rejected == [{"id": rows[0]["id"], "sample_index": 0, "reason": "wrong"}]
+    assert [row["verified"] for row in clean(answers, rows, [], "all", sandbox=sandbox)[0]] == [False, None, True]
+
+
 @pytest.mark.parametrize("where", ["question", "reference"])
 def test_answer_that_quotes_the_evaluation_is_rejected(where):
     row = make_row()

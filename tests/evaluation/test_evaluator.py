@@ -18,6 +18,7 @@ from src.evaluation.report import write_reports
 from src.evaluation.results import ARMS, CONTEXT, heldout_section, make_results, rebuild
 from src.evaluation.schema import SCHEMA_VERSION, write_results
 from src.evaluation.verdict import NO_CONTROL
+from src.evaluation.sandbox import Sandbox
 from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
 
 SAMPLE_FIELDS = {
@@ -258,12 +259,13 @@ def test_several_answers_to_a_prompt_are_one_unit():
 
 @pytest.fixture
 def scripted(monkeypatch, tmp_path):
-    """Every arm says the right thing in the asked-for form; code that is run by mistake leaves a file `ran`."""
+    """Every arm says the right thing in the asked-for form; code that is run outside a sandbox leaves a file `ran`."""
 
     def generate(model, tokenizer, requests, sampling, batch_size, done=frozenset()):
         for request in requests:
             kind, number = request.id.split("-")
-            code = f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f():\n    return {int(number)}"
+            leave = f"try: open({str(tmp_path / 'ran')!r}, 'w')\nexcept OSError: pass"
+            code = f"{leave}\ndef f():\n    return {int(number)}"
             response = {
                 "sums": f"#### {int(number)}",
                 "functions": f"```python\n{code}\n```",
@@ -279,7 +281,18 @@ def scripted(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluator, "generate", generate)
 
 
-def test_right_answers_are_right_and_code_is_not_executed(trained, tmp_path, scripted):
+def test_right_answers_are_right(trained, tmp_path, scripted, sandbox):
+    results = run_evaluation(config_for(trained, tmp_path / "out", heldout=False))
+    for score in results["graded"]["scores"]:
+        assert score["outcomes"]["correct"] == score["answers"] > 0
+        assert (score["accuracy"], score["mean_score"], score["strict_accuracy"]) == (1.0, 1.0, 1.0)
+    assert {row["sandbox_level"] for row in read_jsonl(tmp_path / "out" / "samples.jsonl")} == {"namespaces"}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_is_not_executed_where_the_host_does_not_isolate(trained, tmp_path, scripted, monkeypatch):
+    allowed = []
+    monkeypatch.setattr(evaluator, "open_sandbox", lambda allow: allowed.append(allow) or Sandbox("rlimits"))
     results = run_evaluation(config_for(trained, tmp_path / "out", heldout=False))
     for score in results["graded"]["scores"]:
         if score["domain"] == "code":
@@ -297,7 +310,8 @@ def test_right_answers_are_right_and_code_is_not_executed(trained, tmp_path, scr
     for row in read_jsonl(tmp_path / "out" / "samples.jsonl"):
         if row["domain"] == "code":
             assert (row["outcome"], row["score"], row["sandbox_level"]) == ("not_executed", None, "none")
-            assert row["extracted"].startswith("open(")
+            assert row["extracted"].startswith("try:")
+    assert allowed == [False]
     assert "Not executed, and so without accuracy: answers of code." in results["verdict"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "not executed" in report

@@ -1,4 +1,6 @@
 import json
+import random
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -116,6 +118,64 @@ def test_official_solutions_are_correct_and_shifted_ones_never():
         for ending in (f"#### {shifted}", f"The answer is ${shifted}.", f"\\boxed{{{shifted}}}", f"It is {shifted}"):
             assert grade(row, steps + ending).outcome == "wrong"
         assert grade(row, f"{steps}The answer is ${gold}.") == Grade("correct", gold.replace(",", ""), False, 1.0)
+
+
+LM_EVAL_IGNORES = (",", r"\$", r"(?s).*#### ", r"\.$")
+
+
+def lm_eval_is_correct(response, answer):
+    """GSM8K's `flexible-extract` and `exact_match` of lm-evaluation-harness (lm_eval/tasks/gsm8k/gsm8k.yaml, task
+    version 3.0, release 0.4.13): the last match of a regular expression, compared as text."""
+    found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", response)
+    extracted = next((group for group in found[-1] if group), "").strip() if found else "[invalid]"
+    for pattern in LM_EVAL_IGNORES:
+        extracted, answer = re.sub(pattern, "", extracted), re.sub(pattern, "", answer)
+    return extracted.lower() == answer.lower()
+
+
+# Ways to end an answer that says {x}; {n} is a small number that is no answer.
+AGREED = (
+    "#### {x}", "#### {x}.", "#### ${x}", "#### {x} apples", "#### **{x}**", "The answer is {x}.",
+    "The answer is: ${x}", "**Answer:** {x} dollars",
+    "The final answer is \\(\\boxed{{{x}}}\\).", "\\[ {n} + 1 = {x} \\]", "So it is {x}%.",
+    "So she has {x} apples left.", "It makes {x}", "Total: {x} km", "{x}", "First {n}, then {n}0, so in all **{x}**.",
+)  # fmt: skip
+LISTED = {  # where lm-eval is wrong, and why
+    "a number follows the answer": ("#### {x}\nThat is for all {n} bags.", "The answer is {x}, in {n} days.",
+                                    "\\boxed{{{x}}} for {n} people"),
+    "equal numbers, other digits": ("#### {x}.00", "The answer is {x}.0", "\\boxed{{{x}.00}}"),
+    "a power or an index": ("#### {x} cm^2", "The answer is {x} m2."),
+    "more than one full stop": ("The answer is {x}...", "#### {x}. ...done"),
+    "a dash before it": ("It lasts from {n} to 9{n}, not 1-{x}",),
+    "another minus sign": ("#### \u2212{a}", "The answer is \u2212{a}"),
+}  # fmt: skip
+
+
+def test_lenient_agrees_with_flexible_extract_but_for_listed_reasons():
+    """2,000 answers, half of them wrong: ours says what is so, lm-eval the same but for the reasons listed."""
+    rng, differing = random.Random(0), {reason: 0 for reason in LISTED}
+    styles = [(None, style) for style in AGREED] * 3
+    styles += [(reason, style) for reason, group in LISTED.items() for style in group]
+    for number in range(2000):
+        reason, style = rng.choice(styles)
+        gold = rng.choice((1, 1, 1, -1)) * rng.randrange(1, 10 ** rng.randrange(1, 7))
+        gold = -abs(gold) if reason == "another minus sign" else abs(gold) if reason == "a dash before it" else gold
+        stated = gold if number % 2 else gold + rng.choice((-100, -10, -1, 1, 2, 9)) * rng.choice((1, abs(gold)))
+        stated = -abs(stated) if reason == "another minus sign" else stated
+        if reason == "a dash before it" and stated < 0:
+            continue
+        text = f"{stated:,}" if rng.random() < 0.5 else str(stated)
+        small = rng.randrange(2, 9)
+        response = f"There are {small} bags of {small + 3}, so {small} * {small + 3} = {small * (small + 3)}.\n"
+        response += style.format(x=text, n=small, a=text.lstrip("-"))
+        ours = grade(make_row("numeric", str(gold)), response).outcome == "correct"
+        theirs = lm_eval_is_correct(response, f"Steps.\n#### {gold:,}")
+        assert ours == (stated == gold), (response, gold)
+        if reason:
+            differing[reason] += ours != theirs
+        else:
+            assert ours == theirs, (response, gold)
+    assert min(differing.values()) > 5, differing
 
 
 @pytest.mark.parametrize("grader", ["numeric", "python_tests", "rubric"])
