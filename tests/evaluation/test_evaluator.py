@@ -16,9 +16,9 @@ from src.evaluation.evaluator import MODES, EvaluateConfig, resolve_arms, run_ev
 from src.evaluation.graders import OUTCOMES
 from src.evaluation.report import write_reports
 from src.evaluation.results import ARMS, CONTEXT, heldout_section, make_results, rebuild
+from src.evaluation.sandbox import Sandbox
 from src.evaluation.schema import SCHEMA_VERSION, write_results
 from src.evaluation.verdict import NO_CONTROL
-from src.evaluation.sandbox import Sandbox
 from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
 
 SAMPLE_FIELDS = {
@@ -410,16 +410,16 @@ def test_an_adapter_of_another_student_is_refused(copied, tmp_path, make_model, 
 
 def interrupted(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Evaluate until `after` answers are graded."""
-    calls, real = [], evaluator.grade
+    calls, real = [], evaluator.grade_all
 
-    def stop(*arguments):
-        calls.append(1)
+    def stop(answers, *rest):
+        calls.extend(answers)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(answers, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator, "grade", stop)
+        patch.setattr(evaluator, "grade_all", stop)
         with pytest.raises(KeyboardInterrupt):
             run_evaluation(config)
 
