@@ -231,7 +231,7 @@ def parent(arguments: argparse.Namespace) -> None:
         pythons = {name: rivals if name in RIVALS else sys.executable for name in names}
         bottom, *results = harness.round_robin(pythons, lambda _: job, arguments.repeats)
     report |= {"results": results, "floor_seconds": bottom["seconds"], "floor": bottom}
-    report["ratios"] = harness.ratios(results, ("ours", "ours_plain"), bottom["seconds"])
+    report["ratios"] = harness.ratios(results, ("ours", "ours_plain", "ours_with_ce"), bottom["seconds"])
     for result in results:
         result |= {f"error_at_{each['temperature']:g}": each["grad_rel_error"] for each in result.get("accuracy", [])}
     print(f"floor: {bottom['seconds']:.2f} s")
