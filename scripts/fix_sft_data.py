@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
 from rich.table import Table
 
 from src.data.cleaning import clean
+from src.evaluation.report import make_console
 from src.evaluation.sandbox import open_sandbox
 from src.utils.common import (
     ROW_KEYS,
@@ -63,7 +63,7 @@ def print_stats(stats: dict[str, dict]) -> None:
             why = ", ".join(f"{reason} {count}" for reason, count in one["rejected"].items() if count) or "-"
             cells = (one["answers"], one["kept"], verified["true"], verified["false"], verified["null"])
             table.add_row(split, source, *map(str, cells), why)
-    Console().print(table)
+    make_console().print(table)
 
 
 def main() -> None:

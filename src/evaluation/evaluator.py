@@ -5,13 +5,11 @@ Answers go to samples.jsonl and per-row sums to heldout.jsonl as they are made; 
 
 import contextlib
 import gc
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from src.distillation.base import (
     causal_lm,
@@ -28,6 +26,7 @@ from src.distillation.heldout import score_heldout
 from src.distillation.packing import check_packing
 from src.distillation.sft import Request, Sampling, generate, make_requests
 from src.distillation.teacher_signal import online_signal
+from src.evaluation.arms import Arms, resolve_arms, use_arm
 from src.evaluation.graders import Grade, grade_all
 from src.evaluation.report import write_reports
 from src.evaluation.results import ARMS, make_results, run_files
@@ -42,7 +41,6 @@ from src.utils.common import (
     finish_stage,
     logger,
     provenance,
-    read_json,
     read_jsonl,
     repair_jsonl_tail,
     require_disk,
@@ -84,114 +82,6 @@ class EvaluateConfig:
     seed: int = setting(42, "every answer's seed is made from this, its row, temperature and preset")
     allow_unsafe_execution: bool = setting(False, "run code answers even where the host allows limits only")
     overwrite: bool = setting(False, "evaluate again")
-
-
-@dataclass(frozen=True)
-class Arms:
-    """What each arm is, a model name (base, teacher) or an adapter folder (sft, kd); and why others are missing."""
-
-    base: str  # the student that the adapters sit on, whether or not it is an arm
-    found: dict[str, str]
-    missing: dict[str, str]
-
-
-# --- arms ------------------------------------------------------------------------------------------------------------
-
-
-def _finished_runs(root: Path, prefix: str, experiment: str) -> list[Path]:
-    """Finished runs of an experiment, the newest last."""
-    runs = [path.parent for path in sorted(root.glob(f"{prefix}_*/kd_results.json"))]
-    return [run for run in runs if read_json(run / "kd_config.json").get("experiment") == experiment]
-
-
-def _difference(run: dict[str, Any], control: dict[str, Any]) -> str | None:
-    """Why a run is no control of another: it must differ in the objective alone (same rows, steps, seed), alpha 0."""
-    if not run or not control:
-        return "no kd_config.json beside both models says that they had the same rows and steps"
-    if control["fingerprint"].get("alpha") != 0:
-        return f"it was trained with alpha = {control['fingerprint'].get('alpha')}, a control has 0"
-    objective = {"alpha", "temperature", "divergence", "beta", "teacher_signal"}
-    ours, theirs = run["fingerprint"], control["fingerprint"]
-    for name in sorted((ours.keys() | theirs.keys()) - objective):
-        if ours.get(name) != theirs.get(name):
-            return f"its {name} is {theirs.get(name)!r}, the distilled student's {ours.get(name)!r}"
-    return None
-
-
-def _run_config(adapter: Path) -> dict[str, Any]:
-    path = adapter.parent / "kd_config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def _adapter_folder(path: str, flag: str) -> Path:
-    folder = Path(path)
-    folder = folder / "final_model" if (folder / "final_model").is_dir() else folder
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--{flag} {path}: no adapter_config.json there; name a run folder or its final_model")
-    return folder
-
-
-def resolve_arms(config: EvaluateConfig) -> Arms:
-    """Find every arm that is asked for, by flag or from the newest finished run of the experiment.
-
-    Raises:
-        UserError: there is no distilled student, or a flag names something that is not there.
-    """
-    root, experiment = Path(config.experiment_dir).parent, Path(config.experiment_dir).name
-    if config.model_path:
-        kd = _adapter_folder(config.model_path, "model_path")
-    else:
-        runs = _finished_runs(root, "gpu_optimized_kd", experiment)
-        if not runs:
-            raise UserError(
-                f"{root}: no finished run of {experiment}; run scripts/run_improved_kd.py, or pass --model_path"
-            )
-        kd = runs[-1] / "final_model"
-    run_config = _run_config(kd)
-    if run_config.get("alpha") == 0:
-        raise UserError(
-            f"--model_path {kd} is an SFT control (alpha = 0); name a distilled student, or --sft_model_path"
-        )
-    adapter = read_json(kd / "adapter_config.json")
-    base = config.base or run_config.get("model_name_or_path") or adapter["base_model_name_or_path"]
-    found = {"kd": str(kd), "base": base}
-    missing = {}
-    if teacher := config.teacher or run_config.get("teacher_model_name_or_path"):
-        found["teacher"] = teacher
-    else:
-        missing["teacher"] = "no kd_config.json beside the model; name it with --teacher"
-    if config.sft_model_path:
-        control = _adapter_folder(config.sft_model_path, "sft_model_path")
-        if why := _difference(run_config, _run_config(control)):
-            raise UserError(f"--sft_model_path {control} is no control of {kd}: {why}")
-        found["sft"] = str(control)
-    else:
-        controls = _finished_runs(root, "sft_control", experiment)
-        matching = [run for run in controls if not _difference(run_config, read_json(run / "kd_config.json"))]
-        if matching:
-            found["sft"] = str(matching[-1] / "final_model")
-        elif controls:
-            missing["sft"] = (
-                f"{len(controls)} finished controls differ in rows or settings; run_improved_kd.py --alpha 0"
-            )
-        else:
-            missing["sft"] = "no finished control of this experiment; run_improved_kd.py --alpha 0"
-    found = {arm: found[arm] for arm in ARMS if arm in found and arm in config.arms}
-    missing |= {arm: "not asked for" for arm in ARMS if arm not in config.arms}
-    return Arms(base, found, missing)
-
-
-@contextlib.contextmanager
-def use_arm(student: PreTrainedModel | PeftModel, arm: str) -> Iterator[None]:
-    """The student as one of its arms: `base` without an adapter, else with the adapter of that name."""
-    if not isinstance(student, PeftModel):
-        yield
-    elif arm == "base":
-        with student.disable_adapter():
-            yield
-    else:
-        student.set_adapter(arm)
-        yield
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
