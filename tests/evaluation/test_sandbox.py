@@ -117,6 +117,10 @@ assert f(p) == 3 and p.up(4) == 5
 def f(x): raise KeyError('no ' + x)
 try: f('a')
 except KeyError as error: assert 'no a' in str(error)
+# type_error
+def f(x): return 'a' + x
+try: f(1)
+except TypeError as error: assert 'concatenate' in str(error)
 # own_exception
 class E(Exception): pass
 def f(): raise E('no')
@@ -491,6 +495,18 @@ def test_forgery_fails(sandbox, name):
     assert time.monotonic() - started < 10 + SPARE
     assert gone(before)
     assert Path("/proc/self/mounts").read_text() == mounts
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert all(map(lambda x: f(x) == 1, range(3)))",
+        "for _ in map(f, [1]): assert False",
+        "assert [*map(f, [1])] == []",
+    ],
+)
+def test_an_exception_does_not_end_a_loop_of_the_tests(sandbox, tests):
+    assert verdict(sandbox, "def f(x): raise StopIteration", tests).kind == "failed"
 
 
 @pytest.mark.parametrize("name", ENDLESS)
