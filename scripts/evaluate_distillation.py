@@ -2,10 +2,11 @@
 
     python scripts/evaluate_distillation.py --config configs/embedded.yaml
     python scripts/evaluate_distillation.py --config configs/embedded.yaml --model_path RUN/final_model --mode quick
+    python scripts/evaluate_distillation.py --config configs/embedded.yaml --lm_eval_tasks arc_easy my_task.yaml
 
 Compares the student before, its SFT control, the distilled student and the teacher, on held-out teacher text and on
 graded answers over a temperature sweep. Writes samples.jsonl, heldout.jsonl, results.json, report.md and report.html
-(one page that opens from disk) to `output_dir`.
+(one page that opens from disk) to `output_dir`; with --lm_eval_tasks lm_eval_ARM.json as well.
 """
 
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.evaluation.evaluator import EvaluateConfig, run_evaluation
+from src.evaluation.outside import check_tasks, judge_outside
 from src.evaluation.report import console_tables, make_console
 from src.utils.common import run_cli
 from src.utils.config import load_config
@@ -21,6 +23,8 @@ from src.utils.config import load_config
 
 def main() -> None:
     config = load_config(EvaluateConfig, "evaluate_distillation")
+    if config.lm_eval_tasks:
+        check_tasks(config.lm_eval_tasks)
     results = run_evaluation(config)
     console = make_console()
     for table in console_tables(results):
@@ -28,6 +32,8 @@ def main() -> None:
     console.print(results["verdict"], markup=False)
     for name in ("results.json", "samples.jsonl", "report.md", "report.html"):
         print(Path(config.output_dir) / name)
+    for path in judge_outside(config) if config.lm_eval_tasks else ():
+        print(path)
 
 
 if __name__ == "__main__":

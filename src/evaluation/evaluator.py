@@ -79,6 +79,7 @@ class EvaluateConfig:
     teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
     student_devices: list[int] = setting([], "GPUs the student is spread over")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    lm_eval_tasks: list[str] = setting([], "tasks of lm-evaluation-harness (names or YAML files) for the student arms")
     seed: int = setting(42, "every answer's seed is made from this, its row, temperature and preset")
     allow_unsafe_execution: bool = setting(False, "run code answers even where the host allows limits only")
     overwrite: bool = setting(False, "evaluate again")
@@ -246,16 +247,10 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     with_heldout = config.heldout and "teacher" in arms.found and len(arms.found) > 1
     heldout_rows = read_jsonl(heldout_file, ("id", "messages"), "run scripts/fix_sft_data.py") if with_heldout else []
 
-    ignored = (
-        "overwrite",
-        "output_dir",
-        "data_dir",
-        "experiment_dir",
-        "model_path",
-        "sft_model_path",
-        "base",
-        "teacher",
-    )
+    ignored = {
+        "overwrite", "output_dir", "data_dir", "experiment_dir", "model_path", "sft_model_path", "base", "teacher",
+        "lm_eval_tasks",
+    }  # fmt: skip
     settings = {name: value for name, value in asdict(config).items() if name not in ignored}
     fingerprint = {
         **settings,

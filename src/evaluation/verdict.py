@@ -89,6 +89,7 @@ def _graded_sentences(results: dict[str, Any], against: str, words: str) -> list
     graded = _graded(results, against)
     if not graded:
         return []
+    other = words.partition(" (")[0]
     better, worse, held = (_count(graded, decision) for decision in ("better", "worse", "withheld"))
     counts = [f"{better} better", f"{worse} worse", f"{len(graded) - better - worse - held} without a difference shown"]
     counts += [f"{held} withheld because answers that were cut would turn them"] if held else []
@@ -104,13 +105,14 @@ def _graded_sentences(results: dict[str, Any], against: str, words: str) -> list
             cells = "; ".join(f"{name} at T = {', '.join(at)}" for name, at in where.items())
             sizes = sorted((c["difference"] for c in found), key=abs)
             by = f"{sizes[0]:+.1%}" if len(sizes) == 1 else f"{sizes[0]:+.1%} to {sizes[-1]:+.1%}"
-            said.append(f"{decision.capitalize()}, by {by}: {cells}.")
+            said.append(f"{decision.capitalize()} than {other}, by {by}: {cells}.")
     able = [c["minimum_detectable"] for c in graded if c["minimum_detectable"] is not None]
     if able:
         least = " to ".join(dict.fromkeys(f"{end:.0%}" for end in (min(able), max(able))))
-        said.append(f"The smallest difference a cell could have shown with 80 % power: {least}.")
+        said.append(f"The smallest difference from {other} that a cell could have shown with 80 % power: {least}.")
     if len(able) < len(graded):
-        said.append(f"{_cells(len(graded) - len(able))} had too few prompts to show a difference of any size.")
+        few = _cells(len(graded) - len(able))
+        said.append(f"Against {other}, {few} had too few prompts to show a difference of any size.")
     return said
 
 

@@ -1,13 +1,21 @@
 """Four arms of tiny models: numbers come from the stored rows, an interruption changes nothing, gaps are named."""
 
+import contextlib
+import importlib.util
 import json
+import math
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 
+from src.distillation.base import prompt_text
 from src.distillation.heldout import tokens_by_position
 from src.distillation.kd import run_kd_pipeline
 from src.distillation.sft import ENGINE
@@ -19,6 +27,7 @@ from src.evaluation.results import ARMS, CONTEXT, heldout_section, make_results,
 from src.evaluation.sandbox import Sandbox
 from src.evaluation.schema import SCHEMA_VERSION, write_results
 from src.evaluation.verdict import NO_CONTROL
+from src.utils import common
 from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
 
 SAMPLE_FIELDS = {
@@ -561,3 +570,90 @@ def test_a_cell_named_twice_is_refused(trained, tmp_path, change):
 )
 def test_sizes_below_one_are_refused(trained, tmp_path, change):
     refused(config_for(trained, tmp_path / "out", **({"heldout": False} | change)), next(iter(change)))
+
+
+# --- the outside judge -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task_file(tmp_path, monkeypatch) -> Path:
+    """A task of lm-evaluation-harness: a YAML file and its rows."""
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(5)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    task = {
+        "task": "tiny_sums", "dataset_path": "json", "test_split": "test", "output_type": "loglikelihood",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "target_delimiter": "",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "tiny_sums.yaml").write_text(json.dumps(task))
+    return tmp_path / "tiny_sums.yaml"
+
+
+def evaluate_script(config: EvaluateConfig, monkeypatch, *arguments: object) -> int:
+    """The script's exit code."""
+    path = Path(__file__).resolve().parents[2] / "scripts" / "evaluate_distillation.py"
+    spec = importlib.util.spec_from_file_location("script_evaluate_distillation", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    said = [f"--{name}={getattr(config, name)}" for name in ("data_dir", "experiment_dir", "output_dir", "mode")]
+    said += ["--no_heldout", "--temperatures", "0.7", *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", [str(path), *said])
+    monkeypatch.setattr(common.logger, "handlers", [])
+    try:
+        common.run_cli(script.main)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_harness_judges_the_student_with_its_adapter(trained, tmp_path, scripted, monkeypatch, task_file):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-dev.txt)")
+    config = config_for(trained, tmp_path / "out")
+    arguments = ("--arms", "base", "kd", "--lm_eval_tasks", task_file)
+    assert evaluate_script(config, monkeypatch, *arguments) == 0
+    found = {arm: read_json(tmp_path / "out" / f"lm_eval_{arm}.json") for arm in ("base", "kd")}
+    arms = resolve_arms(config)
+    tokenizer = AutoTokenizer.from_pretrained(arms.base)
+    kd = AutoPeftModelForCausalLM.from_pretrained(arms.found["kd"]).eval()
+    losses = {}
+    for arm, context in (("base", kd.disable_adapter()), ("kd", contextlib.nullcontext())):
+        with torch.no_grad(), context:
+            own = []
+            for row in read_jsonl(tmp_path / "rows.jsonl"):
+                prompt = prompt_text(tokenizer, [{"role": "user", "content": row["question"]}])
+                asked = prompt.rstrip()  # the harness scores the blanks at the end of a prompt with the answer
+                asked, said = (tokenizer(t)["input_ids"] for t in (asked, prompt[len(asked) :] + row["answer"]))
+                logits = kd(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1].float()
+                logits = logits[:, : len(tokenizer)] if arm == "kd" else logits  # it cuts padded columns of adapters
+                own.append(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum").item())
+        losses[arm] = math.log(found[arm]["results"]["tiny_sums"]["perplexity,none"])
+        assert losses[arm] == pytest.approx(sum(own) / 5, rel=0.02), "the harness computes in bf16 where it can"
+        assert found[arm]["settings"]["apply_chat_template"] is True
+        assert found[arm]["configs"]["tiny_sums"]["output_type"] == "loglikelihood"
+    assert losses["kd"] < 0.95 * losses["base"]
+    assert found["kd"]["settings"]["model_args"]["peft"] == arms.found["kd"]
+
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("lm_eval_*.json")}
+    assert evaluate_script(config, monkeypatch, *arguments) == 0, "a finished evaluation and its judge are left alone"
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    task_file.write_text(task_file.read_text().replace("{{question}}", "Say {{question}}"))
+    assert evaluate_script(config, monkeypatch, *arguments) == 2
+
+
+@pytest.mark.parametrize(
+    ("installed", "task", "words"),
+    [
+        (False, "arc_easy", "--lm_eval_tasks needs lm-evaluation-harness; pip install lm_eval"),
+        (True, "arc_eazy", "no task and no YAML file 'arc_eazy'; did you mean arc_easy?"),
+    ],
+)
+def test_the_harness_is_looked_for_first(trained, tmp_path, monkeypatch, capsys, installed, task, words):
+    if installed:
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-dev.txt)")
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert evaluate_script(config_for(trained, tmp_path / "out"), monkeypatch, "--lm_eval_tasks", task) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert not (tmp_path / "out").exists()

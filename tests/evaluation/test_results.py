@@ -157,7 +157,9 @@ def test_the_headline_says_what_was_found(made_up, results):
     )
     few = make_results(made_up["samples"](3), [], made_up["context"](), 42)
     assert "correctly than before, 6 questions were too few to show" in few["headline"]
-    assert "6 cells had too few prompts to show a difference of any size" in few["verdict"]
+    for against in ("the untrained student", "its SFT control"):
+        words = f"Against {against}, 6 cells had too few prompts to show a difference of any size."
+        assert few["verdict"].count(words) == 1
     assert "Closeness to the teacher on held-out text was not measured" in few["verdict"]
 
 
