@@ -20,12 +20,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from src.evaluation.evaluator import EvaluateConfig, run_evaluation
+from src.evaluation.evaluator import SECTION, EvaluateConfig, run_evaluation, shipped_profile
 from src.evaluation.report import console_tables, make_console
-from src.utils.common import UserError, logger, read_json, read_jsonl, run_cli
+from src.utils.common import logger, read_jsonl, run_cli
 from src.utils.config import build_config, profile_argument, read_profile, setting
 
-SECTION = "evaluate_distillation"
 SHOWN = 6  # answers shown side by side
 LIMIT = 400  # characters of a text shown
 
@@ -38,24 +37,9 @@ class InferenceTestConfig:
     overwrite: bool = setting(False, "generate again")
 
 
-def newest_profile() -> Path:
-    """The shipped profile whose experiment has the newest finished run."""
-    found = []
-    for profile in sorted((ROOT / "configs").glob("*.yaml")):
-        experiment = Path(read_profile(profile, SECTION, EvaluateConfig).get("experiment_dir", ""))
-        for results in experiment.parent.glob("gpu_optimized_kd_*/kd_results.json"):
-            if read_json(results).get("experiment") == experiment.name:
-                found.append((results.parent.name, profile))
-    if not found:
-        raise UserError(
-            "no finished run of a shipped profile; run bash run_pipeline.sh, or name a profile with --config"
-        )
-    return max(found)[1]
-
-
 def run_comparison(own: InferenceTestConfig, config: str | Path | None) -> dict[str, Any]:
     """Evaluate the arms base and kd; results.json's content and the folder it is in."""
-    profile = Path(config) if config else newest_profile()
+    profile = Path(config) if config else shipped_profile(own.model_path)
     logger.info("profile %s", profile)
     values = read_profile(profile, SECTION, EvaluateConfig)
     parts = [Path(values.get("experiment_dir", "default")).name]
@@ -84,7 +68,7 @@ def test_model(
         temperature: of the sampling; 0 is greedy.
         mode: `quick`, `medium` or `full`: 10, 50 or 350 prompts (fewer where the data set is smaller).
         model_path: a run's folder or its final_model (default: the newest finished run).
-        config: a profile (default: the shipped one with the newest finished run).
+        config: a profile (default: the shipped one of the run's experiment).
 
     Returns:
         The content of results.json, and `output_dir`, where samples.jsonl, report.md and report.html are too.

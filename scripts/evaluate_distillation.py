@@ -1,7 +1,7 @@
 """Stage 4: what did it bring?
 
     python scripts/evaluate_distillation.py --config configs/embedded.yaml
-    python scripts/evaluate_distillation.py --config configs/embedded.yaml --model_path RUN/final_model --mode quick
+    python scripts/evaluate_distillation.py --model_path RUN/final_model --output_dir outputs/evaluation/other
     python scripts/evaluate_distillation.py --config configs/embedded.yaml --lm_eval_tasks arc_easy my_task.yaml
 
 Compares the student before, its SFT control, the distilled student and the teacher, on held-out teacher text and on
@@ -14,15 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.evaluation.evaluator import EvaluateConfig, run_evaluation
+from src.evaluation.evaluator import SECTION, EvaluateConfig, run_evaluation, shipped_profile
 from src.evaluation.outside import check_tasks, judge_outside
 from src.evaluation.report import console_tables, make_console
 from src.utils.common import run_cli
-from src.utils.config import load_config
+from src.utils.config import load_config, profile_argument
 
 
 def main() -> None:
-    config = load_config(EvaluateConfig, "evaluate_distillation")
+    config, argv = load_config(EvaluateConfig, SECTION), sys.argv[1:]
+    if config.model_path and profile_argument(argv) is None and config.experiment_dir == EvaluateConfig.experiment_dir:
+        config = load_config(EvaluateConfig, SECTION, ["--config", str(shipped_profile(config.model_path)), *argv])
     if config.lm_eval_tasks:
         check_tasks(config.lm_eval_tasks)
     results = run_evaluation(config)

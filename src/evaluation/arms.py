@@ -58,6 +58,15 @@ def _adapter_folder(path: str, flag: str) -> Path:
     return folder
 
 
+def run_of_model(path: str) -> dict[str, Any]:
+    """kd_config.json of the run that a `--model_path` is of; empty if there is none beside it.
+
+    Raises:
+        UserError: the path is no adapter.
+    """
+    return _run_config(_adapter_folder(path, "model_path"))
+
+
 def resolve_arms(config: "EvaluateConfig") -> Arms:
     """Find every arm that is asked for, by flag or from the newest finished run of the experiment.
 
@@ -67,6 +76,7 @@ def resolve_arms(config: "EvaluateConfig") -> Arms:
     root, experiment = Path(config.experiment_dir).parent, Path(config.experiment_dir).name
     if config.model_path:
         kd = _adapter_folder(config.model_path, "model_path")
+        experiment = _run_config(kd).get("experiment", experiment)
     else:
         runs = _finished_runs(root, "gpu_optimized_kd", experiment)
         if not runs:

@@ -26,13 +26,14 @@ from src.distillation.heldout import score_heldout
 from src.distillation.packing import check_packing
 from src.distillation.sft import Request, Sampling, generate, make_requests
 from src.distillation.teacher_signal import online_signal
-from src.evaluation.arms import Arms, resolve_arms, use_arm
+from src.evaluation.arms import Arms, resolve_arms, run_of_model, use_arm
 from src.evaluation.graders import Grade, grade_all
 from src.evaluation.report import write_reports
 from src.evaluation.results import ARMS, make_results, run_files
 from src.evaluation.sandbox import Sandbox, open_sandbox
 from src.evaluation.schema import read_results, write_results
 from src.utils.common import (
+    ROOT,
     ROW_KEYS,
     Progress,
     UserError,
@@ -41,6 +42,7 @@ from src.utils.common import (
     finish_stage,
     logger,
     provenance,
+    read_json,
     read_jsonl,
     repair_jsonl_tail,
     require_disk,
@@ -49,8 +51,9 @@ from src.utils.common import (
     stage_state,
     start_stage,
 )
-from src.utils.config import setting
+from src.utils.config import read_profile, setting
 
+SECTION = "evaluate_distillation"
 MODES = {"quick": 10, "medium": 50, "full": 350}
 PRESETS = {"raw": {"top_p": 1.0, "top_k": 0}, "recommended": {"top_p": 0.8, "top_k": 20}}
 
@@ -212,6 +215,30 @@ def _generate(config: EvaluateConfig, arms: Arms, models: _Models, rows: list[di
                         for a, result in zip(part, grades, strict=True)
                     ])  # fmt: skip
                     progress.advance(len(part), arm=arm, temperature=temperature)
+
+
+def shipped_profile(model_path: str | None = None) -> Path:
+    """The shipped profile of a run's experiment; without a run, the one whose experiment has the newest finished run.
+
+    Raises:
+        UserError: there is none.
+    """
+    experiment = run_of_model(model_path).get("experiment") if model_path else None
+    found = []
+    for profile in sorted((ROOT / "configs").glob("*.yaml")):
+        folder = Path(read_profile(profile, SECTION, EvaluateConfig).get("experiment_dir", ""))
+        if model_path:
+            found += [(folder.name, profile)] if folder.name == experiment else []
+        for results in () if model_path else folder.parent.glob("gpu_optimized_kd_*/kd_results.json"):
+            if read_json(results).get("experiment") == folder.name:
+                found.append((results.parent.name, profile))
+    if found:
+        return max(found)[1]
+    if model_path:
+        raise UserError(
+            f"--model_path {model_path} is of no shipped profile's experiment; name its profile with --config"
+        )
+    raise UserError("no finished run of a shipped profile; run bash run_pipeline.sh, or name a profile with --config")
 
 
 def _check(config: EvaluateConfig) -> None:

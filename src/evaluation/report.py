@@ -22,7 +22,7 @@ class Section(NamedTuple):
 
 
 def _between(interval: Sequence[float] | None, form: str) -> str:
-    return "one prompt, no interval" if interval is None else " to ".join(format(end, form) for end in interval)
+    return "no interval" if interval is None else " to ".join(format(end, form) for end in interval)
 
 
 def _heldout(held: dict[str, Any]) -> list[Section]:

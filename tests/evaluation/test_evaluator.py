@@ -30,6 +30,7 @@ from src.evaluation.verdict import NO_CONTROL
 from src.utils import common
 from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
 
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_FIELDS = {
     "arm", "id", "source", "domain", "grader", "prompt", "reference", "temperature", "preset", "sample_index", "seed",
     "sampling", "prompt_sha256", "response", "finish_reason", "num_tokens", "extracted", "outcome", "strict", "score",
@@ -572,6 +573,83 @@ def test_sizes_below_one_are_refused(trained, tmp_path, change):
     refused(config_for(trained, tmp_path / "out", **({"heldout": False} | change)), next(iter(change)))
 
 
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(f"script_{Path(name).stem}", ROOT / name)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look there
+    spec.loader.exec_module(script)
+    return script
+
+
+def run_script(monkeypatch, *arguments: object) -> int:
+    """The exit code of scripts/evaluate_distillation.py."""
+    script = load_script("scripts/evaluate_distillation.py")
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    monkeypatch.setattr(common.logger, "handlers", [])
+    try:
+        common.run_cli(script.main)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def shipped(trained, tmp_path, monkeypatch) -> Path:
+    """Two shipped profiles: that of `trained`, and one of an experiment without a run; the working folder is empty."""
+    (tmp_path / "configs").mkdir()
+    for name, root in (("tiny", trained), ("zz_other", tmp_path)):
+        folders = {"data_dir": str(root / "data"), "experiment_dir": str(root / name)}
+        own = {"mode": "quick", "temperatures": [0.1, 1.2], "max_new_tokens": 8, "max_length": 256}
+        (tmp_path / "configs" / f"{name}.yaml").write_text(json.dumps(folders | {"evaluate_distillation": own}))
+    monkeypatch.setattr(evaluator, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_model_path_is_enough_for_the_script(trained, shipped, scripted, monkeypatch):
+    """Profile, base, teacher, control and held-out rows are those of the run's experiment."""
+    arguments = ("--model_path", run_of(trained) / "final_model", "--output_dir", "out")
+    assert run_script(monkeypatch, *arguments) == 0
+    results = read_json(shipped / "out" / "results.json")
+    assert (results["arms"].keys(), results["missing_arms"]) == (set(ARMS), {})
+    assert results["heldout"]["rows"] == 6
+    assert {score["temperature"] for score in results["graded"]["scores"]} == {0.1, 1.2}
+
+
+def test_a_run_of_no_shipped_profile_asks_for_one(trained, shipped, monkeypatch, capsys):
+    (shipped / "configs" / "tiny.yaml").unlink()
+    assert run_script(monkeypatch, "--model_path", run_of(trained), "--output_dir", "out") == 2
+    assert "is of no shipped profile's experiment; name its profile with --config" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no finished run of a shipped profile"):
+        load_script("test_kd_inference_v2.py").test_model()
+
+
+@pytest.mark.parametrize("model_path", [None, "run"])
+def test_test_model_compares_at_one_temperature(trained, shipped, scripted, model_path):
+    if model_path:
+        model_path = str(run_of(trained))
+    results = load_script("test_kd_inference_v2.py").test_model(temperature=0.7, mode="quick", model_path=model_path)
+    assert results["output_dir"].startswith("outputs/inference_test/tiny/")
+    assert {(s["arm"], s["temperature"]) for s in results["graded"]["scores"]} == {("base", 0.7), ("kd", 0.7)}
+    assert {(c["a"], c["b"]) for c in results["graded"]["comparisons"]} == {("kd", "base")}
+    assert results["missing_arms"] == {"sft": "not asked for", "teacher": "not asked for"}
+    assert "The arm sft is missing: not asked for." in results["verdict"]
+    stored = read_json(Path(results["output_dir"]) / "results.json")
+    assert stored == {name: value for name, value in results.items() if name != "output_dir"}
+    with pytest.raises(UserError, match="mode"):
+        load_script("test_kd_inference_v2.py").test_model(mode="hasty")
+
+
+def test_raw_and_recommended_state_every_sampling_field(trained, tmp_path, scripted):
+    run_evaluation(config_for(trained, tmp_path / "out", heldout=False, arms=["kd"], presets=["raw", "recommended"]))
+    found = {row["preset"]: row["sampling"] for row in read_jsonl(tmp_path / "out" / "samples.jsonl")}
+    stated = {"temperature": 0.7, "max_new_tokens": 8}
+    assert found == {"raw": {"top_p": 1.0, "top_k": 0} | stated, "recommended": {"top_p": 0.8, "top_k": 20} | stated}
+
+
 # --- the outside judge -----------------------------------------------------------------------------------------------
 
 
@@ -591,20 +669,8 @@ def task_file(tmp_path, monkeypatch) -> Path:
 
 
 def evaluate_script(config: EvaluateConfig, monkeypatch, *arguments: object) -> int:
-    """The script's exit code."""
-    path = Path(__file__).resolve().parents[2] / "scripts" / "evaluate_distillation.py"
-    spec = importlib.util.spec_from_file_location("script_evaluate_distillation", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     said = [f"--{name}={getattr(config, name)}" for name in ("data_dir", "experiment_dir", "output_dir", "mode")]
-    said += ["--no_heldout", "--temperatures", "0.7", *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", [str(path), *said])
-    monkeypatch.setattr(common.logger, "handlers", [])
-    try:
-        common.run_cli(script.main)
-    except SystemExit as end:
-        return end.code
-    return 0
+    return run_script(monkeypatch, *said, "--no_heldout", "--temperatures", "0.7", *arguments)
 
 
 def test_the_harness_judges_the_student_with_its_adapter(trained, tmp_path, scripted, monkeypatch, task_file):

@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import yaml
 
 from src.data.sources import dataset_row, gsm8k_rows
 from src.evaluation.graders import Grade, defined_names, extract_code, find_number, grade
@@ -131,6 +132,26 @@ def lm_eval_is_correct(response, answer):
     for pattern in LM_EVAL_IGNORES:
         extracted, answer = re.sub(pattern, "", extracted), re.sub(pattern, "", answer)
     return extracted.lower() == answer.lower()
+
+
+def test_what_stands_for_lm_eval_is_lm_eval():
+    """The expressions above against the task file, the filter and the metric of the installed harness."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-dev.txt)")
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter
+
+    task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
+    [metric], flexible = task["metric_list"], task["filter_list"][1]
+    assert flexible["name"] == "flexible-extract"
+    words = {name: value for name, value in flexible["filter"][0].items() if name != "function"}
+    names = ("regexes_to_ignore", "ignore_case", "ignore_punctuation")
+    answers = [style.format(x="1,234", n=3, a="1,234") for group in (AGREED, *LISTED.values()) for style in group]
+    answers += ["", "none", "$ .", "12.", "-$7 or 8,"]
+    found = RegexFilter(**words).apply([[answer] for answer in answers], [{}] * len(answers))
+    for answer, [extracted] in zip(answers, found, strict=True):
+        for gold in ("Steps.\n#### 1,234", "#### -1234", "#### 7"):
+            theirs = exact_match_hf_evaluate([extracted], [gold], **{name: metric[name] for name in names})
+            assert lm_eval_is_correct(answer, gold) == bool(theirs["exact_match"]), (answer, gold)
 
 
 # Ways to end an answer that says {x}; {n} is a small number that is no answer.
