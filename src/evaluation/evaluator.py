@@ -254,6 +254,8 @@ def _check(config: EvaluateConfig) -> None:
     for name in ("num_samples", "batch_size", "max_new_tokens"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1")
+    for temperature in config.temperatures:
+        Sampling(temperature)  # complains before anything is loaded or written
 
 
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:

@@ -129,7 +129,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [results["verdict"].removeprefix(results["headline"]).strip(), ""]
     for section in sections(results):
         lines += [f"## {section.title}", "", f"| {' | '.join(section.header)} |", f"|{'---|' * len(section.header)}"]
-        lines += [f"| {' | '.join(row)} |" for row in section.rows] + [""]
+        escaped = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in section.rows]
+        lines += [f"| {' | '.join(row)} |" for row in escaped] + [""]
         lines += [RULE, ""] if section.name == "comparisons" else []
     lines += ["## Arms", ""]
     lines += [f"- {NAMES[arm]}: `{what}`" for arm, what in results["arms"].items()]

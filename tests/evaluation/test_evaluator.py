@@ -394,10 +394,12 @@ def test_a_wrong_model_path_is_one_line(trained, tmp_path, flag):
     ({"presets": ["greedy"]}, "presets: unknown 'greedy'; there are raw, recommended"),
     ({"data_dir": "no/such"}, r"eval_dataset\.jsonl: no such file; run scripts/download_datasets\.py"),
     ({"experiment_dir": "no/such"}, "no finished run of such; run scripts/run_improved_kd.py, or pass --model_path"),
-    ({"temperatures": [-1.0]}, "temperature must be 0"),
+    ({"temperatures": [0.7, -1.0]}, "temperature must be 0"),
+    ({"temperatures": [float("nan")]}, "temperature must be 0"),
 ])  # fmt: skip
 def test_wrong_settings_are_one_line(trained, tmp_path, settings, words):
     refused(replace(config_for(trained, tmp_path / "out", heldout=False), **settings), words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_arms_that_are_not_asked_for_are_named(trained, tmp_path, scripted):

@@ -89,6 +89,14 @@ def test_markdown_has_the_verdict_the_decisions_and_no_model_text(evaluation):
     assert not [row for row in samples if row["response"] in text]
 
 
+def test_a_domain_cannot_break_a_table_of_the_markdown(made_up):
+    samples = made_up["samples"](3, domains=("a|b\nc",))
+    text = markdown(make_results(samples, [], made_up["context"](), 0))
+    rows = [line for line in text.splitlines() if line.startswith("| a\\|b c |")]
+    assert len(rows) == 3
+    assert all(row.replace("\\|", "").count("|") == 9 for row in rows)
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.3, 0.02), (0.0, 0.0), (5, 5), (2.1, 947), (-1e-6, 3e-6)])
 def test_ticks_enclose_and_are_few(low, high):
     found = ticks(low, high)
