@@ -22,6 +22,7 @@ from src.distillation.sft import ENGINE
 from src.evaluation import evaluator
 from src.evaluation.evaluator import MODES, EvaluateConfig, resolve_arms, run_evaluation, select_rows
 from src.evaluation.graders import OUTCOMES
+from src.evaluation.outside import judge_outside
 from src.evaluation.report import write_reports
 from src.evaluation.results import ARMS, CONTEXT, heldout_section, make_results, rebuild
 from src.evaluation.sandbox import Sandbox
@@ -707,6 +708,17 @@ def test_the_harness_judges_the_student_with_its_adapter(trained, tmp_path, scri
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     task_file.write_text(task_file.read_text().replace("{{question}}", "Say {{question}}"))
     assert evaluate_script(config, monkeypatch, *arguments) == 2
+
+
+def test_a_task_that_cannot_be_run_is_one_line(trained, tmp_path, task_file):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-dev.txt)")
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"lm-evaluation-harness cannot run .*tiny_sums\.yaml: FileNotFoundError"
+    ) as error:
+        judge_outside(config_for(trained, tmp_path / "out", lm_eval_tasks=[str(task_file)], arms=["kd"]))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
