@@ -591,7 +591,8 @@ def run_script(monkeypatch, *arguments: object) -> int:
     """The exit code of scripts/evaluate_distillation.py."""
     script = load_script("scripts/evaluate_distillation.py")
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-    monkeypatch.setattr(common.logger, "handlers", [])
+    for name, value in (("handlers", []), ("propagate", True), ("level", common.logger.level)):
+        monkeypatch.setattr(common.logger, name, value)  # put back what run_cli changes
     try:
         common.run_cli(script.main)
     except SystemExit as end:
