@@ -7,7 +7,7 @@ that cannot be had stops the stage. `--gsm8k_path`, `--humaneval_path` and `--mb
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import json
 import random
 
-from src.data.cleaning import drop_overlapping
+from src.data.cleaning import drop_overlapping, near_duplicates
 from src.data.sources import from_file, from_hub, gsm8k_rows, humaneval_from_package, humaneval_rows, mbpp_rows
-from src.data.synthesis import load_pack, render_rows
+from src.data.synthesis import load_pack, names_of, render_rows
 from src.utils.common import (
     ROOT,
     UserError,
@@ -57,13 +57,14 @@ class DownloadDatasetsConfig:
 
 @dataclass
 class Source:
-    """What one source offers: enough candidate rows a split, how many are wanted, where they come from."""
+    """What one source offers: enough candidate rows a split, how many are wanted, where they come from, their names."""
 
     name: str
     licence: str
     rows: dict[str, list]
     wanted: dict[str, int]
     origin: dict[str, str]
+    names: set[str] = field(default_factory=set)
 
 
 def gsm8k(config: DownloadDatasetsConfig) -> Source:
@@ -112,11 +113,14 @@ def mbpp(config: DownloadDatasetsConfig) -> Source:
 
 def scenario_pack(config: DownloadDatasetsConfig, index: int) -> Source:
     path = ROOT / "data" / "domains" / f"{config.domains[index]}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise UserError(f"--domains: {path.stem}: no such file in data/domains; there are {known}")
     pack = load_pack(path)
     wanted = {"train": config.domain_train_rows[index], "eval": config.domain_eval_rows[index]}
     origin = f"synthetic, data/domains/{path.name} (sha256 {sha256_file(path)[:16]}) with seed {config.seed}"
     rows = {split: render_rows(pack, split, count, config.seed) for split, count in wanted.items() if count}
-    return Source(pack.name, pack.licence, rows, wanted, dict.fromkeys(wanted, origin))
+    return Source(pack.name, pack.licence, rows, wanted, dict.fromkeys(wanted, origin), names_of(pack))
 
 
 def choose(source: Source, split: str, seed: int, avoid: list) -> tuple[list, dict[str, int]]:
@@ -176,10 +180,12 @@ def main() -> None:
             if part:
                 origin = source.origin[split]
                 text = "".join(json.dumps(row, sort_keys=True) for row in part)
+                alike = len(near_duplicates(part, source.names))
                 entries.append({"source": source.name, "split": split, "rows": len(part), "origin": origin,
                                 "licence": source.licence, "sha256": sha256_text(text), "seed": config.seed,
-                                "passed_over": reasons})  # fmt: skip
-                logger.info("%s, %s: %d rows from %s", source.name, split, len(part), origin)
+                                "passed_over": reasons, "near_duplicates": alike})  # fmt: skip
+                logger.info("%s, %s: %d rows from %s; near-duplicates after masking: %d of %d", source.name, split,
+                            len(part), origin, alike, len(part))  # fmt: skip
     if not train or not evaluation:
         raise UserError("the profile asks for no training or no evaluation rows; set the *_train_rows and *_eval_rows")
     _, overlapping = drop_overlapping(train, evaluation)

@@ -177,6 +177,7 @@ def test_prompts_and_their_manifest(succeeds, profile, tmp_path):
         assert entry["licence"]
         assert len(entry["sha256"]) == 64
         assert entry["seed"] == 7
+        assert 0 <= entry["near_duplicates"] < entry["rows"]
         assert ("HumanEval.jsonl (sha256" if source == "humaneval" else "synthetic") in entry["origin"]
 
     before = content(data)

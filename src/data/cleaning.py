@@ -1,9 +1,10 @@
 """From teacher answers to training rows: what is kept, what is dropped and why; nothing of the evaluation leaks in."""
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from src.data.sources import Row, question_of
@@ -23,17 +24,19 @@ CANNOT = r"i(?:'m| am)? (?:can'?t|cannot|can not|won'?t|(?:am )?(?:unable|not ab
 REFUSAL = re.compile(
     rf"\W*(?:(?:i(?:'m| am) )?(?:(?:very|really|so) )?sorry,? (?:but )?{CANNOT}|i apologi[sz]e,? (?:but )?{CANNOT}|"
     rf"(?:unfortunately, )?as an? (?:ai|artificial intelligence)\b[\w ]*,? (?:{CANNOT}|i (?:do not|don't) have)|"
-    rf"(?:unfortunately,? )?{CANNOT} (?:help|assist|comply|fulfil|provide|answer|do that|engage|create))"
+    rf"(?:unfortunately,? )?{CANNOT} (?:help|assist|comply|fulfil|provide|answer|do that|engage|create)|"
+    r"(?:很|非常)?(?:抱歉|对不起)[，,]\s*(?:但)?我?(?:不能|无法)|作为(?:一[个名]|)(?:人工智能|ai)[^，。]{0,8}[，,]?\s*我?(?:不能|无法|没有))"
 )
 
 NGRAM = 13
+SHINGLE, ALIKE = 3, 0.8  # two masked questions are near-duplicates if their word 3-grams have this Jaccard similarity
 MIN_WORDS = 8  # a shorter question says too little to be told apart by its words
 BOILERPLATE = 10  # an n-gram in more rows than this is a template's wording, not a leak
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words and numbers, punctuation dropped; an identifier with underscores is one word."""
-    return re.findall(r"\w+", text.lower())
+    """Lower-case words and numbers, punctuation dropped; an identifier with underscores and a Han character is one."""
+    return re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+", text.lower())
 
 
 def word_ngrams(text: str, n: int) -> set[str]:
@@ -74,6 +77,30 @@ def masked_question(row: Row) -> str:
     """The question's words with every number as 0; empty below 8 words."""
     words = words_of(re.sub(r"\d+(?:[.,]\d+)*", " 0 ", question_of(row)))
     return " ".join(words) if len(words) >= MIN_WORDS else ""
+
+
+def near_duplicates(rows: list[Row], names: Collection[str] = ()) -> list[Row]:
+    """The rows that, numbers and `names` masked, are near-duplicates of an earlier row. Exact: no hashing.
+
+    Two sets that alike share one of their rarest 3-grams, so only rows that do are compared (Bayardo et al. 2007).
+    """
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = "|".join(rf"(?<![a-z0-9_]){re.escape(name)}(?![a-z0-9_])" for name in longest_first) or "(?!)"
+    mask = re.compile(pattern, re.IGNORECASE)
+    masked = [re.sub(r"\d+(?:[.,:]\d+)*", " 0 ", mask.sub(" name ", question_of(row))) for row in rows]
+    shingles = [word_ngrams(text, SHINGLE) or {text} for text in masked]
+    number_of = Counter(gram for grams in shingles for gram in grams)
+    rows_with: dict[str, list[int]] = {}
+    found = []
+    for index, grams in enumerate(shingles):
+        rarest = sorted(grams, key=lambda gram: (number_of[gram], gram))
+        prefix = rarest[: len(grams) - math.ceil(ALIKE * len(grams) - 1e-9) + 1]
+        earlier = {other for gram in prefix for other in rows_with.get(gram, [])}
+        if any(len(grams & shingles[other]) >= ALIKE * len(grams | shingles[other]) for other in earlier):
+            found.append(rows[index])
+        for gram in prefix:
+            rows_with.setdefault(gram, []).append(index)
+    return found
 
 
 def check_disjoint(train_rows: list[Row], eval_rows: list[Row]) -> None:

@@ -235,11 +235,19 @@ def grade_all(answers: Sequence[tuple[dict[str, str], str, str]], sandbox: Sandb
 
 
 MAX_SECTION_WORDS, COPIED_WORDS, NEGATION_WORDS = 60, 8, 4
-CLAUSE = re.compile(r"\n|[.,;:!?](?:\s|$)|[()—]|\b(?:but|however)\b|(?<!not )(?<!n't )\b(?:due to|because)\b")
-NEGATED_BEFORE = re.compile(
-    r"\b(not(?! only)|no(?! doubt)|never|cannot|rul\w+ out|(instead|rather) (of|than)|\w+n't)\b"
+CLAUSE = re.compile(
+    r"\n|[.,;:!?](?:\s|$)|[()—，。；：！？（）]|\b(?:but|however)\b|(?<!not )(?<!n't )\b(?:due to|because)\b|"
+    r"而是|但|(?<!不是)(?<!并非)(?:由于|因为)"
 )
-NEGATED_AFTER = re.compile(r" (?:(?:is|was|can be) (?:ruled out|excluded|unlikely|not the)|(?:is|was)n't the)\b")
+NEGATED_BEFORE = re.compile(
+    r"\b(not(?! only)|no(?! doubt)|never|cannot|rul\w+ out|(instead|rather) (of|than)|\w+n't)\b|"
+    r"(不是|并非|而非|不属于|没有|不存在|(?<![须需待])排除|无需|不必|不要|不能|不应|不宜|不得|不可)\S{0,6}$"
+)
+NEGATED_AFTER = re.compile(
+    r" (?:(?:is|was|can be) (?:ruled out|excluded|unlikely|not the)|(?:is|was)n't the)\b|"
+    r"(?:可以|可|已|已被)排除|的?可能性(?:很|较)?[小低]|不是(?:根因|原因)"
+)
+WORD = re.compile(r"[a-z0-9]+|[\u4e00-\u9fff]")  # a Han character is a word; a phrase of them needs no word boundary
 
 
 def rubric_text(text: str) -> str:
@@ -249,8 +257,9 @@ def rubric_text(text: str) -> str:
 
 def without_prompt(response: str, prompt: str) -> str:
     """The response without the lines and sentences of at least 8 words that stand verbatim in the prompt."""
-    given = f" {' '.join(re.findall(r'[a-z0-9]+', prompt.lower()))} "
-    pieces = [(piece, re.findall(r"[a-z0-9]+", piece.lower())) for piece in re.split(r"(\n|(?<=[.!?;])\s)", response)]
+    given = f" {' '.join(WORD.findall(prompt.lower()))} "
+    parts = re.split(r"(\n|(?<=[.!?;])\s|(?<=[。！？；]))", response)
+    pieces = [(part, WORD.findall(part.lower())) for part in parts]
     return "".join(piece for piece, words in pieces if len(words) < COPIED_WORDS or f" {' '.join(words)} " not in given)
 
 
@@ -293,7 +302,11 @@ def grade_rubric(row: dict[str, str], response: str) -> Grade:
     text = without_prompt(response, row["prompt"])
     hit = [group["name"] for group in groups if mentions(text, group["any"])]
     sections = labelled_sections(text, [group["name"] for group in groups])
-    searched = {name: body for name, body in sections.items() if len(body.split()) <= MAX_SECTION_WORDS}
+    searched = {
+        name: body
+        for name, body in sections.items()
+        if len(body.split()) + len(re.findall(r"[\u4e00-\u9fff]", body)) // 2 <= MAX_SECTION_WORDS
+    }
     in_place = [group["name"] for group in groups if mentions(searched.get(group["name"], ""), group["any"])]
     right, in_format = (round(len(found) / len(groups), 2) >= round(pass_mark, 2) for found in (hit, in_place))
     strict = right and in_format and all(sections.values())

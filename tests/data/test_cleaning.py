@@ -1,10 +1,20 @@
 import json
+import random
 from pathlib import Path
 
 import pytest
 
-from src.data.cleaning import REASONS, clean, count, drop_overlapping, overlap_index, word_ngrams
-from src.data.sources import dataset_row, gsm8k_rows
+from src.data.cleaning import (
+    ALIKE,
+    REASONS,
+    clean,
+    count,
+    drop_overlapping,
+    near_duplicates,
+    overlap_index,
+    word_ngrams,
+)
+from src.data.sources import dataset_row, gsm8k_rows, question_of
 from src.utils.common import UserError
 
 GSM8K = Path(__file__).resolve().parents[2].parent / "shared/data/gsm8k"
@@ -69,6 +79,9 @@ def test_kept_row_is_conversational():
         ("As an AI language model, I cannot count. #### 72", "stop", "refusal"),
         ("Sorry, I am unable to answer. #### 72", "stop", "refusal"),
         ("I cannot assist with that. #### 72", "stop", "refusal"),
+        ("很抱歉，我无法回答。#### 72", "stop", "refusal"),
+        ("作为一个人工智能助手，我不能提供。#### 72", "stop", "refusal"),
+        ("抱歉让你久等。#### 72", "stop", None),
         ("#### 71", "stop", "wrong"),
         ("I do not know.", "stop", "wrong"),
         ("I'm sorry for the ducks. #### 72", "stop", None),
@@ -278,3 +291,30 @@ def test_official_gsm8k_splits_are_nearly_disjoint():
     assert len(kept) + len(dropped) == 7473
     assert 0 < len(dropped) < 75
     assert drop_overlapping(kept, held) == (kept, [])
+
+
+def test_near_duplicates_see_through_numbers_and_names():
+    text = "On call at {}: {} answers slowly since the release of this morning, and its {} queue grows by {} an hour"
+    first = make_row(text.format("10:15", "checkout-api", "order", 40))
+    twin = make_row(text.format("22:40", "cart-service", "order", 1200))
+    other = make_row("On call at 22:40: cart-service restarts all the time since its memory is used up within an hour")
+    names = {"checkout-api", "cart-service", "cart"}
+    assert near_duplicates([first, twin, other], names) == [twin]
+    assert near_duplicates([first, other, twin]) == []  # a name of two words changes five of its 18 3-grams
+    sites = ((3, "甲站", 4), (21, "乙站", 7))
+    chinese = [make_row(f"{hour}点，{name}响应变慢，队列每小时增加{n}条，请定位") for hour, name, n in sites]
+    assert near_duplicates(chinese, {"甲站", "乙站"}) == chinese[1:]
+    assert near_duplicates(chinese) == []
+
+
+def test_near_duplicates_are_those_of_comparing_all_pairs():
+    rng = random.Random(5)
+    base = [rng.choice("abcdefghijkl") + rng.choice("mnopqrs") for _ in range(60)]
+    texts = [[rng.choice("tuvwxyz") if rng.random() < rate else word for word in base]
+             for rate in (0.01, 0.03, 0.06, 0.1) for _ in range(40)]  # fmt: skip
+    rows = [make_row(" ".join(words[: rng.randint(40, 60)])) for words in texts]
+    grams = [word_ngrams(question_of(row), 3) for row in rows]
+    expected = [rows[i] for i in range(len(rows))
+                if any(len(grams[i] & grams[j]) / len(grams[i] | grams[j]) >= ALIKE for j in range(i))]  # fmt: skip
+    assert near_duplicates(rows) == expected
+    assert 10 < len(expected) < 150

@@ -324,6 +324,31 @@ def test_a_copied_prompt_earns_nothing():
     assert rubric(f"{PROMPT}\n{LABELLED}", PROMPT).strict is True
 
 
+CHINESE = {
+    "groups": [{"name": "根因", "any": ["内存泄漏"]}, {"name": "组件", "any": ["payments-api"]}],
+    "pass_mark": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("response", "score", "strict"),
+    [
+        ("根因：内存泄漏\n组件：payments-api", 1.0, True),
+        ("**根因**：服务发生内存泄漏，对象未释放\n**组件**：payments-api的堆", 1.0, True),
+        ("payments-api存在内存泄漏。", 1.0, False),
+        ("根因：不是内存泄漏\n组件：payments-api", 0.5, False),
+        ("根因：并非由于内存泄漏，而是磁盘写满\n组件：payments-api", 0.5, False),
+        ("根因：内存泄漏的可能性很小\n组件：payments-api", 0.5, False),
+        ("根因：不是磁盘写满，而是内存泄漏\n组件：payments-api", 1.0, True),
+        ("根因：内存泄漏" + "好" * 120 + "\n组件：payments-api", 1.0, False),
+        ("凌晨起告警，payments-api每小时重启一次，怀疑内存泄漏。", 0.0, False),
+    ],
+)
+def test_chinese_rubric(response, score, strict):
+    result = rubric(response, "凌晨起告警，payments-api每小时重启一次，怀疑内存泄漏。请定位。", **CHINESE)
+    assert (result.score, result.strict) == (score, strict)
+
+
 @pytest.mark.parametrize("share", [(1, 0.5, "wrong"), (1, 0.33, "correct"), (2, 0.67, "correct"), (2, 0.68, "wrong")])
 def test_pass_mark(share):
     hits, pass_mark, outcome = share
