@@ -3,7 +3,8 @@
     python scripts/download_datasets.py --config configs/embedded.yaml
 
 Writes {train,eval}_dataset.jsonl and manifest.json to `data_dir`. Every source is named outright by the profile; one
-that cannot be had stops the stage. `--gsm8k_path`, `--humaneval_path` and `--mbpp_path` take a file instead.
+that cannot be had stops the stage. `--gsm8k_path`, `--humaneval_path` and `--mbpp_path` take a file instead;
+`--prompts_file` takes prompts of your own.
 """
 
 import sys
@@ -14,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
 import random
+from collections import Counter
 
 from src.data.cleaning import drop_overlapping, near_duplicates
+from src.data.own_prompts import Columns, read_own_prompts, split_by_question
 from src.data.sources import from_file, from_hub, gsm8k_rows, humaneval_from_package, humaneval_rows, mbpp_rows
 from src.data.synthesis import load_pack, names_of, render_rows
 from src.utils.common import (
@@ -50,6 +53,18 @@ class DownloadDatasetsConfig:
     domains: list[str] = setting([], "scenario packs, by the name of their file in data/domains")
     domain_train_rows: list[int] = setting([], "training rows, one number a pack")
     domain_eval_rows: list[int] = setting([], "evaluation rows, one number a pack")
+    prompts_file: str = setting("", "your own prompts: .jsonl, .csv, .parquet, or a hub id (owner/name[:subset])")
+    prompts_eval_file: str = setting("", "the same, to evaluate on; without it a part of prompts_file is held out")
+    prompts_eval_fraction: float = setting(0.1, "that part")
+    prompts_hub_split: str = setting("train", "split of prompts_file on the hub; of prompts_eval_file it is `test`")
+    prompts_domain: str = setting("own", "the domain that results name them under")
+    prompts_licence: str = setting("not stated", "their licence, for the manifest")
+    prompt_column: str = setting("prompt", "column of your prompts")
+    messages_column: str = setting("messages", "column with conversations, where there is no prompt column")
+    system_column: str = setting("system", "column with system messages, if there is one")
+    reference_column: str = setting("reference", "column with reference answers, if there is one")
+    grader_column: str = setting("grader", "column that names a grader: numeric, python_tests, rubric or none")
+    grader_args_column: str = setting("grader_args", "column with what the grader needs, JSON")
     hub_revision: str = setting("main", "revision of the hub data sets")
     seed: int = setting(42, "seed of the choice of rows and of the scenarios")
     overwrite: bool = setting(False, "collect again")
@@ -57,14 +72,16 @@ class DownloadDatasetsConfig:
 
 @dataclass
 class Source:
-    """What one source offers: enough candidate rows a split, how many are wanted, where they come from, their names."""
+    """What one source offers: enough candidate rows a split, how many are wanted (None: all that there are), where they
+    come from, the names to mask in them, and the training rows it has left out already, by reason."""
 
     name: str
     licence: str
     rows: dict[str, list]
-    wanted: dict[str, int]
+    wanted: dict[str, int | None]
     origin: dict[str, str]
     names: set[str] = field(default_factory=set)
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def gsm8k(config: DownloadDatasetsConfig) -> Source:
@@ -123,15 +140,42 @@ def scenario_pack(config: DownloadDatasetsConfig, index: int) -> Source:
     return Source(pack.name, pack.licence, rows, wanted, dict.fromkeys(wanted, origin), names_of(pack))
 
 
+def own_prompts(config: DownloadDatasetsConfig) -> Source:
+    """All prompts of a person's file; training rows too near to an evaluation row are dropped."""
+    columns = Columns(config.prompt_column, config.messages_column, config.system_column, config.reference_column,
+                      config.grader_column, config.grader_args_column)  # fmt: skip
+    common = (columns, config.prompts_domain)
+    train, origin, repeats = read_own_prompts(
+        config.prompts_file, *common, config.prompts_hub_split, config.hub_revision, "--prompts_file"
+    )
+    origins = {"train": origin, "eval": f"{origin}, {config.prompts_eval_fraction:.0%} by question"}
+    if config.prompts_eval_file:
+        found, origins["eval"], _ = read_own_prompts(
+            config.prompts_eval_file, *common, "test", config.hub_revision, "--prompts_eval_file"
+        )
+        held = [row | {"split": "eval"} for row in found]
+    else:
+        train, held = split_by_question(train, config.prompts_eval_fraction)
+        if not train or not held:
+            raise UserError(
+                f"{config.prompts_file}: {len(train)} rows to train and {len(held)} to evaluate on at "
+                f"prompts_eval_fraction = {config.prompts_eval_fraction}; change it, or name a --prompts_eval_file"
+            )
+    kept, dropped = drop_overlapping(train, held)
+    left_out = Counter(drop["reason"] for drop in dropped) + Counter(repeat=repeats)
+    name, rows = train[0]["source"], {"train": kept, "eval": held}
+    return Source(name, config.prompts_licence, rows, {"train": None, "eval": None}, origins, left_out=dict(left_out))
+
+
 def choose(source: Source, split: str, seed: int, avoid: list) -> tuple[list, dict[str, int]]:
     """The wanted number of rows in seeded order, passing over those that overlap `avoid`; and how many, by reason."""
     wanted = source.wanted.get(split, 0)
-    if not wanted:
+    if wanted == 0:
         return [], {}
     candidates = list(source.rows[split])
     random.Random(f"{seed}/{source.name}/{split}").shuffle(candidates)
     kept, dropped = drop_overlapping(candidates, avoid) if avoid else (candidates, [])
-    if len(kept) < wanted:
+    if wanted is not None and len(kept) < wanted:
         raise UserError(
             f"{source.name}: {wanted} {split} rows are asked for, {len(kept)} can be had "
             f"({len(dropped)} overlap the training rows); ask for fewer"
@@ -150,11 +194,12 @@ def main() -> None:
     outputs = [folder / "train_dataset.jsonl", folder / "eval_dataset.jsonl", folder / "manifest.json"]
     fingerprint = {key: value for key, value in asdict(config).items() if key not in ("overwrite", "data_dir")}
     packs = [ROOT / "data" / "domains" / f"{name}.yaml" for name in config.domains]
+    own = [Path(p) for p in (config.prompts_file, config.prompts_eval_file) if p]
     given = [Path(p) for p in (config.gsm8k_path, config.humaneval_path, config.mbpp_path) if Path(p).exists()]
     beside = [
         folder / f"{name}.jsonl" for path in given for folder in (path, path.parent) for name in ("train", "test")
     ]
-    fingerprint["files"] = {str(path): sha256_file(path) for path in [*packs, *given, *beside] if path.is_file()}
+    fingerprint["files"] = {str(path): sha256_file(path) for path in [*packs, *given, *beside, *own] if path.is_file()}
     marker = folder / "download_datasets.json"
     if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
         logger.info("%s is complete; nothing to do", folder)
@@ -167,16 +212,21 @@ def main() -> None:
         sources.append(humaneval(config))
     if config.mbpp_eval_rows:
         sources.append(mbpp(config))
+    if config.prompts_file:
+        sources.append(own_prompts(config))
     sources += [scenario_pack(config, index) for index in range(len(config.domains))]
     start_stage(marker, fingerprint)
 
-    train, evaluation, entries = [], [], []
-    chosen_train = {source.name: choose(source, "train", config.seed, []) for source in sources}
-    train = [row for rows, _ in chosen_train.values() for row in rows]
+    evaluation, entries = [], []
+    chosen_train = {source.name: choose(source, "train", config.seed, [])[0] for source in sources}
+    train = [row for rows in chosen_train.values() for row in rows]
     for source in sources:
         rows, passed_over = choose(source, "eval", config.seed, train)
         evaluation += rows
-        for split, part, reasons in (("train", *chosen_train[source.name]), ("eval", rows, passed_over)):
+        for split, part, reasons in (
+            ("train", chosen_train[source.name], source.left_out),
+            ("eval", rows, passed_over),
+        ):
             if part:
                 origin = source.origin[split]
                 text = "".join(json.dumps(row, sort_keys=True) for row in part)

@@ -48,20 +48,25 @@ def check_answer(row: dict[str, Any]) -> str | None:
 class FixSftDataConfig:
     data_dir: str = setting("data/processed", "where the prompts are")
     experiment_dir: str = setting("outputs/experiment/default", "the answers are in its folder sft/")
-    keep: Literal["correct", "all"] = setting(
-        "correct", "`correct` drops answers verified wrong; `all` keeps them, labelled"
+    select: Literal["first_correct", "all_correct", "shortest_correct", "all"] = setting(
+        "all_correct",
+        "which answers stay: correct ones (all, or one a prompt: the first, the shortest), or `all`, labelled; what "
+        "nothing can judge stays, labelled null",
     )
     allow_unsafe_execution: bool = setting(False, "run code answers even where the host allows limits only")
     overwrite: bool = setting(False, "clean again")
 
 
 def print_stats(stats: dict[str, dict]) -> None:
-    table = Table("split", "source", "answers", "kept", "verified", "wrong", "unverifiable", "rejected because")
+    columns = ("answers", "accepted", "kept", "verified", "wrong", "unverifiable")
+    table = Table("split", "source", *columns, "rejected because")
     for split, numbers in stats.items():
         for source, one in numbers["by_source"].items():
             verified = one["verified"]
             why = ", ".join(f"{reason} {count}" for reason, count in one["rejected"].items() if count) or "-"
-            cells = (one["answers"], one["kept"], verified["true"], verified["false"], verified["null"])
+            rate = one["acceptance_rate"]
+            accepted = "-" if rate is None else f"{rate:.0%}"
+            cells = (one["answers"], accepted, one["kept"], verified["true"], verified["false"], verified["null"])
             table.add_row(split, source, *map(str, cells), why)
     make_console().print(table)
 
@@ -79,7 +84,7 @@ def main() -> None:
     prompts_hint, answers_hint = "run scripts/download_datasets.py", "run scripts/generate_sft_data.py"
     rows = {split: read_jsonl(path, ROW_KEYS, prompts_hint, check_dataset_row) for split, path in data.items()}
     answers = {split: read_jsonl(path, ANSWER_KEYS, answers_hint, check_answer) for split, path in raw.items()}
-    fingerprint = {"keep": config.keep, "allow_unsafe_execution": config.allow_unsafe_execution}
+    fingerprint = {"select": config.select, "allow_unsafe_execution": config.allow_unsafe_execution}
     fingerprint |= {path.name: sha256_file(path) for path in (*data.values(), *raw.values())}
     outputs = [*clean_files.values(), folder / "rejected.jsonl", folder / "stats.json"]
     if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
@@ -90,11 +95,11 @@ def main() -> None:
     stats, all_rejected = {}, []
     for split in raw:
         eval_rows = rows["eval"] if split == "train" else []
-        kept, rejected, stats[split] = clean(answers[split], rows[split], eval_rows, config.keep, sandbox=sandbox)
+        kept, rejected, stats[split] = clean(answers[split], rows[split], eval_rows, config.select, sandbox=sandbox)
         write_jsonl(clean_files[split], kept)
         all_rejected += [{**row, "split": split} for row in rejected]
     write_jsonl(outputs[2], all_rejected)
-    facts = {"keep": config.keep, "sandbox_level": sandbox.used_level, "provenance": provenance()}
+    facts = {"select": config.select, "sandbox_level": sandbox.used_level, "provenance": provenance()}
     write_json(outputs[3], {**stats, **facts})
     finish_stage(marker, fingerprint)
     print_stats(stats)

@@ -3,20 +3,26 @@
     python scripts/generate_sft_data.py --config configs/embedded.yaml
 
 Appends to `experiment_dir`/sft/sft_{train,eval}_data.jsonl, raw and in full; choosing happens in fix_sft_data.py. Safe
-to kill and run again. A file of answers that somebody else made may stand there instead: it is then used as it is.
+to kill and run again. A file of answers that somebody else made may stand there instead: it is then used as it is. The
+summary (throughput, tokens, finish reasons) is generate_{train,eval}.json beside it.
 """
 
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import json
 import time
 from collections import Counter
 
-from src.distillation.base import compute_dtype, load_model, load_tokenizer, model_fingerprint, place
-from src.distillation.sft import ENGINE, Request, Sampling, generate, make_requests
+from src.distillation.base import load_tokenizer, model_fingerprint
+from src.distillation.batching import shared_end_of_turn
+from src.distillation.engines import Engine, opened, rows_that_fit
+from src.distillation.openai_engine import Server
+from src.distillation.sft import Request, Sampling, make_requests
 from src.utils.common import (
     ROW_KEYS,
     Progress,
@@ -44,20 +50,54 @@ class GenerateSftDataConfig:
     data_dir: str = setting("data/processed", "where the prompts are")
     experiment_dir: str = setting("outputs/experiment/default", "answers go to its folder sft/")
     teacher_model_name_or_path: str = setting("", "folder or hub id of the teacher", "teacher_model")
+    model_name_or_path: str = setting("", "the student: must end a turn as the teacher does", "student_name_or_path")
     splits: list[str] = setting(["train", "eval"], "which data sets to answer")
     num_samples: int = setting(1, "answers a prompt")
     temperature: float = setting(0.7, "sampling temperature; 0 is greedy")
     top_p: float = setting(0.8, "nucleus; 1 is off")
     top_k: int = setting(20, "candidates a token; 0 is off")
     max_new_tokens: int = setting(768, "longest answer, end of turn included")
-    batch_size: int = setting(32, "rows in one forward pass")
-    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
+    enable_thinking: bool = setting(False, "let a hybrid teacher think first; cleaning cuts the thoughts off")
+    engine: Literal["transformers", "vllm", "openai"] = setting("transformers", "what generates; `openai` is a server")
+    batch_size: int = setting(32, "transformers: rows in one forward pass; 0 takes as many as the memory holds")
+    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over (vllm: and replicated on)")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    vllm_arguments: str = setting("{}", "vllm: further arguments of vllm.LLM, JSON or a mapping")
+    base_url: str = setting("http://localhost:8000/v1", "openai: the server")
+    server: Literal["vllm", "sglang", "llama_cpp", "transformers", "plain"] = setting(
+        "vllm", "openai: the server's kind, which decides how top_k and thinking are said; `plain` knows neither"
+    )
+    served_model_name: str = setting("", "openai: the server's name for the teacher, if it is another")
+    api_key_variable: str = setting("OPENAI_API_KEY", "openai: environment variable with the key, if one is needed")
+    concurrency: int = setting(32, "openai: requests under way at most")
+    request_timeout: float = setting(600.0, "openai: seconds for one answer")
+    tries: int = setting(8, "openai: times one request is sent before the run stops")
     seed: int = setting(42, "every answer's seed is made from this and its row")
     overwrite: bool = setting(False, "throw away the answers there are")
 
 
-def pending(config: GenerateSftDataConfig, split: str, sampling: Sampling) -> tuple[dict, list[Request], set] | None:
+def make_engine(config: GenerateSftDataConfig) -> Engine:
+    teacher = config.teacher_model_name_or_path
+    if not teacher and not (config.engine == "openai" and config.served_model_name):
+        raise UserError("teacher_model_name_or_path is not set; name a profile with --config")
+    if config.num_samples < 1 or config.batch_size < 0 or min(config.concurrency, config.tries) < 1:
+        raise UserError("num_samples, concurrency and tries must be at least 1, batch_size at least 0 (from memory)")
+    try:
+        arguments = json.loads(config.vllm_arguments)
+    except json.JSONDecodeError as error:
+        raise UserError(f"vllm_arguments is not JSON ({error.msg}): {config.vllm_arguments}") from None
+    server = Server(
+        config.base_url, config.served_model_name or teacher, config.server, config.api_key_variable,
+        config.concurrency, config.request_timeout, config.tries,
+    )  # fmt: skip
+    devices = tuple(config.teacher_devices)
+    return Engine(config.engine, teacher, config.batch_size, devices, config.gpu_memory_gb, config.enable_thinking,
+                  arguments, server)  # fmt: skip
+
+
+def pending(
+    config: GenerateSftDataConfig, split: str, sampling: Sampling, engine: Engine
+) -> tuple[dict, list[Request], set] | None:
     """The split's fingerprint, all its requests and the keys already answered; None if there is nothing to do."""
     clean = Path(config.experiment_dir) / "sft" / f"sft_{split}_data_clean.jsonl"
     if clean.is_file() and not clean.with_name("fix_sft_data.json").is_file() and not config.overwrite:
@@ -72,14 +112,18 @@ def pending(config: GenerateSftDataConfig, split: str, sampling: Sampling) -> tu
         return None
     rows = read_jsonl(source, ROW_KEYS, "run scripts/download_datasets.py first", check_dataset_row)
     requests = make_requests(rows, config.num_samples, config.seed, "sft")
+    batch_size = None  # only the transformers engine has batches of a fixed make-up
+    if engine.name == "transformers":
+        batch_size = engine.batch_size or rows_that_fit(engine, load_tokenizer(engine.model), requests, sampling)
     fingerprint = {
         "prompts": sha256_file(source),
-        "teacher": model_fingerprint(config.teacher_model_name_or_path),
+        "teacher": engine.server.model if engine.name == "openai" else model_fingerprint(engine.model),
         "sampling": asdict(sampling),
+        "enable_thinking": config.enable_thinking,
         "num_samples": config.num_samples,
-        "batch_size": config.batch_size,
+        "batch_size": batch_size,
         "seed": config.seed,
-        "engine": ENGINE,
+        "engine": engine.name,
     }
     state = stage_state(marker, fingerprint, config.overwrite, [target])
     if state == "done":
@@ -94,47 +138,52 @@ def pending(config: GenerateSftDataConfig, split: str, sampling: Sampling) -> tu
     return fingerprint, requests, done
 
 
+def check_student(config: GenerateSftDataConfig) -> None:
+    """Refuse a student that ends a turn otherwise, before any answer is made rather than after all are."""
+    if config.model_name_or_path and config.teacher_model_name_or_path:
+        shared_end_of_turn(load_tokenizer(config.model_name_or_path), load_tokenizer(config.teacher_model_name_or_path))
+    else:
+        logger.info("teacher and student are not both named: whether they end a turn alike is checked in training only")
+
+
+def summarise(target: Path, split: str, fingerprint: dict, tokens: int, seconds: float) -> None:
+    """The summary beside the answers; `tokens` and `seconds` are this session's."""
+    stored = read_jsonl(target, ANSWER_KEYS)
+    reasons = Counter(row["finish_reason"] for row in stored)
+    finish_stage(
+        target.with_name(f"generate_{split}.json"), fingerprint,
+        answers=len(stored), finish_reasons=dict(reasons), tokens=sum(row["num_tokens"] for row in stored),
+        last_session={"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds},
+        provenance=provenance(),
+    )  # fmt: skip
+    print(
+        f"{split}: {len(stored)} answers in {target}, {tokens / seconds:.0f} tokens/s, {reasons['length']} cut at "
+        f"{fingerprint['sampling']['max_new_tokens']} tokens ({reasons['length'] / len(stored):.1%})"
+    )
+
+
 def main() -> None:
     config = load_config(GenerateSftDataConfig, "generate_sft_data")
-    if not config.teacher_model_name_or_path:
-        raise UserError("teacher_model_name_or_path is not set; name a profile with --config")
-    if min(config.num_samples, config.batch_size) < 1:
-        raise UserError("num_samples and batch_size must be at least 1")
+    engine = make_engine(config)
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-    work = {split: found for split in config.splits if (found := pending(config, split, sampling))}
+    work = {split: found for split in config.splits if (found := pending(config, split, sampling, engine))}
     if not work:
         return
     answers = sum(len(requests) for _, requests, _ in work.values())
     require_disk(config.experiment_dir, answers * (4 * config.max_new_tokens + 2000), "the answers")
-
-    dtype = compute_dtype()
-    name = config.teacher_model_name_or_path
-    tokenizer = load_tokenizer(name)
-    device_map = place(name, config.teacher_devices, dtype, config.gpu_memory_gb)
-    model = load_model(name, dtype, device_map)
-    logger.info("%s in %s; %d answers, %s", name, str(dtype).removeprefix("torch."), answers, asdict(sampling))
-    for split, (fingerprint, requests, done) in work.items():
-        target = Path(config.experiment_dir) / "sft" / f"sft_{split}_data.jsonl"
-        started, tokens = time.monotonic(), 0
-        with Progress(len(requests), f"teacher answers ({split})") as progress:
-            progress.skip(len(done))
-            for rows in generate(model, tokenizer, requests, sampling, config.batch_size, frozenset(done)):
-                append_jsonl(target, rows)
-                tokens += sum(row["num_tokens"] for row in rows)
-                progress.advance(len(rows), tokens_per_second=f"{tokens / (time.monotonic() - started):.0f}")
-        seconds = time.monotonic() - started
-        stored = read_jsonl(target, ANSWER_KEYS)
-        reasons = Counter(row["finish_reason"] for row in stored)
-        finish_stage(
-            target.with_name(f"generate_{split}.json"), fingerprint,
-            answers=len(stored), finish_reasons=dict(reasons), tokens=sum(row["num_tokens"] for row in stored),
-            last_session={"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds},
-            provenance=provenance(),
-        )  # fmt: skip
-        print(
-            f"{split}: {len(stored)} answers in {target}, {tokens / seconds:.0f} tokens/s, "
-            f"{reasons['length']} cut at {config.max_new_tokens} tokens ({reasons['length'] / len(stored):.1%})"
-        )
+    check_student(config)
+    logger.info("%s: %d answers by %s, %s", engine.model or engine.server.model, answers, engine.name, asdict(sampling))
+    with opened(engine, sampling) as generate:
+        for split, (fingerprint, requests, done) in work.items():
+            target = Path(config.experiment_dir) / "sft" / f"sft_{split}_data.jsonl"
+            started, tokens = time.monotonic(), 0
+            with Progress(len(requests), f"teacher answers ({split})") as progress:
+                progress.skip(len(done))
+                for rows in generate(requests, frozenset(done)):
+                    append_jsonl(target, rows)
+                    tokens += sum(row["num_tokens"] for row in rows)
+                    progress.advance(len(rows), tokens_per_second=f"{tokens / (time.monotonic() - started):.0f}")
+            summarise(target, split, fingerprint, tokens, time.monotonic() - started)
 
 
 if __name__ == "__main__":

@@ -161,6 +161,22 @@ def tiny_student(tiny_models: TinyModels) -> str:
 
 
 @pytest.fixture(scope="session")
+def ending_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dense tiny teacher of which some greedy answers end within a dozen tokens, and with an ordinary config."""
+    model, tokenizer = (
+        _model(False, 5, 320, 64, 2, head_dim=32, num_attention_heads=2, num_key_value_heads=1),
+        _tokenizer(),
+    )
+    texts = {i: tokenizer.decode([i]) for i in range(256)}
+    unlikely = [i for i, text in texts.items() if not (text.isprintable() and text.isascii())] + [256, 257]
+    with torch.no_grad():
+        model.lm_head.weight[unlikely] = 0  # servers have ways of their own with half a character or a special token
+        model.lm_head.weight[258] *= 1.6  # <|im_end|>
+        model.lm_head.weight[259:] = 0  # think tags and padded logits
+    return _save(tmp_path_factory.mktemp("tiny") / "ending_teacher", model, tokenizer)
+
+
+@pytest.fixture(scope="session")
 def hybrid_student(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny student's weights, with the chat template that adds an empty think block."""
     return _save(tmp_path_factory.mktemp("tiny") / "hybrid_student", _model(False, 2), _tokenizer(True))

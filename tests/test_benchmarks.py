@@ -84,3 +84,18 @@ def test_teacher_cache_tells_exact_from_biased(job, tmp_path):
         assert hidden["loss"] == pytest.approx(online["loss"], rel=0.01)
         assert hidden["grad_rel_error"] < online["grad_rel_error"] + 0.01
         assert hidden["grad_rel_error"] < topk["grad_rel_error"]
+
+
+def test_teacher_generation_writes_its_record(tmp_path, tiny_teacher):
+    """Without vLLM: its two names stand under `absent`, not among the results."""
+    path = tmp_path / "record.json"
+    command = [sys.executable, "benchmarks/teacher_generation.py", "--teacher", tiny_teacher, "--output", path,
+               "--rows", "5", "--rows_one_by_one", "2", "--max_new_tokens", "4",
+               "--vllm_python", "/bin/false"]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert [result["name"] for result in record["results"]] == ["ours", "one_by_one", "unsorted_batch"]
+    assert [absent["name"] for absent in record["absent"]] == ["vllm", "openai_server"]
+    assert all(result["tokens_per_second"] > 0 for result in record["results"])
+    assert [result["tokens"] for result in record["results"]] == [20, 8, 20]
+    assert record["ratios"].keys() == {"ours / one_by_one", "ours / unsorted_batch"}

@@ -3,8 +3,11 @@
 Real processes and tiny models. Times, memory, paths and versions may differ; nothing else may.
 """
 
+import importlib.util
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +18,7 @@ import pytest
 import yaml
 from peft import load_peft_weights
 
-from src.utils.common import read_json, read_jsonl
+from src.utils.common import read_json, read_jsonl, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -141,3 +144,70 @@ def test_killed_stages_end_as_uninterrupted_ones(profile, tmp_path, clean_rows, 
         stored = read_json(folder / "evaluation" / "results.json")
         sections.append(json.dumps([stored[name] for name in ("heldout", "graded", "verdict")]))
     assert sections[0] == sections[1]
+
+
+def generate_here(*arguments: str) -> None:
+    """The script's main in a process that has its libraries already, so that twenty starts take no minute each."""
+    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "generate_sft_data.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.argv = ["generate_sft_data.py", *arguments]
+    spec.loader.exec_module(script)
+    script.run_cli(script.main)
+
+
+def test_twenty_kills_at_random_moments_lose_double_and_change_nothing(tmp_path, tiny_teacher):
+    """300 rows at temperature 0, SIGKILL wherever it falls: start-up, a forward pass, a write."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["src.distillation.engines", "src.utils.config"])
+    prompts = [
+        {"id": f"sum-{i:03d}", "source": "sums", "domain": "maths", "prompt": f"{i} + {i * i}?" + " Say it." * (i % 7),
+         "reference": str(i), "grader": "numeric", "grader_args": "{}"}
+        for i in range(300)
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "data" / "train_dataset.jsonl", prompts)
+    files = {}
+
+    def process(name: str) -> multiprocessing.Process:
+        files[name] = tmp_path / name / "sft" / "sft_train_data.jsonl"
+        folders = ["--data_dir", str(tmp_path / "data"), "--experiment_dir", str(tmp_path / name)]
+        arguments = [*folders, "--teacher_model", tiny_teacher, "--splits", "train", "--temperature", "0",
+                     "--max_new_tokens", "48", "--batch_size", "5"]  # fmt: skip
+        started = context.Process(target=generate_here, args=arguments)
+        started.start()
+        return started
+
+    process("warm").join()  # the fork server starts with the first process
+    begin = time.monotonic()
+    whole = process("whole")
+    while whole.is_alive() and not files["whole"].is_file():
+        time.sleep(0.005)
+    start_up = time.monotonic() - begin
+    whole.join()
+    one_batch = (time.monotonic() - begin - start_up) / 59
+    assert whole.exitcode == 0
+
+    draw, grown, size = random.Random(0), 0, 0
+    for _ in range(20):
+        killed = process("cut")
+        end = time.monotonic() + draw.uniform(0, 3 * start_up)
+        while time.monotonic() < end and (not files["cut"].is_file() or files["cut"].stat().st_size == size):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, one_batch))  # a batch was stored: somewhere in the next one, so that 20 kills fit
+        assert killed.is_alive(), "it ended before it could be killed"
+        killed.kill()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        now = files["cut"].stat().st_size if files["cut"].is_file() else 0
+        grown, size = grown + (now > size), now
+    last = process("cut")
+    last.join()
+    assert last.exitcode == 0
+    assert grown >= 3, "most kills should fall into generation"
+    lines = files["cut"].read_bytes().splitlines(keepends=True)
+    assert len(lines) == 300
+    assert all(line.endswith(b"\n") for line in lines)
+    assert by_key(files["cut"], "id", "sample_index") == by_key(files["whole"], "id", "sample_index")
+    summary = read_json(files["cut"].with_name("generate_train.json"))
+    assert summary["answers"] == sum(summary["finish_reasons"].values()) == 300
+    assert summary["tokens"] == sum(row["num_tokens"] for row in read_jsonl(files["cut"]))
+    assert summary["last_session"]["tokens_per_second"] > 0

@@ -123,7 +123,7 @@ def profile(tmp_path, teacher_that_ends, tiny_student, humaneval_file):
         path.write_text(yaml.safe_dump({
             "data_dir": str(tmp_path / "data"), "experiment_dir": str(tmp_path / "experiment" / "tiny"),
             "teacher_model_name_or_path": teacher_that_ends, "model_name_or_path": tiny_student, "seed": 7,
-            "download_datasets": download, "generate_sft_data": sampling, "fix_sft_data": {"keep": "all"},
+            "download_datasets": download, "generate_sft_data": sampling, "fix_sft_data": {"select": "all"},
             "run_improved_kd": training,
         }))  # fmt: skip
         return path
@@ -246,7 +246,7 @@ def test_a_source_file_that_is_not_the_official_one(fails, profile, tmp_path):
 
 @pytest.mark.parametrize("given", ["gsm8k/train.jsonl", "gsm8k"])
 def test_official_gsm8k_and_mbpp_go_through_every_stage(succeeds, profile, shared_data, tmp_path, given):
-    """20 rows of GSM8K and 3 of MBPP; the tiny teacher's answers are nonsense, so `keep: all`."""
+    """20 rows of GSM8K and 3 of MBPP; the tiny teacher's answers are nonsense, so `select: all`."""
     path = profile(
         gsm8k_path=str(shared_data / given), gsm8k_train_rows=16, gsm8k_eval_rows=4,
         mbpp_path=str(shared_data / "mbpp" / "mbpp.jsonl"), mbpp_eval_rows=3,
@@ -299,7 +299,7 @@ def test_stages_2_and_3_leave_the_promised_artifacts(answered, succeeds, tmp_pat
 
     succeeds("fix_sft_data", "--config", path)
     stats, rejected = read_json(sft / "stats.json"), read_jsonl(sft / "rejected.jsonl")
-    assert stats["keep"] == "all"
+    assert stats["select"] == "all"
     assert stats["sandbox_level"] in ("namespaces", "none")
     assert stats["train"]["by_reason"]["truncated"] > 0
     for split, answers in raw.items():
@@ -347,7 +347,7 @@ def test_finished_stages_do_nothing_again(answered, succeeds, scripts, monkeypat
     path, sft = answered
     succeeds("fix_sft_data", "--config", path)
     before = content(sft)
-    monkeypatch.setattr(scripts["generate_sft_data"], "load_model", lambda *_: pytest.fail("generated again"))
+    monkeypatch.setattr(scripts["generate_sft_data"], "opened", lambda *_: pytest.fail("generated again"))
     assert "is complete; nothing to do" in succeeds("generate_sft_data", "--config", path)
     assert "is clean already; nothing to do" in succeeds("fix_sft_data", "--config", path)
     assert content(sft) == before
@@ -395,8 +395,8 @@ def test_clean_rows_of_another_run_are_refused_by_the_field(answered, succeeds, 
     path, sft = answered
     succeeds("fix_sft_data", "--config", path)
     before = content(sft)
-    assert "was made with keep = 'all', this run has 'correct'" in fails(
-        "fix_sft_data", "--config", path, "--keep", "correct"
+    assert "was made with select = 'all', this run has 'first_correct'" in fails(
+        "fix_sft_data", "--config", path, "--select", "first_correct"
     )
     with (sft / "sft_train_data.jsonl").open("a") as file:
         file.write(json.dumps({"id": "x", "sample_index": 0, "response": "", "finish_reason": "stop"}) + "\n")
@@ -422,7 +422,7 @@ def test_a_ready_made_answers_file_is_used_as_it_is(succeeds, profile, tmp_path,
         ]
         (sft / f"sft_{split}_data.jsonl").write_text("\n".join(map(json.dumps, made)))
     before = content(sft)
-    monkeypatch.setattr(scripts["generate_sft_data"], "load_model", lambda *_: pytest.fail("generated"))
+    monkeypatch.setattr(scripts["generate_sft_data"], "opened", lambda *_: pytest.fail("generated"))
     printed = succeeds("generate_sft_data", "--config", path)
     assert "18 answers brought ready-made; used as they are" in printed
     assert content(sft) == before
@@ -475,12 +475,95 @@ def test_no_answer_left_says_what_to_try(answered, fails):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--teacher_model", ""], "teacher_model_name_or_path is not set"),
-    (["--num_samples", "0"], "num_samples and batch_size must be at least 1"),
+    (["--num_samples", "0"], "num_samples, concurrency and tries must be at least 1"),
+    (["--batch_size", "-1"], "batch_size at least 0"),
+    (["--engine", "sglang"], "invalid choice: 'sglang'"),
+    (["--engine", "vllm", "--vllm_arguments", "{"], "vllm_arguments is not JSON"),
+    (["--engine", "openai", "--teacher_model", ""], "teacher_model_name_or_path is not set"),
     (["--top_p", "0"], "top_p must be above 0"),
     (["--temp", "1"], "unknown flag --temp"),
 ])  # fmt: skip
 def test_wrong_settings_of_generation(fails, profile, arguments, words):
     assert words in fails("generate_sft_data", "--config", profile(), *arguments)
+
+
+def test_a_student_that_ends_a_turn_otherwise_is_refused_before_generation(
+    fails, succeeds, profile, tmp_path, scripts, monkeypatch, make_model, make_tokenizer, save_model
+):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    student = save_model(tmp_path / "student", make_model(), tokenizer)
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    monkeypatch.setattr(scripts["generate_sft_data"], "opened", lambda *_: pytest.fail("generated"))
+    line = fails("generate_sft_data", "--config", path, "--model_name_or_path", student)
+    assert "the student ends a turn with <|endoftext|>, the teacher with <|im_end|>" in line
+
+
+@pytest.mark.parametrize(("select", "chosen"), [("all", [0, 1, 2]), ("first_correct", [1]), ("shortest_correct", [2])])
+def test_best_of_n_goes_through_and_the_counts_add_up(succeeds, profile, tmp_path, select, chosen):
+    path = profile(domains=["maths"], domain_train_rows=[6], domain_eval_rows=[3])
+    succeeds("download_datasets", "--config", path)
+    succeeds("generate_sft_data", "--config", path, "--num_samples", "3")
+    sft = tmp_path / "experiment" / "tiny" / "sft"
+    for split in ("train", "eval"):
+        gold = {row["id"]: row["reference"] for row in read_jsonl(tmp_path / "data" / f"{split}_dataset.jsonl")}
+        answers = read_jsonl(sft / f"sft_{split}_data.jsonl")
+        assert sorted(row["sample_index"] for row in answers) == sorted([0, 1, 2] * len(gold))
+        texts = ("#### 123456789", "It is clear: #### {}", "#### {}")
+        write_jsonl(sft / f"sft_{split}_data.jsonl", [
+            row | {"response": texts[row["sample_index"]].format(gold[row["id"]]), "finish_reason": "stop"}
+            for row in answers
+        ])  # fmt: skip
+    succeeds("fix_sft_data", "--config", path, "--select", select)
+    [stats] = read_json(sft / "stats.json")["train"]["by_source"].values()
+    assert (stats["answers"], stats["prompts"], stats["prompts_kept"], stats["kept"]) == (18, 6, 6, 6 * len(chosen))
+    assert stats["acceptance_rate"] == 12 / 18
+    assert stats["answers"] == stats["kept"] + sum(stats["rejected"].values())
+    kept = read_jsonl(sft / "sft_train_data_clean.jsonl")
+    assert sorted(row["sample_index"] for row in kept) == sorted(chosen * 6)
+    assert {row["verified"] for row in kept} == ({True, False} if select == "all" else {True})
+
+
+def test_own_prompts_go_through_every_stage(succeeds, profile, tmp_path):
+    mine, held = tmp_path / "mine.jsonl", tmp_path / "held.csv"
+    write_jsonl(
+        mine,
+        [
+            {"question": f"How many legs have {i} horses and {i} hens?", "gold": str(6 * i), "by": "numeric"}
+            for i in range(3)
+        ]
+        + [{"question": f"Tell me about the colour {name}.\n\nBriefly."} for name in ("red", "blue", "green", "grey")],
+    )
+    held.write_text("question\nTell me about the shape of a cube.\nTell me about the shape of a cube.\n")
+    settings = {"prompts_file": str(mine), "prompts_eval_file": str(held), "prompt_column": "question",
+                "reference_column": "gold", "grader_column": "by", "prompts_domain": "zoo"}  # fmt: skip
+    path = profile(**settings)
+    assert "7 training and 1 evaluation rows" in succeeds("download_datasets", "--config", path)
+    entries = read_json(tmp_path / "data" / "manifest.json")["sources"]
+    assert [(e["source"], e["split"], e["rows"], e["licence"]) for e in entries] == [
+        ("mine", "train", 7, "not stated"), ("mine", "eval", 1, "not stated"),
+    ]  # fmt: skip
+    succeeds("generate_sft_data", "--config", path, "--max_new_tokens", "128")
+    succeeds("fix_sft_data", "--config", path)
+    kept = read_jsonl(tmp_path / "experiment" / "tiny" / "sft" / "sft_train_data_clean.jsonl")
+    verdicts = {row["verified"] for row in kept if row["messages"][0]["content"].startswith("Tell")}
+    assert verdicts == {None}
+    stats = read_json(tmp_path / "experiment" / "tiny" / "sft" / "stats.json")["train"]["by_source"]["mine"]
+    assert stats["unverifiable"] > 0
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"prompt_column": "text"}, "mine.jsonl:1: no column text or messages; found prompt"),
+    ({"prompts_eval_fraction": 0.0}, "4 rows to train and 0 to evaluate on at prompts_eval_fraction = 0.0"),
+    ({"prompts_eval_file": "SAME"}, "are one row, in training and evaluation"),
+])  # fmt: skip
+def test_wrong_own_prompts(fails, profile, tmp_path, settings, words):
+    mine, copy = tmp_path / "mine.jsonl", tmp_path / "copy.jsonl"
+    for path in (mine, copy):
+        write_jsonl(path, [{"prompt": f"What is the colour of a {name}?"} for name in ("cat", "dog", "hen", "cow")])
+    settings = {name: str(copy) if value == "SAME" else value for name, value in settings.items()}
+    assert words in fails("download_datasets", "--config", profile(**{"prompts_file": str(mine)} | settings))
 
 
 # --- not yet as it should be -----------------------------------------------------------------------------------------

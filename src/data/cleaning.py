@@ -3,19 +3,21 @@
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from src.data.code_overlap import function_trees
 from src.data.sources import Row, question_of
 from src.evaluation.graders import function_names, grade_all
 from src.evaluation.sandbox import CLOSED, Sandbox
-from src.utils.common import UserError
+from src.utils.common import UNGRADED, UserError
 
 REASONS = (
     "unknown_id", "duplicate_key", "empty", "truncated", "think_tag", "special_token", "refusal", "duplicate",
-    "eval_overlap", "wrong",
+    "eval_overlap", "wrong", "not_selected",
 )  # fmt: skip
+SELECT = ("first_correct", "all_correct", "shortest_correct", "all")
 VERIFIED = {"correct": True, "wrong": False, "no_answer": False, "not_executed": None, "error": None}
 
 THINK_TAG = re.compile(r"</?think>", re.IGNORECASE)
@@ -32,6 +34,7 @@ NGRAM = 13
 SHINGLE, ALIKE = 3, 0.8  # two masked questions are near-duplicates if their word 3-grams have this Jaccard similarity
 MIN_WORDS = 8  # a shorter question says too little to be told apart by its words
 BOILERPLATE = 10  # an n-gram in more rows than this is a template's wording, not a leak
+SHORT_NGRAM, SHORT_SHARE = 8, 0.25  # questions that share this part of the shorter one's 8-grams are one question
 
 
 def words_of(text: str) -> list[str]:
@@ -103,6 +106,28 @@ def near_duplicates(rows: list[Row], names: Collection[str] = ()) -> list[Row]:
     return found
 
 
+def shared_ngrams(train_rows: list[Row], eval_rows: list[Row], index: set[str]) -> set[str]:
+    """Ids of training rows whose question shares a quarter of the shorter one's 8-grams with an evaluation question.
+
+    Args:
+        index: the evaluation's 8-grams that are not template wording; only these count.
+    """
+    holders: dict[str, list[int]] = defaultdict(list)
+    sizes = []
+    for number, row in enumerate(eval_rows):
+        grams = word_ngrams(question_of(row), SHORT_NGRAM) & index
+        sizes.append(len(grams))
+        for gram in grams:
+            holders[gram].append(number)
+    found = set()
+    for row in train_rows:
+        grams = word_ngrams(question_of(row), SHORT_NGRAM)
+        shared = Counter(number for gram in grams & index for number in holders[gram])
+        if any(count >= SHORT_SHARE * min(len(grams), sizes[number]) for number, count in shared.items()):
+            found.add(row["id"])
+    return found
+
+
 def check_disjoint(train_rows: list[Row], eval_rows: list[Row]) -> None:
     """Refuse a training row that is an evaluation row.
 
@@ -115,8 +140,8 @@ def check_disjoint(train_rows: list[Row], eval_rows: list[Row]) -> None:
         twin = by_id.get(row["id"]) or by_question.get(" ".join(question_of(row).lower().split()))
         if twin:
             raise UserError(
-                f"training row {row['source']} {row['id']} is evaluation row {twin['source']} {twin['id']}: "
-                f"{question_of(row)[:60]!r}; take it out of one of the two sources"
+                f"{row['source']} {row['id']} and {twin['source']} {twin['id']} are one row, in training and "
+                f"evaluation: {question_of(row)[:60]!r}; take it out of one of the two sources"
             )
 
 
@@ -126,33 +151,49 @@ def drop_overlapping(train_rows: list[Row], eval_rows: list[Row]) -> tuple[list[
     Returns:
         The kept rows and, for each dropped one, `{id, reason}` with the first of: `ngram` (the questions share a
         13-gram, numbers kept, that is not template wording, in more than 10 rows of both splits), `masked_numbers` (the
-        same question of at least 8 words but for its numbers), `entry_point` (a function of the same name).
+        same question of at least 8 words but for its numbers), `short_ngrams` (a quarter of the shorter question's
+        8-grams, template wording aside), `entry_point` (a function of the same name), `syntax_tree` (the reference
+        solutions hold the same function but for its names).
 
     Raises:
         UserError: an exact overlap, see `check_disjoint`.
     """
     check_disjoint(train_rows, eval_rows)
-    counts, train_counts = (gram_counts(rows, NGRAM, references=False) for rows in (eval_rows, train_rows))
-    index = {gram for gram, number in counts.items() if number + train_counts[gram] <= BOILERPLATE}
+    indices = []
+    for n in (NGRAM, SHORT_NGRAM):
+        counts, train_counts = (gram_counts(rows, n, references=False) for rows in (eval_rows, train_rows))
+        indices.append({gram for gram, number in counts.items() if number + train_counts[gram] <= BOILERPLATE})
+    index, short_index = indices
     lengths = entry_lengths(index)
+    sharing = shared_ngrams(train_rows, eval_rows, short_index)
     masked = {masked_question(row) for row in eval_rows} - {""}
     names = {name for row in eval_rows if row["grader"] == "python_tests" for name in function_names(row)}
+    trees = {tree for row in eval_rows for tree in function_trees(row)}
     kept, dropped = [], []
     for row in train_rows:
         if overlaps(question_of(row), index, lengths):
             dropped.append({"id": row["id"], "reason": "ngram"})
         elif masked_question(row) in masked:
             dropped.append({"id": row["id"], "reason": "masked_numbers"})
+        elif row["id"] in sharing:
+            dropped.append({"id": row["id"], "reason": "short_ngrams"})
         elif row["grader"] == "python_tests" and function_names(row) & names:
             dropped.append({"id": row["id"], "reason": "entry_point"})
+        elif function_trees(row) & trees:
+            dropped.append({"id": row["id"], "reason": "syntax_tree"})
         else:
             kept.append(row)
     return kept, dropped
 
 
+def without_thoughts(response: str) -> str:
+    """The answer behind `</think>`: what a model thinks before it answers never enters a row."""
+    return response.rpartition("</think>")[2].strip()
+
+
 def text_fault(answer: dict[str, Any]) -> str | None:
     """The first reason to reject an answer that shows without knowing its question or its siblings."""
-    text = answer["response"].strip()
+    text = without_thoughts(answer["response"])
     if not text:
         return "empty"
     if answer["finish_reason"] != "stop":
@@ -167,7 +208,7 @@ def text_fault(answer: dict[str, Any]) -> str | None:
 def clean_row(row: Row, answer: dict[str, Any], verified: bool | None) -> dict[str, Any]:
     messages = [
         {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": answer["response"].strip()},
+        {"role": "assistant", "content": without_thoughts(answer["response"])},
     ]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -181,7 +222,32 @@ def clean_row(row: Row, answer: dict[str, Any], verified: bool | None) -> dict[s
     }
 
 
-def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], keep: str, minimum: int = 1,
+def verify(answers: list[dict[str, Any]], by_id: dict[str, Row], sandbox: Sandbox) -> dict[int, bool | None]:
+    """Answer number -> whether it is right, by the graders that score the student; None, or no entry, where nothing can
+    judge it. Answers to unknown prompts and those with a `text_fault` are not judged."""
+    judged = [
+        number
+        for number, answer in enumerate(answers)
+        if by_id.get(answer["id"], {}).get("grader", UNGRADED) != UNGRADED and text_fault(answer) is None
+    ]
+    tasks = [(by_id[answers[i]["id"]], without_thoughts(answers[i]["response"]), "stop") for i in judged]
+    return {i: VERIFIED[grade.outcome] for i, grade in zip(judged, grade_all(tasks, sandbox), strict=True)}
+
+
+def chosen(group: list[dict[str, Any]], select: str) -> list[dict[str, Any]]:
+    """Of one prompt's faultless clean rows, none of them wrong unless `select` is `all`, those that are kept.
+
+    One is chosen among the correct ones; only where there is none among those that cannot be judged.
+    """
+    if select in ("all", "all_correct"):
+        return group
+    best = [row for row in group if row["verified"]] or group
+    if select == "first_correct":
+        return [min(best, key=lambda row: row["sample_index"])]
+    return [min(best, key=lambda row: (len(row["messages"][-1]["content"]), row["sample_index"]))]
+
+
+def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], select: str, minimum: int = 1,
           sandbox: Sandbox = CLOSED) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """Filter teacher answers; every answer is either kept or rejected with the first reason that applies of `REASONS`.
 
@@ -190,34 +256,36 @@ def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], 
         rows: the dataset rows they answer.
         eval_rows: the evaluation rows no answer may quote (what the answer's own prompt says is not a quote); empty
             when the evaluation split itself is cleaned.
-        keep: `correct` rejects answers that the grader finds wrong (one it cannot judge stays, verified null); `all`
-            keeps them with verified false.
+        select: one of `SELECT`. `all_correct` rejects answers that the grader finds wrong; `first_correct` and
+            `shortest_correct` also keep one answer a prompt at most, by sample index or by length in characters; `all`
+            keeps wrong ones too, with verified false. An answer that nothing can judge is never wrong: it stays, with
+            verified null, and gives way to a correct one where one is chosen.
         minimum: the fewest kept answers that are worth going on with.
         sandbox: where code answers are run; where it runs nothing they cannot be judged.
 
     Returns:
-        `(kept, rejected, stats)`: kept rows in the conversational format, `{id, sample_index, reason}`, and counts. An
-        answer to an unknown prompt counts under the source "unknown"; `verified` counts kept answers.
+        `(kept, rejected, stats)`: kept rows in the conversational format, `{id, sample_index, reason}`, and counts (see
+        `count`).
 
     Raises:
-        UserError: an unknown `keep`; fewer than `minimum` kept.
+        UserError: an unknown `select`; fewer than `minimum` kept.
         AssertionError: the counts do not add up (a defect of this function).
     """
-    if keep not in ("correct", "all"):
-        raise UserError(f"keep = {keep!r} is not known; say correct or all")
+    if select not in SELECT:
+        raise UserError(f"select = {select!r} is not known; say {', '.join(SELECT)}")
     by_id = {row["id"]: row for row in rows}
     index = overlap_index(eval_rows)
     lengths = entry_lengths(index)
-    sound = [number for number, answer in enumerate(answers) if answer["id"] in by_id and text_fault(answer) is None]
-    graded = [(by_id[answers[i]["id"]], answers[i]["response"], answers[i]["finish_reason"]) for i in sound]
-    grades = dict(zip(sound, grade_all(graded, sandbox), strict=True))
-    seen_keys, kept_texts = set(), set()
-    kept: list[dict[str, Any]] = []
+    verdict_of = verify(answers, by_id, sandbox)
+    seen_keys: set[tuple[str, int]] = set()
+    kept_texts: dict[tuple[str, str], bool | None] = {}
+    verdicts: Counter[tuple[str, bool | None]] = Counter()
+    candidates: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
     for number, answer in enumerate(answers):
         row = by_id.get(answer["id"])
         key = (answer["id"], answer["sample_index"])
-        text = (answer["id"], " ".join(answer["response"].lower().split()))
+        text = (answer["id"], " ".join(without_thoughts(answer["response"]).lower().split()))
         verified = None
         if row is None:
             reason = "unknown_id"
@@ -225,41 +293,69 @@ def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], 
             reason = "duplicate_key"
         elif (reason := text_fault(answer)) is None:
             if text in kept_texts:
-                reason = "duplicate"
-            elif overlaps(answer["response"], index, lengths, given=row["prompt"]):
+                reason, verified = "duplicate", kept_texts[text]
+            elif overlaps(without_thoughts(answer["response"]), index, lengths, given=row["prompt"]):
                 reason = "eval_overlap"
             else:
-                verified = VERIFIED[grades[number].outcome]
-                reason = "wrong" if keep == "correct" and verified is False else None
+                verified = verdict_of.get(number)
+                reason = "wrong" if select != "all" and verified is False else None
         seen_keys.add(key)
+        if reason in (None, "wrong", "duplicate"):
+            verdicts[row["source"], verified] += 1
         if reason is None:
-            kept_texts.add(text)
-            kept.append(clean_row(row, answer, verified))
+            kept_texts[text] = verified
+            candidates.append(clean_row(row, answer, verified))
         else:
             rejected.append({"id": answer["id"], "sample_index": answer["sample_index"], "reason": reason})
-    stats = count(answers, kept, rejected, {row["id"]: row["source"] for row in rows})
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in candidates:
+        groups[row["id"]].append(row)
+    best = {(row["id"], row["sample_index"]) for group in groups.values() for row in chosen(group, select)}
+    kept = [row for row in candidates if (row["id"], row["sample_index"]) in best]
+    rejected += [
+        {"id": row["id"], "sample_index": row["sample_index"], "reason": "not_selected"}
+        for row in candidates
+        if (row["id"], row["sample_index"]) not in best
+    ]
+    stats = count(answers, kept, rejected, {row["id"]: row["source"] for row in rows}, verdicts)
     if len(kept) < minimum:
         reasons = ", ".join(f"{reason} {number}" for reason, number in stats["by_reason"].items() if number)
         raise UserError(
             f"{len(kept)} of {len(answers)} answers are kept, {minimum} are needed (rejected: {reasons or 'none'}); "
-            "look at a few of the answers, then at the teacher, max_new_tokens and keep"
+            "look at a few of the answers, then at the teacher, max_new_tokens and select"
         )
     return kept, rejected, stats
 
 
-def count(answers: list[dict[str, Any]], kept: list[dict[str, Any]], rejected: list[dict[str, Any]],
-          source_of: dict[str, str]) -> dict[str, Any]:  # fmt: skip
-    """Counts per reason and source, and the proof that no answer was lost or counted twice."""
+def count(
+    answers: list[dict[str, Any]], kept: list[dict[str, Any]], rejected: list[dict[str, Any]],
+    source_of: dict[str, str], verdicts: Counter[tuple[str, bool | None]],
+) -> dict[str, Any]:  # fmt: skip
+    """Counts per reason and source, and the proof that no answer was lost or counted twice.
+
+    Args:
+        verdicts: how many answers of a source that are without fault (duplicates among them) got each verdict.
+
+    Returns:
+        `verified` counts kept answers. `acceptance_rate` is the share of a source's answers that are without fault and
+        correct, among all but the unverifiable ones; null where none could be judged. An answer to an unknown prompt
+        counts under the source "unknown".
+    """
     total = Counter(source_of.get(answer["id"], "unknown") for answer in answers)
     by_source = {}
     for source in sorted(total):
         reasons = Counter(row["reason"] for row in rejected if source_of.get(row["id"], "unknown") == source)
         verified = Counter(json.dumps(row["verified"]) for row in kept if row["source"] == source)
+        judgeable = 0 if source == "unknown" else total[source] - verdicts[source, None]
         by_source[source] = {
             "answers": total[source],
+            "prompts": len({a["id"] for a in answers if source_of.get(a["id"], "unknown") == source}),
             "kept": verified.total(),
+            "prompts_kept": len({row["id"] for row in kept if row["source"] == source}),
             "rejected": {reason: reasons[reason] for reason in REASONS if reasons[reason]},
             "verified": {word: verified[word] for word in ("true", "false", "null")},
+            "unverifiable": verdicts[source, None],
+            "acceptance_rate": verdicts[source, True] / judgeable if judgeable else None,
         }
         assert total[source] == verified.total() + reasons.total(), f"{source}: answers != kept + rejected"
     by_reason = Counter(row["reason"] for row in rejected)

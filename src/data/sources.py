@@ -27,32 +27,34 @@ def dataset_row(*, source: str, domain: str, split: str, prompt: str, instructio
         domain: `maths`, `code`, `aiops`, ...
         split: `train` or `eval`.
         prompt: the question alone; `instruction` becomes the last paragraph of the stored prompt.
-        instruction: the answer format that the strict grade asks for.
+        instruction: the answer format that the strict grade asks for; empty where the prompt is to stand as it is.
         reference: the reference answer as text.
-        grader: `numeric`, `python_tests` or `rubric`.
+        grader: `numeric`, `python_tests`, `rubric` or `none`.
         grader_args: what that grader needs besides the reference; stored as JSON text.
         system: the system message, empty for none.
 
     Returns:
         The row; its `id` hashes everything but the split, so that a row that sits in both splits has one id.
     """
+    arguments = dict(grader_args or {}) | ({} if instruction else {"no_instruction": True})
     row = {
         "source": source,
         "domain": domain,
         "split": split,
         "system": system,
-        "prompt": f"{prompt.strip()}\n\n{instruction}",
+        "prompt": f"{prompt.strip()}\n\n{instruction}" if instruction else prompt,
         "reference": reference,
         "grader": grader,
-        "grader_args": json.dumps(grader_args or {}, sort_keys=True, ensure_ascii=False),
+        "grader_args": json.dumps(arguments, sort_keys=True, ensure_ascii=False),
     }
     content = json.dumps({key: value for key, value in row.items() if key != "split"}, sort_keys=True)
     return {"id": sha256_text(content)[:16], **row}
 
 
 def question_of(row: Row) -> str:
-    """The prompt without its last paragraph, the answer-format instruction."""
-    return row["prompt"].rpartition("\n\n")[0]
+    """The prompt without its last paragraph, the answer-format instruction; all of it where it has none."""
+    whole = '"no_instruction": true' in row["grader_args"]
+    return row["prompt"] if whole else row["prompt"].rpartition("\n\n")[0]
 
 
 # --- from records to rows --------------------------------------------------------------------------------------------

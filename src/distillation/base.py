@@ -269,9 +269,13 @@ class EncodedRow:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], enable_thinking: bool = False
+) -> str:
     """The prompt as the model reads it, up to where its answer begins; hybrid models are asked not to think."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+    )
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -22,6 +22,21 @@ class Pair:
     teacher: EncodedRow
 
 
+def shared_end_of_turn(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token both end a turn with.
+
+    Raises:
+        UserError: they end it with different ones; the student would learn never to stop.
+    """
+    ends = [end_of_turn_id(tokenizer) for tokenizer in (student_tokenizer, teacher_tokenizer)]
+    words = [t.convert_ids_to_tokens(e) for t, e in zip((student_tokenizer, teacher_tokenizer), ends, strict=True)]
+    if ends[0] != ends[1] or words[0] != words[1]:
+        raise UserError(
+            f"the student ends a turn with {words[0]}, the teacher with {words[1]}; choose models of one family"
+        )
+    return ends[0]
+
+
 def encode_pairs(
     rows: Sequence[dict[str, Any]],
     student_tokenizer: PreTrainedTokenizerBase,
@@ -37,15 +52,8 @@ def encode_pairs(
     Raises:
         UserError: the models end a turn with different tokens, more than 5 % would be dropped, or none is left.
     """
-    ends = [end_of_turn_id(tokenizer) for tokenizer in (student_tokenizer, teacher_tokenizer)]
-    if ends[0] != ends[1]:
-        words = [t.convert_ids_to_tokens(e) for t, e in zip((student_tokenizer, teacher_tokenizer), ends, strict=True)]
-        raise UserError(
-            f"the student ends a turn with {words[0]}, the teacher with {words[1]}; choose models of one family"
-        )
-    pairs = [
-        Pair(encode_row(student_tokenizer, row, ends[0]), encode_row(teacher_tokenizer, row, ends[1])) for row in rows
-    ]
+    end = shared_end_of_turn(student_tokenizer, teacher_tokenizer)
+    pairs = [Pair(encode_row(student_tokenizer, row, end), encode_row(teacher_tokenizer, row, end)) for row in rows]
     kept = [pair for pair in pairs if max(len(pair.student), len(pair.teacher)) <= max_length]
     dropped = len(pairs) - len(kept)
     if dropped > 0.05 * len(pairs) or not kept:

@@ -1,7 +1,7 @@
-"""Teacher answers: requests in, answer rows out. The same call generates for the evaluation.
+"""Teacher answers: what is asked for, and transformers' own batched `generate` as the engine that answers.
 
-The engine is transformers' own batched `generate`. Every token is drawn from a uniform number that belongs to its
-(row, sample) alone, so that an answer does not depend on which rows shared its batch.
+The evaluation generates with it too; `engines.py` puts it beside vLLM and a server. Every token is drawn from a uniform
+number that belongs to its (row, sample) alone, so that an answer does not depend on which rows shared its batch.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -27,6 +28,7 @@ from src.utils.common import UserError
 
 ENGINE = "transformers"
 SHRINK = 0.75  # a batch is cut down to its unfinished rows once at most this share of them is left
+MAX_BATCH = 256  # rows at most where the size is derived: a batch that is cut off is generated again whole
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,58 @@ def make_requests(rows: Sequence[dict[str, Any]], num_samples: int, seed: int, s
             own = int.from_bytes(digest[:6], "big")  # 48 bits, exact in any JSON reader
             requests.append(Request(row["id"], index, row.get("system", ""), row["prompt"], own))
     return requests
+
+
+def answer_row(
+    request: Request, sampling: Sampling, engine: str, response: str, finish_reason: str, num_tokens: int
+) -> dict[str, Any]:
+    """The stored row, the same from every engine.
+
+    `finish_reason` is `stop` (the model ended its turn), `length`, or a server's own word; `num_tokens` counts the
+    end-of-turn token.
+    """
+    return {
+        "id": request.id,
+        "sample_index": request.sample_index,
+        "prompt": request.prompt,
+        "response": response,
+        "finish_reason": finish_reason,
+        "num_tokens": num_tokens,
+        "engine": engine,
+        "sampling": asdict(sampling),
+        "seed": request.seed,
+    }
+
+
+def fitting_batch_size(
+    config: PreTrainedConfig, weight_bytes: float, memory_bytes: float, longest: int, dtype: torch.dtype
+) -> int:
+    """Rows whose key-value caches, logits and widest activations fit beside the weights in 80 % of the memory.
+
+    Args:
+        memory_bytes: of all devices in full, not what is free just now: a run that goes on must get the same number.
+        longest: tokens of the longest prompt and its answer.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * (config.num_hidden_layers + 1) * heads * head_dim * dtype.itemsize  # + 1: copied layer by layer
+    widest = 4 * max(config.intermediate_size, config.hidden_size) * dtype.itemsize
+    row = longest * (cache + widest) + 6 * config.vocab_size * 4  # logits and their filtered copies, fp32
+    rows = int((0.8 * memory_bytes - weight_bytes) // row)
+    if rows < 1:
+        raise UserError(
+            f"weights of {weight_bytes / 1e9:.1f} GB and one row of {longest} tokens do not fit into "
+            f"{memory_bytes / 1e9:.1f} GB; name more devices, or lower max_new_tokens"
+        )
+    return min(rows, MAX_BATCH)
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
+    """What ends an answer: the template's end of turn and `own`, the end tokens in the model's generation settings."""
+    return sorted({end_of_turn_id(tokenizer), *(own if isinstance(own, list) else [] if own is None else [own])})
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
@@ -182,6 +236,7 @@ def generate(
     sampling: Sampling,
     batch_size: int,
     done: frozenset[tuple[str, int]] = frozenset(),
+    enable_thinking: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answer every request; yields the rows of one batch at a time, so that they can be stored together.
 
@@ -193,16 +248,14 @@ def generate(
         requests: all of them, also those answered by an earlier run.
         batch_size: rows in one forward pass.
         done: (id, sample_index) already stored.
+        enable_thinking: asked of hybrid models by their template.
 
     Yields:
-        Rows `id, sample_index, prompt, response, finish_reason, num_tokens, engine, sampling, seed`; `finish_reason` is
-        `stop` (the model ended its turn) or `length`; `num_tokens` counts the end-of-turn token.
+        Rows as `answer_row` makes them.
     """
-    end_id = end_of_turn_id(tokenizer)
-    own = model.generation_config.eos_token_id
-    ends = {end_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
-    end_ids = torch.tensor(sorted(ends))
-    texts = [prompt_text(tokenizer, request.messages) for request in requests]
+    ends = end_token_ids(tokenizer, model.generation_config.eos_token_id)
+    end_ids = torch.tensor(ends)
+    texts = [prompt_text(tokenizer, request.messages, enable_thinking) for request in requests]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     order = sorted(range(len(requests)), key=lambda i: (len(encoded[i]), requests[i].id, requests[i].sample_index))
     kept_config, model.generation_config = model.generation_config, GenerationConfig()
@@ -215,19 +268,13 @@ def generate(
             prompts, seeds = [encoded[i] for i in part], [requests[i].seed for i in part]
             answers = _answer_batch(model, tokenizer.pad_token_id, end_ids, prompts, seeds, sampling)
             yield [
-                {
-                    "id": requests[i].id,
-                    "sample_index": requests[i].sample_index,
-                    "prompt": requests[i].prompt,
-                    "response": tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-                    "finish_reason": "stop" if ids[-1] in ends else "length",
-                    "num_tokens": len(ids),
-                    "engine": ENGINE,
-                    "sampling": asdict(sampling),
-                    "seed": requests[i].seed,
-                }
+                answer_row(
+                    requests[i], sampling, ENGINE,
+                    tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+                    "stop" if ids[-1] in ends else "length", len(ids),
+                )
                 for i, ids, wanted in zip(part, answers, missing, strict=True)
                 if wanted
-            ]
+            ]  # fmt: skip
     finally:
         model.generation_config = kept_config

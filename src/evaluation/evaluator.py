@@ -35,6 +35,7 @@ from src.evaluation.schema import read_results, write_results
 from src.utils.common import (
     ROOT,
     ROW_KEYS,
+    UNGRADED,
     Progress,
     UserError,
     append_jsonl,
@@ -271,7 +272,10 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     arms = resolve_arms(config)
     data = Path(config.data_dir) / "eval_dataset.jsonl"
     rows = read_jsonl(data, ROW_KEYS, "run scripts/download_datasets.py", check_dataset_row)
-    chosen = select_rows(rows, MODES[config.mode])
+    gradeable = [row for row in rows if row["grader"] != UNGRADED]
+    if len(gradeable) < len(rows):
+        logger.info("%s: %d rows have no grader; they count as held-out text only", data, len(rows) - len(gradeable))
+    chosen = select_rows(gradeable, MODES[config.mode])
     heldout_file = Path(config.experiment_dir) / "sft" / "sft_eval_data_clean.jsonl"
     with_heldout = config.heldout and "teacher" in arms.found and len(arms.found) > 1
     heldout_rows = read_jsonl(heldout_file, ("id", "messages"), "run scripts/fix_sft_data.py") if with_heldout else []
@@ -298,6 +302,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     answers = len(chosen) * len(arms.found) * len(config.temperatures) * len(config.presets) * config.num_samples
     require_disk(folder, answers * (4 * config.max_new_tokens + 2000), "the answers")
     start_stage(marker, fingerprint)
+    samples_path.touch()
     if len(chosen) < MODES[config.mode]:
         logger.info(
             "%s asks for %d prompts, %s has %d: all are used", config.mode, MODES[config.mode], data, len(chosen)

@@ -84,6 +84,7 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
 
 
+UNGRADED = "none"  # the grader of a row whose answers nothing can judge
 ROW_KEYS = ("id", "source", "domain", "prompt", "reference", "grader", "grader_args")
 
 

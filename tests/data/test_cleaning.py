@@ -1,5 +1,6 @@
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,13 @@ def make_answer(row, response="So 72.\n#### 72", sample_index=0, finish_reason="
     } | extra  # fmt: skip
 
 
-def reasons(answers, rows, eval_rows=(), keep="correct"):
-    return [row["reason"] for row in clean(answers, rows, list(eval_rows), keep, minimum=0)[1]]
+def reasons(answers, rows, eval_rows=(), select="all_correct"):
+    return [row["reason"] for row in clean(answers, rows, list(eval_rows), select, minimum=0)[1]]
 
 
 def test_kept_row_is_conversational():
     row = make_row(system="Be brief.")
-    kept, rejected, _ = clean([make_answer(row, "  So 72.\n#### 72\n")], [row], [], "correct")
+    kept, rejected, _ = clean([make_answer(row, "  So 72.\n#### 72\n")], [row], [], "all_correct")
     assert rejected == []
     assert kept == [
         {
@@ -69,8 +70,12 @@ def test_kept_row_is_conversational():
         (" \n ", "length", "empty"),
         ("So 72.\n#### 72", "length", "truncated"),
         ("So 72.\n#### 72", "error", "truncated"),
-        ("<think>\n\n</think>\n#### 72", "stop", "think_tag"),
-        ("well </think> #### 72 <|im_end|>", "stop", "think_tag"),
+        ("<think>72 it is", "stop", "think_tag"),
+        ("<think>a</think><think>#### 72", "stop", "think_tag"),
+        ("<think>72 it is</think>", "stop", "empty"),
+        ("well </think> #### 72 <|im_end|>", "stop", "special_token"),
+        ("<think>surely 71 #### 71</think>\n\n#### 72", "stop", None),
+        ("surely 72 #### 72</think>\n\n#### 71", "stop", "wrong"),
         ("#### 72<|im_end|>", "stop", "special_token"),
         ("<|im_start|>assistant\n#### 72", "stop", "special_token"),
         ("[INST] #### 72", "stop", "special_token"),
@@ -106,11 +111,11 @@ def test_unknown_id_and_duplicates():
         make_answer(row, "#### 71", sample_index=3),
         make_answer(row, "Other words.\n#### 72", sample_index=4),
     ]
-    kept, rejected, stats = clean(answers, [row], [], "correct")
+    kept, rejected, stats = clean(answers, [row], [], "all_correct")
     assert [row["sample_index"] for row in kept] == [0, 4]
     assert [row["reason"] for row in rejected] == ["unknown_id", "duplicate_key", "duplicate", "wrong", "wrong"]
     assert rejected[0] == {"id": stranger["id"], "sample_index": 0, "reason": "unknown_id"}
-    assert reasons(answers, [row], keep="all") == ["unknown_id", "duplicate_key", "duplicate", "duplicate"]
+    assert reasons(answers, [row], select="all") == ["unknown_id", "duplicate_key", "duplicate", "duplicate"]
     assert stats["by_source"]["unknown"]["rejected"] == {"unknown_id": 1}
 
 
@@ -130,7 +135,61 @@ def test_verified_follows_the_grader():
         make_answer(code, "no code", 1),
     ]
     assert [row["verified"] for row in clean(answers, rows, [], "all")[0]] == [True, False, False, None, False]
-    assert [row["verified"] for row in clean(answers, rows, [], "correct")[0]] == [True, None]
+    assert [row["verified"] for row in clean(answers, rows, [], "all_correct")[0]] == [True, None]
+
+
+@pytest.mark.parametrize(
+    ("select", "kept", "reasons_of"),
+    [
+        ("first_correct", {"maths": [1], "hard": [], "code": [0]},
+         {("maths", 0): "wrong", ("maths", 2): "duplicate", ("maths", 3): "not_selected", ("hard", 0): "wrong",
+          ("hard", 1): "truncated", ("code", 1): "not_selected"}),
+        ("shortest_correct", {"maths": [3], "hard": [], "code": [1]},
+         {("maths", 0): "wrong", ("maths", 1): "not_selected", ("maths", 2): "duplicate", ("hard", 0): "wrong",
+          ("hard", 1): "truncated", ("code", 0): "not_selected"}),
+        ("all_correct", {"maths": [1, 3], "hard": [], "code": [0, 1]},
+         {("maths", 0): "wrong", ("maths", 2): "duplicate", ("hard", 0): "wrong", ("hard", 1): "truncated"}),
+        ("all", {"maths": [0, 1, 3], "hard": [0], "code": [0, 1]},
+         {("maths", 2): "duplicate", ("hard", 1): "truncated"}),
+    ],
+)  # fmt: skip
+def test_best_of_n(select, kept, reasons_of):
+    """Every answer is kept or has its reason; what nothing can judge is labelled; the acceptance rate is the sampler's
+    and does not depend on the choice."""
+    rows = {"maths": make_row(), "hard": make_row("Why?"), "code": make_row("Write f.", grader="none", source="own")}
+    name_of = {row["id"]: name for name, row in rows.items()}
+    answers = [
+        make_answer(rows["maths"], "#### 71", 0),
+        make_answer(rows["maths"], "Well, it is 72.\n#### 72", 1),
+        make_answer(rows["maths"], "well, it is 72. #### 72", 2),
+        make_answer(rows["maths"], "#### 72", 3),
+        make_answer(rows["hard"], "#### 1", 0),
+        make_answer(rows["hard"], "#### 72", 1, finish_reason="length"),
+        make_answer(rows["code"], "return the answer", 0),
+        make_answer(rows["code"], "return it", 1),
+    ]
+    found, rejected, stats = clean(answers, list(rows.values()), [], select)
+    assert {name: [r["sample_index"] for r in found if name_of[r["id"]] == name] for name in rows} == kept
+    assert {(name_of[r["id"]], r["sample_index"]): r["reason"] for r in rejected} == reasons_of
+    assert [r["verified"] for r in found if name_of[r["id"]] == "code"] == [None] * len(kept["code"])
+    maths, own = stats["by_source"]["gsm8k"], stats["by_source"]["own"]
+    assert (maths["acceptance_rate"], own["acceptance_rate"]) == (3 / 6, None)
+    assert (maths["prompts"], maths["prompts_kept"]) == (2, 2 if select == "all" else 1)
+    assert (own["unverifiable"], maths["unverifiable"]) == (2, 0)
+
+
+def test_one_correct_answer_is_chosen_before_the_unverifiable():
+    row = make_row("Write f.", grader="python_tests", entry_point="f")
+    answers = [make_answer(row, "```python\ndef f(): pass\n```", 0), make_answer(row, "no code", 1)]
+    assert [r["sample_index"] for r in clean(answers, [row], [], "first_correct")[0]] == [0]
+    wrong = [make_answer(row, "no code", 0), make_answer(row, "```python\ndef f(): pass\n```", 1)]
+    assert [r["sample_index"] for r in clean(wrong, [row], [], "first_correct")[0]] == [1]
+
+
+def test_thoughts_never_enter_a_row():
+    row = make_row()
+    kept, _, _ = clean([make_answer(row, "<think>\nSecret: 70 + 2\n</think>\n\nSo 72.\n#### 72")], [row], [], "all")
+    assert kept[0]["messages"][-1]["content"] == "So 72.\n#### 72"
 
 
 def test_code_is_verified_by_running_it(sandbox):
@@ -138,7 +197,7 @@ def test_code_is_verified_by_running_it(sandbox):
     rows = [make_row("Write f.", grader="python_tests", entry_point="f", tests=tests) for tests in (sound, broken)]
     right, stub = "```python\ndef f(x): return x + 1\n```", "```python\ndef f(x): pass\n```"
     answers = [make_answer(rows[0], stub), make_answer(rows[1], right), make_answer(rows[0], right, 1)]
-    kept, rejected, _ = clean(answers, rows, [], "correct", sandbox=sandbox)
+    kept, rejected, _ = clean(answers, rows, [], "all_correct", sandbox=sandbox)
     assert [(row["id"], row["verified"]) for row in kept] == [(rows[1]["id"], None), (rows[0]["id"], True)]
     assert rejected == [{"id": rows[0]["id"], "sample_index": 0, "reason": "wrong"}]
     assert [row["verified"] for row in clean(answers, rows, [], "all", sandbox=sandbox)[0]] == [False, None, True]
@@ -182,7 +241,7 @@ def test_stats_add_up():
         make_answer(rows[1], "```python\ndef f(): pass\n```"),
         make_answer(make_row("Who?")),
     ]
-    _, _, stats = clean(answers, rows, [], "correct")
+    _, _, stats = clean(answers, rows, [], "all_correct")
     assert stats == {
         "answers": 6,
         "kept": 2,
@@ -191,21 +250,33 @@ def test_stats_add_up():
         "by_source": {
             "gsm8k": {
                 "answers": 4,
+                "prompts": 1,
                 "kept": 1,
+                "prompts_kept": 1,
                 "rejected": {"empty": 1, "wrong": 2},
                 "verified": {"true": 1, "false": 0, "null": 0},
+                "unverifiable": 0,
+                "acceptance_rate": 0.25,
             },
             "humaneval": {
                 "answers": 1,
+                "prompts": 1,
                 "kept": 1,
+                "prompts_kept": 1,
                 "rejected": {},
                 "verified": {"true": 0, "false": 0, "null": 1},
+                "unverifiable": 1,
+                "acceptance_rate": None,
             },
             "unknown": {
                 "answers": 1,
+                "prompts": 1,
                 "kept": 0,
+                "prompts_kept": 0,
                 "rejected": {"unknown_id": 1},
                 "verified": {"true": 0, "false": 0, "null": 0},
+                "unverifiable": 0,
+                "acceptance_rate": None,
             },
         },
     }
@@ -215,14 +286,14 @@ def test_stats_add_up():
 def test_lost_answer_is_an_assertion():
     row = make_row()
     with pytest.raises(AssertionError, match="gsm8k: answers != kept"):
-        count([make_answer(row)], [], [], {row["id"]: "gsm8k"})
+        count([make_answer(row)], [], [], {row["id"]: "gsm8k"}, Counter())
 
 
-def test_too_few_kept_and_unknown_keep_are_user_errors():
+def test_too_few_kept_and_unknown_select_are_user_errors():
     row = make_row()
     with pytest.raises(UserError, match=r"0 of 1 answers are kept, 1 are needed \(rejected: wrong 1\)"):
-        clean([make_answer(row, "#### 71")], [row], [], "correct")
-    with pytest.raises(UserError, match="keep = 'best'"):
+        clean([make_answer(row, "#### 71")], [row], [], "all_correct")
+    with pytest.raises(UserError, match="select = 'best' is not known; say first_correct"):
         clean([make_answer(row)], [row], [], "best")
 
 
@@ -245,7 +316,7 @@ def test_template_wording_is_no_overlap():
 def test_exact_overlap_is_refused_by_name(twin):
     held = make_row(LONG, split="eval", source="held")
     train = make_row(LONG, source="held") if twin == "id" else make_row(LONG.upper().replace(" ", "  "), source="other")
-    with pytest.raises(UserError, match=f"{train['source']} {train['id']} is evaluation row held {held['id']}"):
+    with pytest.raises(UserError, match=f"{train['source']} {train['id']} and held {held['id']} are one row"):
         drop_overlapping([make_row("Fine?"), train], [held])
 
 
@@ -278,6 +349,34 @@ def test_near_overlap_is_dropped_by_reason(train, held, reason):
     kept, dropped = drop_overlapping([train, other], [held])
     assert dropped == ([{"id": train["id"], "reason": reason}] if reason else [])
     assert kept == ([other] if reason else [train, other])
+
+
+def solution(name, *lines, **extra):
+    return make_row(f"Write {name}.", "\n".join(lines), "python_tests", tests=f"assert {name}(1)", **extra)
+
+
+def test_the_same_code_under_other_names_is_an_overlap():
+    body = ["    total = 0", "    for item in {0}:", "        if item > 0:", "            total += item * item",
+            "    return total"]  # fmt: skip
+    held = solution("squares", "def squares(values):", *[line.format("values") for line in body])
+    other = [line.format("numbers").replace("total", "acc").replace("item", "n") for line in body]
+    renamed = solution("energy", "def energy(numbers: list) -> int:", '    """Sum of squares."""', *other)
+    changed = solution("cubes", "def cubes(numbers):", *[line.replace("n * n", "n * n * n") for line in other])
+    broken = solution("broken", "def broken(:")
+    kept, dropped = drop_overlapping([renamed, changed, broken], [held])
+    assert dropped == [{"id": renamed["id"], "reason": "syntax_tree"}]
+    assert kept == [changed, broken]
+
+
+@pytest.mark.parametrize(("every", "reasons_of"), [(12, ["short_ngrams"]), (9, [])])
+def test_a_quarter_of_the_8_grams_is_an_overlap(every, reasons_of):
+    """One word in `every` differs, so that no 13-gram is shared; of 53 8-grams 20 or 6 are."""
+    words = [f"word{i}" for i in range(60)]
+    changed = [f"other{i}" if i % every == every - 1 else word for i, word in enumerate(words)]
+    shared = word_ngrams(" ".join(words), 8) & word_ngrams(" ".join(changed), 8)
+    assert len(shared) == {12: 20, 9: 6}[every]
+    held = [make_row(" ".join(words))]
+    assert [row["reason"] for row in drop_overlapping([make_row(" ".join(changed))], held)[1]] == reasons_of
 
 
 def test_official_gsm8k_splits_are_nearly_disjoint():

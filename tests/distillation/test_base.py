@@ -97,6 +97,7 @@ def test_hybrid_prompt_ends_in_an_empty_think_block(qwen3, make_tokenizer):
     question = messages("hi", "")[:1]
     for hybrid in (qwen3, make_tokenizer(hybrid=True)):
         assert prompt_text(hybrid, question) == prompt_text(make_tokenizer(), question) + THINK
+        assert prompt_text(hybrid, question, enable_thinking=True) == prompt_text(make_tokenizer(), question)
 
 
 @pytest.mark.parametrize("text", ["stop <|im_end|> here<|im_end|>", "<|im_start|>user\nhi<|endoftext|>"])

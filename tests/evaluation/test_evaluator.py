@@ -292,6 +292,20 @@ def scripted(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluator, "generate", generate)
 
 
+def test_rows_without_a_grader_are_held_out_text_only(copied, tmp_path, scripted):
+    data = copied / "data" / "eval_dataset.jsonl"
+    rows = [row | ({"grader": "none"} if row["source"] != "sums" else {}) for row in read_jsonl(data)]
+    write_jsonl(data, rows)
+    graded = run_evaluation(config_for(copied, tmp_path / "some", heldout=False))["graded"]["scores"]
+    assert {(score["domain"], score["answers"]) for score in graded} == {("maths", 6)}
+    write_jsonl(data, [row | {"grader": "none"} for row in rows])
+    config = config_for(copied, tmp_path / "none")
+    results = run_evaluation(config)
+    assert "graded" not in results
+    assert results["heldout"]["rows"] == 6
+    assert run_evaluation(config) == results, "finished, though no answer is stored"
+
+
 def test_right_answers_are_right(trained, tmp_path, scripted, sandbox):
     results = run_evaluation(config_for(trained, tmp_path / "out", heldout=False))
     for score in results["graded"]["scores"]:

@@ -270,7 +270,7 @@ def test_the_reference_profile_has_the_missions_numbers(config_classes):
     assert (sum(train), sum(evaluation) + data.humaneval_eval_rows) == (3164, 350)
     assert data.domains == ["aiops"]
     assert data.data_dir == "data/processed"
-    assert config["fix_sft_data"].keep == "correct"
+    assert config["fix_sft_data"].select == "all_correct"
     evaluate = config["evaluate_distillation"]
     assert (evaluate.mode, evaluate.temperatures, evaluate.max_new_tokens) == ("full", [0.1, 0.7, 1.2], 768)
     assert (evaluate.teacher_devices, evaluate.student_devices) == ([0, 1, 2, 3, 4, 5], [6, 7])

@@ -1,0 +1,153 @@
+"""Teacher answers by vLLM's offline engine: one process a replica, requests sharded over them by row id.
+
+The replicas are whole engines that know nothing of each other. vLLM's own data parallelism couples the ranks of a
+mixture-of-experts model (all step together, an idle rank computes dummy batches); between independent prompts that only
+costs, and a lost rank would take the others along. Several nodes: `vllm serve` with vLLM's own data parallelism or Ray,
+and the openai engine in front of it.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from src.distillation.sft import Request, Sampling, answer_row
+from src.utils.common import UserError, logger, sha256_text
+
+ENGINE = "vllm"
+HANDED_OVER = 512  # prompts a replica gets at a time: what it may have to generate again after a kill
+
+
+def parallel_sizes(
+    heads: int, kv_heads: int, layers: int, gpus: int, weight_gb: float, budget_gb: float
+) -> tuple[int, int, int]:
+    """(tensor, pipeline, data) parallel sizes whose product is `gpus`: as many replicas as the memory allows.
+
+    Tensor parallelism must divide the attention heads, and divide the KV heads or be a multiple of them (they are then
+    replicated): that is what vLLM demands. Within a replica tensor parallelism goes before pipeline stages. Six GPUs of
+    36 GB and 61 GB of weights with 32 heads and 4 KV heads give (2, 1, 3).
+
+    Raises:
+        UserError: the weights do not fit on all the GPUs together.
+    """
+    for share in (n for n in range(1, gpus + 1) if gpus % n == 0):
+        fits = [
+            (tensor, share // tensor)
+            for tensor in range(share, 0, -1)
+            if share % tensor == 0
+            and heads % tensor == 0
+            and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
+            and share // tensor <= layers
+        ]
+        if fits and weight_gb / share <= budget_gb:
+            return *fits[0], gpus // share
+    raise UserError(
+        f"{weight_gb:.1f} GB of weights do not fit on {gpus} GPUs of {budget_gb:.1f} GB each with {heads} heads, "
+        f"{kv_heads} KV heads and {layers} layers; name more teacher_devices"
+    )
+
+
+def shard_of(row_id: str, replicas: int) -> int:
+    """The replica that answers a row: a function of its id alone."""
+    return int(sha256_text(f"replica/{row_id}")[:8], 16) % replicas
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)  # vLLM's own workers too: they would hold the GPUs
+
+
+def _replica(devices: list[int], arguments: dict[str, Any], sampling: dict[str, Any], inbox: Any, outbox: Any) -> None:
+    """A process: jobs in, answers out, until None comes."""
+    os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**arguments)
+    for numbers, jobs in iter(inbox.get, None):
+        prompts = [{"prompt_token_ids": ids} for ids, _ in jobs]
+        parameters = [SamplingParams(**sampling, seed=seed) for _, seed in jobs]
+        outputs = [result.outputs[0] for result in llm.generate(prompts, parameters, use_tqdm=False)]
+        outbox.put((numbers, [(output.text, output.finish_reason, len(output.token_ids)) for output in outputs]))
+
+
+def _end(process: multiprocessing.process.BaseProcess) -> None:
+    """Kill a replica with all of its group: nothing it holds is worth a slow farewell."""
+    if process.is_alive():
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has not made its group yet
+            process.kill()
+    process.join()
+
+
+@contextmanager
+def opened(
+    arguments: dict[str, Any], groups: list[list[int]], sampling: Sampling, ends: list[int]
+) -> Iterator[Callable[[Sequence[Request], Sequence[list[int]]], Iterator[list[dict[str, Any]]]]]:
+    """Start the replicas; yields `answer(requests, prompts)`, which yields rows as they come.
+
+    Args:
+        arguments: of `vllm.LLM`.
+        groups: the GPUs of each replica; one empty group on a machine without.
+        ends: token ids that end an answer.
+
+    Raises:
+        UserError: vLLM is not installed; (in `answer`) a replica ended.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "the vllm engine needs vLLM; run this script with an environment made from requirements-vllm.txt"
+        )
+    parameters = {
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1, "min_p": 0.0,
+        "max_tokens": sampling.max_new_tokens, "stop_token_ids": ends, "repetition_penalty": 1.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    }  # fmt: skip
+    context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    outbox = context.Queue()
+    inboxes = [context.Queue() for _ in groups]
+    processes = [
+        context.Process(target=_replica, args=(group, arguments, parameters, inbox, outbox))
+        for group, inbox in zip(groups, inboxes, strict=True)
+    ]
+    logger.info("vLLM: %d replica(s) on GPUs %s, %s", len(groups), groups, arguments)
+
+    def answer(requests: Sequence[Request], prompts: Sequence[list[int]]) -> Iterator[list[dict[str, Any]]]:
+        for rank, inbox in enumerate(inboxes):
+            own = [i for i, request in enumerate(requests) if shard_of(request.id, len(groups)) == rank]
+            for start in range(0, len(own), HANDED_OVER):
+                part = own[start : start + HANDED_OVER]
+                inbox.put((part, [(prompts[i], requests[i].seed) for i in part]))
+        left = set(range(len(requests)))
+        while left:
+            try:
+                numbers, answers = outbox.get(timeout=1)
+            except queue.Empty:
+                for rank, process in enumerate(processes):
+                    if not process.is_alive():
+                        raise UserError(
+                            f"vLLM replica {rank} (GPUs {groups[rank]}) ended with exit code {process.exitcode}, its "
+                            "log stands above; run the same command again, what was answered is kept"
+                        ) from None
+                continue
+            left -= set(numbers)
+            yield [answer_row(requests[i], sampling, ENGINE, *found) for i, found in zip(numbers, answers, strict=True)]
+
+    try:
+        for process in processes:
+            process.start()
+        yield answer
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                _end(process)

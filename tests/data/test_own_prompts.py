@@ -1,0 +1,134 @@
+"""A person's own prompts: every format gives the same rows, and a mistake is named where it stands."""
+
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from src.data import own_prompts
+from src.data.own_prompts import Columns, read_own_prompts, split_by_question
+from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION, question_of
+from src.utils.common import UserError
+
+RECORDS = [
+    {"prompt": "Name a colour.\n\nOne word.", "system": "Be brief."},
+    {"prompt": 'What is "6", times 7?', "reference": "42", "grader": "numeric"},
+    {"prompt": "Write f.", "grader": "python_tests", "grader_args": {"tests": "assert f()", "entry_point": "f"}},
+]
+
+
+def write(path, records):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif path.suffix == ".parquet":
+        names = list(dict.fromkeys(name for record in records for name in record))
+        columns = {name: [record.get(name) for record in records] for name in names}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pydict(columns), path)
+    else:
+        names = list(dict.fromkeys(name for record in records for name in record))
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            for record in records:
+                writer.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()})
+    return path
+
+
+def read(path, **columns):
+    return read_own_prompts(str(path), Columns(**columns), "support", "train", "main", "--prompts_file")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    records = [record | {"grader_args": json.dumps(record.get("grader_args", {}))} for record in RECORDS]
+    rows, origin, repeats = read(write(tmp_path / f"tickets{suffix}", [*records, records[0]]))
+    assert repeats == 1
+    assert f"tickets{suffix} (sha256" in origin
+    added = ("", f"\n\n{GSM8K_INSTRUCTION}", f"\n\n{CODE_INSTRUCTION}")
+    assert [row["prompt"] for row in rows] == [r["prompt"] + more for r, more in zip(RECORDS, added, strict=True)]
+    assert [question_of(row) for row in rows] == [record["prompt"] for record in RECORDS]
+    assert [row["grader"] for row in rows] == ["none", "numeric", "python_tests"]
+    assert {(row["source"], row["domain"]) for row in rows} == {("tickets", "support")}
+    assert (rows[0]["system"], rows[1]["reference"]) == ("Be brief.", "42")
+    assert json.loads(rows[2]["grader_args"]) == {"tests": "assert f()", "entry_point": "f"}
+
+
+def test_conversations_and_other_column_names(tmp_path):
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello?"}]
+    answered = [*talk, {"role": "assistant", "content": "Good day."}]
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        path = write(tmp_path / f"talks{suffix}", [{"chat": talk, "gold": 5}, {"chat": answered, "gold": None}])
+        rows, _, _ = read(path, messages="chat", reference="gold")
+        assert [(row["system"], row["prompt"]) for row in rows] == [("Be kind.", "Hello?")] * 2
+        assert [row["reference"] for row in rows] == ["5", "Good day."] if suffix != ".csv" else ["5", "null"]
+
+
+@pytest.mark.parametrize(("record", "words"), [
+    ({"question": "Why?"}, "no column prompt or messages; found question; name yours with --prompt_column"),
+    ({"prompt": 5}, "prompt must be text, found int"),
+    ({"prompt": "  "}, "the prompt is empty"),
+    ({"prompt": "a", "grader": "vibes"}, "unknown grader 'vibes'; known are numeric, python_tests, rubric, none"),
+    ({"prompt": "a", "grader": "numeric"}, "the numeric grader needs a number in the column reference"),
+    ({"prompt": "a", "grader": "rubric"}, "the rubric grader needs groups, pass_mark in the column grader_args"),
+    ({"prompt": "a", "grader_args": "{"}, "grader_args must be a JSON object"),
+    ({"messages": "hello"}, "messages: "),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                   {"role": "user", "content": "c"}]}, "one question is wanted, its roles are user, assistant, user"),
+])  # fmt: skip
+def test_a_wrong_record_is_named_by_its_line(tmp_path, record, words):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "Fine?"}\n\n' + json.dumps(record) + "\n")
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("a.csv", 'prompt,reference\n"Two\nlines",1\nthree\n', "a.csv:4: not as many fields as the header has"),
+    ("a.csv", "question\nWhy?\n", "a.csv:2: no column prompt or messages; found question"),
+    ("a.csv", "prompt\n", "there are no rows in it"),
+    ("a.parquet", "not parquet", "a.parquet: not a Parquet file"),
+    ("a.json", "[]", "prompts are read from .jsonl, .csv, .parquet or a hub data set"),
+    ("a.jsonl", "{\n", "a.jsonl:1: not valid JSON"),
+])  # fmt: skip
+def test_a_wrong_file_is_named(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        read(tmp_path / name)
+    assert words in str(error.value)
+
+
+def test_a_missing_file_and_a_row_of_parquet(tmp_path):
+    with pytest.raises(UserError, match=r"none\.csv: no such file; name another with --prompts_file"):
+        read(tmp_path / "none.csv")
+    path = write(tmp_path / "a.parquet", [{"prompt": "Fine?"}, {"prompt": ""}])
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: the prompt is empty"):
+        read(path)
+
+
+def test_a_hub_data_set_is_asked_for_its_split_and_subset(monkeypatch):
+    def from_hub(name, subset, split, revision, flag):
+        assert (name, subset, split, revision, flag) == ("some/talks", "small", "train", "main", "--prompts_file")
+        return [{"prompt": "Why?"}, {"prompt": None}], "model hub, some/talks"
+
+    monkeypatch.setattr(own_prompts, "from_hub", from_hub)
+    with pytest.raises(UserError, match="hub data set some/talks:small, train row 2: no column prompt"):
+        read("some/talks:small")
+
+
+def test_the_split_is_a_function_of_each_question(tmp_path):
+    records = [{"prompt": f"Question number {i}?"} for i in range(400)]
+    rows, _, _ = read(write(tmp_path / "many.jsonl", records))
+    train, held = split_by_question(rows, 0.2)
+    assert len(train) + len(held) == 400
+    assert 50 < len(held) < 110
+    assert {row["split"] for row in train} == {"train"}
+    assert {row["split"] for row in held} == {"eval"}
+    twice = [{"prompt": f"question  NUMBER {i}?"} for i in range(400)]
+    more, _, _ = read(write(tmp_path / "more.jsonl", records + twice))
+    more_train, more_held = split_by_question(more, 0.2)
+    assert {row["prompt"] for row in held} <= {row["prompt"] for row in more_held}
+    assert (len(more_train), len(more_held)) == (2 * len(train), 2 * len(held))
