@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from benchmarks.train_job import encoded
-from src.distillation.base import add_lora, collate, load_model
+from src.distillation.base import collate, load_model
 from src.distillation.kd import KDConfig
+from src.distillation.lora import add_lora
 from src.distillation.losses import plain_kd_loss
 from src.utils.config import build_config
 
@@ -65,7 +66,8 @@ def plain_torch(name: str, job: dict[str, Any], folder: Path) -> list[float]:
     tokenizer, pairs, _ = encoded(job, folder)
     set_seed(config.seed)
     student, teacher = models(config)
-    model = add_lora(student, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    model = add_lora(student, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules,
+                     fused=False)  # fmt: skip
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     steps = job["epochs"] * len(pairs) // config.rows_per_step

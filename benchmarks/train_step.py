@@ -25,8 +25,8 @@ from benchmarks import harness
 from benchmarks.step_parts import parts_of_a_step, step_floor
 from benchmarks.train_job import add_flags, encoded, make_caches, make_job, train_ours
 from benchmarks.train_peers import models, plain_torch, summed_loss, trl_gkd
-from src.distillation.base import add_lora
 from src.distillation.kd import KDConfig
+from src.distillation.lora import add_lora
 from src.utils.common import UserError
 from src.utils.config import build_config
 
@@ -74,7 +74,7 @@ def gradient_error(name: str, job: dict[str, Any], folder: Path) -> float:
     config = build_config(KDConfig, job["profile"])
     tokenizer, pairs, _ = encoded(job, folder)
     student, teacher = (model.float() for model in models(config))
-    model = add_lora(student, config.lora_r, config.lora_alpha, 0.0, config.lora_target_modules)
+    model = add_lora(student, config.lora_r, config.lora_alpha, 0.0, config.lora_target_modules, fused=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for own, (value, _) in zip(parameters, found, strict=True):
         own.data.copy_(value)

@@ -141,31 +141,6 @@ def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: Sequence[str] = LORA_TARGETS) -> Any:
-    """Freeze the model and add fp32 LoRA adapters (Hu et al. 2021) to the named projections of every layer.
-
-    Raises:
-        UserError: the model has no module of one of those names.
-    """
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
-
-    missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n, _ in model.named_modules())]
-    if missing:
-        raise UserError(f"lora_target_modules: the student has no module named {', '.join(missing)}")
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    if any(head == t or head.endswith(f".{t}") for t in targets):
-        raise UserError(f"lora_target_modules: {head} is the output layer, whose adapter the loss would not see")
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, config)
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False  # autocast casts; peft would go to fp32 and back in every layer
-    return adapted
-
-
 def compile_layers(model: nn.Module) -> None:
     """Compile each layer by itself: one kernel set serves them all, where the whole backbone would take minutes."""
     for layer in causal_lm(model).get_decoder().layers:

@@ -16,7 +16,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from src.distillation.base import (
-    add_lora,
     compile_layers,
     count_parameters,
     describe_size,
@@ -29,6 +28,7 @@ from src.distillation.base import (
 from src.distillation.batching import TrainingData, load_training_data, micro_batches, waste
 from src.distillation.heldout import gap_recovered, summarise, summarise_teacher
 from src.distillation.kd_config import NOT_IN_FINGERPRINT, SECTION, KDConfig
+from src.distillation.lora import add_lora
 from src.distillation.losses import compiler_works
 from src.distillation.packing import check_packing
 from src.distillation.runs import (

@@ -16,6 +16,7 @@ tokens.
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -84,10 +85,12 @@ def chunk_tokens(vocab_size: int, compiled: bool = False, device_type: str = "cp
     """How many tokens a chunk holds for `CHUNK_BYTES`.
 
     A compiled kernel takes chunks of one size alone and the last is filled up, so that a large one would waste work: a
-    CPU's products are as fast with 128 rows as with more.
+    CPU's products are as fast with 128 rows as with more. Plain torch on a CPU takes 96 at most: its allocator fetches
+    tensors over 32 MiB from the system each time.
     """
     if not compiled:
-        return max(8, CHUNK_BYTES // (4 * CHUNK_TENSORS * vocab_size))
+        most = 96 if device_type == "cpu" else 2**20
+        return max(8, min(CHUNK_BYTES // (4 * CHUNK_TENSORS * vocab_size), most))
     return max(8, min(CHUNK_BYTES // (CHUNK_TENSORS * vocab_size), 128 if device_type == "cpu" else 512))
 
 
@@ -257,6 +260,8 @@ class _ChunkedKD(torch.autograd.Function):
         grad_head = torch.zeros_like(student_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(2, device=student_NH.device)
         size = chunk_tokens(len(student_VH), compiled, student_NH.device.type)
+        if not compiled and len(labels_N):  # of one size, so that no product is a sliver of a few rows
+            size = math.ceil(len(labels_N) / math.ceil(len(labels_N) / size))
         chunk = _compiled_chunk() if compiled else _chunk
         counted = None
         # a CPU's allocator gives memory this large back each time, and takes a tenth of the time to get it again

@@ -1,11 +1,14 @@
 """Rows laid end to end in one sequence, each attending to itself alone: a forward pass without padding.
 
 Everything in a transformer but attention treats positions one by one, so a packed pass costs what its tokens cost. The
-attention function below runs torch's fused causal kernel once a row, on any device.
+attention function below runs torch's fused causal kernel once a row, on any device; short rows on a CPU take plain
+products instead, whose backward costs half of that kernel's.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,52 @@ from src.distillation.base import IGNORED, EncodedRow, causal_lm, collate, respo
 from src.utils.common import UserError
 
 ATTENTION = "packed_sdpa"
+SHORT = 512  # on a CPU the fused kernel wins on longer rows only
 MULTIPLE = 32  # a pack's length is filled up to a multiple of this, so that few shapes occur
+
+
+class _ShortRows(torch.autograd.Function):
+    """Causal attention within each row by plain products: `[1, heads, L, width]` in, `[1, L, heads, width]` out.
+
+    Key and value may have fewer heads, each shared by consecutive query heads (Ainslie et al. 2023). The softmax is in
+    fp32; its probabilities are kept for the backward, `heads x length^2` a row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        kept = []
+        for q, k, v, into in zip(*_rows(lengths, query, key, value), out[0].split(list(lengths)), strict=True):
+            length = k.shape[1]
+            scores = torch.bmm(q, k.mT).float().mul_(scale).view(-1, length, length)
+            scores += torch.full((length, length), -math.inf).triu_(1)
+            p = scores.softmax(-1).to(q.dtype).view(len(k), -1, length)
+            kept.append(p)
+            into.copy_(torch.bmm(p, v).view(-1, *v.shape[1:]).transpose(0, 1))
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        gradients = [torch.empty_like(states) for states in (query, key, value)]
+        rows = zip(*_rows(ctx.lengths, query, key, value, gradient.transpose(1, 2)), kept, strict=True)
+        into = zip(*(states[0].split(list(ctx.lengths), 1) for states in gradients), strict=True)
+        for (q, k, v, go, p), (gq, gk, gv) in zip(rows, into, strict=True):
+            gv.copy_(torch.bmm(p.mT, go))
+            p_float, gp = p.float(), torch.bmm(go, v.mT).float()
+            gp -= (p_float * gp).sum(-1, keepdim=True)
+            gs = gp.mul_(p_float).mul_(ctx.scale).to(q.dtype)
+            gq.copy_(torch.bmm(gs, k).view_as(gq))
+            gk.copy_(torch.bmm(gs.mT, q))
+        return *gradients, None, None
+
+
+def _rows(lengths: Sequence[int], query: Tensor, key: Tensor, value: Tensor, *like_query: Tensor) -> list[list[Tensor]]:
+    """Each row's `[key heads, heads of the group x length, width]`: of the query, key, value and what follows."""
+    return [[row.reshape(key.shape[1], -1, row.shape[-1]) for row in states[0].split(list(lengths), 1)]
+            for states in (query, key, value, *like_query)]  # fmt: skip
 
 
 def packed_attention(
@@ -31,6 +79,10 @@ def packed_attention(
     """
     if softcap is not None or s_aux is not None:
         raise UserError("this model's attention has a soft-cap or sinks, so its rows cannot be packed; --no_packing")
+    window = sliding_window is not None and max(sequence_lengths) > sliding_window
+    if query.device.type == "cpu" and max(sequence_lengths) <= SHORT and not (dropout or window):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _ShortRows.apply(query.to(value.dtype), key.to(value.dtype), value, sequence_lengths, scale), None
     parts = []
     for q, k, v in zip(*(states.split(list(sequence_lengths), 2) for states in (query, key, value)), strict=True):
         mask, length = None, q.shape[2]

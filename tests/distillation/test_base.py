@@ -18,9 +18,7 @@ from transformers import (
 
 from src.distillation.base import (
     IGNORED,
-    LORA_TARGETS,
     EncodedRow,
-    add_lora,
     causal_lm,
     collate,
     count_parameters,
@@ -38,6 +36,7 @@ from src.distillation.base import (
     response_ids,
     shared_vocabulary,
 )
+from src.distillation.lora import add_lora
 from src.distillation.losses import kd_loss, plain_kd_loss
 from src.utils.common import UserError
 
@@ -446,23 +445,6 @@ def test_model_fingerprint(tmp_path, tiny_student, change, other):
     assert (model_fingerprint(str(folder)) != before) == other
 
 
-# --- LoRA ------------------------------------------------------------------------------------------------------------
-
-
-def test_adapters_are_fp32_and_alone_trainable(make_model):
-    """At a learning rate of 2e-5 a bf16 weight would not move."""
-    student = add_lora(make_model().bfloat16(), 4, 8, 0.0)
-    kinds = {("lora_" in name, p.requires_grad, p.dtype) for name, p in student.named_parameters()}
-    assert kinds == {(True, True, torch.float32), (False, False, torch.bfloat16)}
-    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in student.named_parameters() if "lora_" in name}
-    assert adapted == set(LORA_TARGETS)
-
-
-def test_unknown_lora_target(make_model):
-    with pytest.raises(UserError, match=r"no module named c_attn$"):
-        add_lora(make_model(), 4, 8, 0.0, ["q_proj", "c_attn"])
-
-
 # --- placement, with the true sizes on the meta device ---------------------------------------------------------------
 
 
@@ -488,13 +470,6 @@ def held_bytes(model, device_map, bytes_each=2):
 
 def test_reference_sizes(skeletons):
     assert [count_parameters(model) for model in skeletons] == [30_532_122_624, 8_190_735_360]
-
-
-def test_reference_adapters_have_174_million_parameters(shared_data):
-    with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shared_data / "configs/qwen3-8b"))
-    model = add_lora(student, 64, 128, 0.0)
-    assert count_parameters(model, trainable=True) == 174_587_904
 
 
 @pytest.mark.parametrize(("which", "devices"), [(0, [0, 1, 2, 3, 4, 5]), (1, [6, 7])], ids=["teacher", "student"])

@@ -3,7 +3,7 @@ import contextlib
 import pytest
 import torch
 
-from src.distillation.base import add_lora, encode_row, load_model
+from src.distillation.base import encode_row, load_model
 from src.distillation.heldout import (
     POSITIONS,
     SUMS,
@@ -13,6 +13,7 @@ from src.distillation.heldout import (
     summarise_teacher,
     tokens_by_position,
 )
+from src.distillation.lora import add_lora
 from src.distillation.teacher_signal import online_signal
 
 PAD, END, TOKENS = 256, 258, 261

@@ -10,8 +10,9 @@ from peft import AutoPeftModelForCausalLM, load_peft_weights
 from transformers import set_seed
 
 from src.distillation import kd, runs
-from src.distillation.base import add_lora, collate, encode_row, load_model, load_tokenizer
+from src.distillation.base import collate, encode_row, load_model, load_tokenizer
 from src.distillation.kd import KDConfig, run_kd_pipeline
+from src.distillation.lora import add_lora
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.utils.common import UserError, read_json, read_jsonl
 from src.utils.config import build_config

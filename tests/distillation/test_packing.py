@@ -9,6 +9,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from src.distillation import packing
 from src.distillation.base import IGNORED, EncodedRow, collate, response_hidden
 from src.distillation.packing import MULTIPLE, attention_of_packs, check_packing, pack
 from src.utils.common import UserError
@@ -49,8 +50,10 @@ def body(model):
     return model.get_decoder().named_parameters()
 
 
-def test_each_row_reads_itself_alone(model):
+@pytest.mark.parametrize("short", [0, 512], ids=["fused kernel", "plain products"])
+def test_each_row_reads_itself_alone(model, short, monkeypatch):
     """States and gradients as one row at a time gives them, in any company."""
+    monkeypatch.setattr(packing, "SHORT", short)
     rows = make_rows([7, 23, 12, 40])
     alone = torch.cat([response_hidden(model, collate([row], 0))[0] for row in rows])
     alone.pow(3).sum().backward()

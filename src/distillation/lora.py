@@ -1,0 +1,90 @@
+"""LoRA adapters, each run with its projection as one function.
+
+peft's own forward scales and adds in passes over `[tokens, outputs]`, forward and backward; here the products add up in
+place.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from src.distillation.base import LORA_TARGETS
+from src.utils.common import UserError
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x W^T + b + scale (x A^T) B^T (Hu et al. 2021, equation 3); no gradient for W and b, which are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.nn.functional.linear(flat, weight, bias)
+        inner = flat @ a.T
+        out.addmm_(inner, b.T, alpha=scale)
+        ctx.save_for_backward(flat, weight, a, b, inner)
+        ctx.scale = scale
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, a, b, inner = ctx.saved_tensors
+        g = gradient.reshape(-1, gradient.shape[-1])
+        g_inner = (g @ b).mul_(ctx.scale)
+        g_x = None
+        if ctx.needs_input_grad[0]:
+            g_x = (g @ weight).addmm_(g_inner, a).view(*gradient.shape[:-1], -1)
+        return g_x, None, None, g_inner.T @ flat, (g.T @ inner).mul_(ctx.scale), None
+
+
+def _fuse(layer: Linear, name: str = "default") -> None:
+    """Run this layer through the one function wherever that says the same: adapter on, not merged, no dropout."""
+    plain, base = layer.forward, layer.base_layer
+
+    def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        dropout = layer.lora_dropout[name]
+        drops = layer.training and getattr(dropout, "p", 0) > 0
+        if layer.disable_adapters or layer.merged or drops or arguments or keywords or layer.active_adapters != [name]:
+            return plain(x, *arguments, **keywords)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        bias = None if base.bias is None else base.bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return _AdaptedLinear.apply(
+                x.to(dtype), base.weight.to(dtype), bias, a.to(dtype), b.to(dtype), layer.scaling[name]
+            )
+
+    layer.forward = forward
+
+
+def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: Sequence[str] = LORA_TARGETS,
+             fused: bool = True) -> PeftModel:  # fmt: skip
+    """Freeze the model and add fp32 LoRA adapters (Hu et al. 2021) to the named projections of every layer.
+
+    Args:
+        fused: run each as one function; otherwise as peft does.
+
+    Raises:
+        UserError: the model has no module of one of those names.
+    """
+    missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n, _ in model.named_modules())]
+    if missing:
+        raise UserError(f"lora_target_modules: the student has no module named {', '.join(missing)}")
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    if any(head == t or head.endswith(f".{t}") for t in targets):
+        raise UserError(f"lora_target_modules: {head} is the output layer, whose adapter the loss would not see")
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, Linear):
+            module.cast_input_dtype_enabled = False  # autocast casts; peft would go to fp32 and back in every layer
+            if fused:
+                _fuse(module)
+    return adapted
