@@ -226,7 +226,7 @@ def test_a_hub_out_of_reach_names_the_flag_that_takes_a_file(fails, profile, mon
     ({"humaneval_eval_rows": 3}, "the profile asks for no training or no evaluation rows"),
     ({"humaneval_path": "no/such.jsonl", "humaneval_train_rows": 1}, "no/such.jsonl: no such file"),
     ({"domains": ["maths"], "domain_train_rows": [3]}, "must have one entry a pack each"),
-    ({"domains": ["math"], "domain_train_rows": [3], "domain_eval_rows": [3]}, "math.yaml: no such scenario pack"),
+    ({"domains": ["math"], "domain_train_rows": [3], "domain_eval_rows": [3]}, "math: no such file in data/domains; "),
 ])  # fmt: skip
 def test_wrong_requests_for_prompts(fails, profile, humaneval_file, tmp_path, settings, words):
     assert words in fails(

@@ -289,7 +289,9 @@ def _draw(family: Family, rng: random.Random) -> Values:
                     values[slot.name] = calculate(slot.expression, values)
                     continue
                 taken = [values[name] for name in slot.distinct_from]
-                options = [option for option in slot.options if option not in taken] if taken else slot.options
+                options = (
+                    [option for option in slot.options if fill(option, values) not in taken] if taken else slot.options
+                )
                 if not options:
                     raise UserError(f"no option is distinct from {', '.join(slot.distinct_from)}")
                 values[slot.name] = fill(rng.choice(options), values)

@@ -144,17 +144,21 @@ def attention_of_packs(model: nn.Module, packing: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, rows: Sequence[EncodedRow], pad_id: int) -> None:
-    """Try two rows packed against the same rows one by one.
+    """Try two rows packed together against each packed alone, and that against the model's own attention.
 
     Raises:
-        UserError: the states differ by more than rounding, so this model mixes rows elsewhere than in its attention.
+        UserError: the states differ by more than rounding, so this model mixes rows elsewhere than in its attention, or
+            attends in a way of its own.
     """
     pair = sorted(rows, key=len)[:2]
-    alone = torch.cat([response_hidden(model, collate([row], pad_id))[0] for row in pair]).float()
+    own = torch.cat([response_hidden(model, collate([row], pad_id))[0] for row in pair]).float()
     with attention_of_packs(model, True):
+        alone = torch.cat([response_hidden(model, pack([row], pad_id))[0] for row in pair]).float()
         together = response_hidden(model, pack(pair, pad_id))[0].float()
-    difference = ((together - alone).norm() / alone.norm()).item()
-    if not difference < 0.05:  # bf16 states differ by about 0.01; rows that see each other by more than 0.3
+    mixed = ((together - alone).norm() / alone.norm()).item()
+    other = ((alone - own).norm() / own.norm()).item()  # two kernels in bf16: 0.01, and 0.06 with tiny random weights
+    if not (mixed < 0.05 and other < 0.15):
         raise UserError(
-            f"packed rows are not kept apart by this model (its states are off by {difference:.0%}); pass --no_packing"
+            f"packed rows are not kept apart by this model (its states are off by {max(mixed, other):.0%}); "
+            "pass --no_packing"
         )

@@ -263,11 +263,18 @@ def without_prompt(response: str, prompt: str) -> str:
     return "".join(piece for piece, words in pieces if len(words) < COPIED_WORDS or f" {' '.join(words)} " not in given)
 
 
+def _whole(phrase: str) -> str:
+    """The pattern of a phrase as whole words; a Han character at an end bounds itself."""
+    start = "(?<![a-z0-9])" if re.match(r"[a-z0-9]", phrase) else ""
+    end = r"(?:e?s)?(?![a-z0-9])" if re.search(r"[a-z0-9]$", phrase) else ""
+    return start + re.escape(phrase) + end
+
+
 def mentions(text: str, phrases: list[str]) -> bool:
     """Whether `text` asserts one of the phrases: whole words, a plural s allowed, not negated within its clause."""
-    wanted = "|".join(re.escape(rubric_text(phrase).strip()) for phrase in phrases)
+    wanted = "|".join(_whole(rubric_text(phrase).strip()) for phrase in phrases)
     for clause in CLAUSE.split(rubric_text(text)):
-        for match in re.finditer(rf"(?<![a-z0-9])(?:{wanted})(?:e?s)?(?![a-z0-9])", clause):
+        for match in re.finditer(wanted, clause):
             before = " ".join(clause[: match.start()].split()[-NEGATION_WORDS:])
             if not NEGATED_BEFORE.search(before) and not NEGATED_AFTER.match(clause, match.end()):
                 return True

@@ -336,6 +336,8 @@ CHINESE = {
         ("根因：内存泄漏\n组件：payments-api", 1.0, True),
         ("**根因**：服务发生内存泄漏，对象未释放\n**组件**：payments-api的堆", 1.0, True),
         ("payments-api存在内存泄漏。", 1.0, False),
+        ("根因：2GB内存泄漏3次\n组件：payments-api", 1.0, True),
+        ("根因：内存泄漏\n组件：payments-api2", 0.5, False),
         ("根因：不是内存泄漏\n组件：payments-api", 0.5, False),
         ("根因：并非由于内存泄漏，而是磁盘写满\n组件：payments-api", 0.5, False),
         ("根因：内存泄漏的可能性很小\n组件：payments-api", 0.5, False),
