@@ -41,25 +41,20 @@ class _AdaptedLinear(torch.autograd.Function):
         return g_x, None, None, g_inner.T @ flat, (g.T @ inner).mul_(ctx.scale), None
 
 
-def _fuse(layer: Linear, name: str = "default") -> None:
-    """Run this layer through the one function wherever that says the same: adapter on, not merged, no dropout."""
-    plain, base = layer.forward, layer.base_layer
+class _FusedLinear(Linear):
+    """peft's layer, run as the one function wherever that says the same: adapter on, not merged, no dropout."""
 
-    def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        dropout = layer.lora_dropout[name]
-        drops = layer.training and getattr(dropout, "p", 0) > 0
-        if layer.disable_adapters or layer.merged or drops or arguments or keywords or layer.active_adapters != [name]:
-            return plain(x, *arguments, **keywords)
-        device = x.device.type
+    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        [name] = self.lora_A
+        drops = self.training and getattr(self.lora_dropout[name], "p", 0) > 0
+        if self.disable_adapters or self.merged or drops or arguments or keywords or self.active_adapters != [name]:
+            return super().forward(x, *arguments, **keywords)
+        device, base = x.device.type, self.base_layer
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         bias = None if base.bias is None else base.bias.to(dtype)
+        a, b = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _AdaptedLinear.apply(
-                x.to(dtype), base.weight.to(dtype), bias, a.to(dtype), b.to(dtype), layer.scaling[name]
-            )
-
-    layer.forward = forward
+            return _AdaptedLinear.apply(x.to(dtype), base.weight.to(dtype), bias, a, b, self.scaling[name])
 
 
 def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: Sequence[str] = LORA_TARGETS,
@@ -86,5 +81,5 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets
         if isinstance(module, Linear):
             module.cast_input_dtype_enabled = False  # autocast casts; peft would go to fp32 and back in every layer
             if fused:
-                _fuse(module)
+                module.__class__ = _FusedLinear
     return adapted

@@ -67,24 +67,26 @@ def _rows(lengths: Sequence[int], query: Tensor, key: Tensor, value: Tensor, *li
             for states in (query, key, value, *like_query)]  # fmt: skip
 
 
+@torch.compiler.disable  # a compiled layer would be compiled again for every list of lengths
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    sequence_lengths: Sequence[int], dropout: float = 0.0, scaling: float | None = None,
+    sequence_lengths: Tensor, dropout: float = 0.0, scaling: float | None = None,
     sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention within each of the `sequence_lengths`; the interface is transformers' attention function's.
+    """Causal attention within each of the `sequence_lengths` `[rows]`; the interface is that of transformers.
 
     Raises:
         UserError: the model caps its attention scores or has attention sinks, which torch's fused kernel does not know.
     """
     if softcap is not None or s_aux is not None:
         raise UserError("this model's attention has a soft-cap or sinks, so its rows cannot be packed; --no_packing")
-    window = sliding_window is not None and max(sequence_lengths) > sliding_window
-    if query.device.type == "cpu" and max(sequence_lengths) <= SHORT and not (dropout or window):
+    lengths = sequence_lengths.tolist()
+    window = sliding_window is not None and max(lengths) > sliding_window
+    if query.device.type == "cpu" and max(lengths) <= SHORT and not (dropout or window):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _ShortRows.apply(query.to(value.dtype), key.to(value.dtype), value, sequence_lengths, scale), None
+        return _ShortRows.apply(query.to(value.dtype), key.to(value.dtype), value, lengths, scale), None
     parts = []
-    for q, k, v in zip(*(states.split(list(sequence_lengths), 2) for states in (query, key, value)), strict=True):
+    for q, k, v in zip(*(states.split(lengths, 2) for states in (query, key, value)), strict=True):
         mask, length = None, q.shape[2]
         if sliding_window is not None and length > sliding_window:
             steps = torch.arange(length, device=q.device)
