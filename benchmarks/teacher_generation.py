@@ -30,7 +30,7 @@ from src.distillation.base import compute_dtype, load_model, load_tokenizer, pro
 from src.distillation.engines import end_ids
 from src.distillation.openai_engine import Server, generate_from_server
 from src.distillation.sft import Sampling, generate, make_requests
-from src.utils.common import provenance, run_cli, write_json
+from src.utils.common import UserError, provenance, run_cli, write_json
 
 PLACES = ["library", "small harbour", "school kitchen", "night train", "mountain hut", "bicycle workshop", "bakery"]
 TASKS = [
@@ -170,25 +170,33 @@ def main() -> None:
                                    "memory": options.vllm_memory, "seeds": seeds, "sampling": settings}))  # fmt: skip
         code = options.output.with_suffix(".offline.py")
         code.write_text(OFFLINE)
-        subprocess.run([options.vllm_python, str(code), str(job), str(answer)], check=True, stdout=subprocess.DEVNULL)
-        told = json.loads(answer.read_text())
-        results.append({"name": "vllm", "tokens_per_second": told["tokens"] / told["seconds"], "tokens": told["tokens"],
-                        "rows": len(requests), "seconds": told["seconds"]})  # fmt: skip
-        print(f"vllm: {told['tokens'] / told['seconds']:.0f} tokens/s")
+        offline = subprocess.run([options.vllm_python, str(code), str(job), str(answer)], stdout=subprocess.DEVNULL)
+        if offline.returncode:
+            absent.append({"name": "vllm", "why": f"it ended with code {offline.returncode}; its error is above"})
+        else:
+            told = json.loads(answer.read_text())
+            results.append({"name": "vllm", "tokens_per_second": told["tokens"] / told["seconds"],
+                            "tokens": told["tokens"], "rows": len(requests), "seconds": told["seconds"]})  # fmt: skip
+            print(f"vllm: {told['tokens'] / told['seconds']:.0f} tokens/s")
         log = options.output.with_suffix(".server.log")
-        with vllm_server(options.vllm_python, options.teacher, words, length, options.vllm_memory, log) as url:
-            place = Server(url, options.teacher, "vllm", concurrency=options.concurrency)
+        try:
+            with vllm_server(options.vllm_python, options.teacher, words, length, options.vllm_memory, log) as url:
+                place = Server(url, options.teacher, "vllm", concurrency=options.concurrency)
 
-            def served(some: list) -> int:
-                return sum(row["num_tokens"] for part in generate_from_server(place, some, sampling) for row in part)
+                def served(some: list) -> int:
+                    return sum(
+                        row["num_tokens"] for part in generate_from_server(place, some, sampling) for row in part
+                    )
 
-            served(requests[:2])
-            results.append(timed("openai_server", len(requests), lambda: served(requests)))
+                served(requests[:2])
+                results.append(timed("openai_server", len(requests), lambda: served(requests)))
+        except (RuntimeError, UserError) as error:
+            absent.append({"name": "openai_server", "why": " ".join(str(error).split())[-300:]})
         for path in (job, answer, code, log):
-            path.unlink()
+            path.unlink(missing_ok=True)
     by_name = {entry["name"]: entry["tokens_per_second"] for entry in results}
     ratios = {f"ours / {name}": by_name["ours"] / rate for name, rate in by_name.items() if name != "ours"}
-    if "openai_server" in by_name:
+    if {"openai_server", "vllm"} <= by_name.keys():
         ratios["openai_server / vllm"] = by_name["openai_server"] / by_name["vllm"]
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
