@@ -170,7 +170,7 @@ def main() -> None:
                                    "memory": options.vllm_memory, "seeds": seeds, "sampling": settings}))  # fmt: skip
         code = options.output.with_suffix(".offline.py")
         code.write_text(OFFLINE)
-        offline = subprocess.run([options.vllm_python, str(code), str(job), str(answer)], stdout=subprocess.DEVNULL)
+        offline = subprocess.run([options.vllm_python, str(code), str(job), str(answer)], stdout=sys.stderr)
         if offline.returncode:
             absent.append({"name": "vllm", "why": f"it ended with code {offline.returncode}; its error is above"})
         else:

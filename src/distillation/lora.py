@@ -42,12 +42,12 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 class _FusedLinear(Linear):
-    """peft's layer, run as the one function wherever that says the same: adapter on, not merged, no dropout."""
+    """peft's layer, run as the one function wherever that says the same: one adapter on, not merged, no dropout."""
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        [name] = self.lora_A
-        drops = self.training and getattr(self.lora_dropout[name], "p", 0) > 0
-        if self.disable_adapters or self.merged or drops or arguments or keywords or self.active_adapters != [name]:
+        plain = self.disable_adapters or self.merged or len(self.active_adapters) != 1 or arguments or keywords
+        name = self.active_adapters[0] if self.active_adapters else ""
+        if plain or (self.training and getattr(self.lora_dropout[name], "p", 0) > 0):
             return super().forward(x, *arguments, **keywords)
         device, base = x.device.type, self.base_layer
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype

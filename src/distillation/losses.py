@@ -85,8 +85,8 @@ def chunk_tokens(vocab_size: int, compiled: bool = False, device_type: str = "cp
     """How many tokens a chunk holds for `CHUNK_BYTES`.
 
     A compiled kernel takes chunks of one size alone and the last is filled up, so that a large one would waste work: a
-    CPU's products are as fast with 128 rows as with more. Plain torch on a CPU takes 96 at most: its allocator fetches
-    tensors over 32 MiB from the system each time.
+    CPU's products are as fast with 128 rows as with more. Plain torch on a CPU takes 96 at most: at V = 49,152
+    more cost up to a third (measured; learn.md's log).
     """
     if not compiled:
         most = 96 if device_type == "cpu" else 2**20
