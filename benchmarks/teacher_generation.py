@@ -3,7 +3,8 @@
     python benchmarks/teacher_generation.py --output FILE.json [--vllm_python PYTHON_WITH_VLLM]
 
 `ours` is the transformers engine; `one_by_one` and `unsorted_batch` (32 rows, as they come) are the model's own
-`generate`; `vllm` is `vllm.LLM` with all prompts at once; `openai_server` is the openai engine on a vLLM server.
+`generate`; `vllm` is `vllm.LLM` with all prompts at once and a seed a request, as in the others; `vllm_without_seeds` is spared
+those; `openai_server` is the openai engine on a vLLM server.
 Loading, start-up and a first request of each are not timed. A rival that is not installed is listed under `absent`.
 """
 
@@ -27,7 +28,7 @@ import torch
 from transformers import GenerationConfig, set_seed
 
 from src.distillation.base import compute_dtype, load_model, load_tokenizer, prompt_text
-from src.distillation.engines import end_ids
+from src.distillation.engines import CPU_BATCHED_TOKENS, end_ids
 from src.distillation.openai_engine import Server, generate_from_server
 from src.distillation.sft import Sampling, generate, make_requests
 from src.utils.common import UserError, provenance, run_cli, write_json
@@ -47,16 +48,23 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     job = json.load(open(sys.argv[1]))
     llm = LLM(job["model"], dtype=job["dtype"], max_model_len=job["length"], generation_config="vllm", seed=0,
-              gpu_memory_utilization=job["memory"])
+              gpu_memory_utilization=job["memory"], max_num_batched_tokens=job["batched_tokens"])
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     parameters = [SamplingParams(**job["sampling"], seed=seed) for seed in job["seeds"]]
-    llm.generate(prompts[:2], parameters[:2], use_tqdm=False)
-    begin = time.perf_counter()
-    outputs = llm.generate(prompts, parameters, use_tqdm=False)
-    seconds = time.perf_counter() - begin
-    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    import vllm
-    json.dump({"seconds": seconds, "tokens": tokens, "version": vllm.__version__}, open(sys.argv[2], "w"))
+    found = []
+    for name in ("vllm", "vllm_without_seeds"):
+        for one in parameters if name != "vllm" else ():
+            one.seed = None
+        llm.generate(prompts[:2], parameters[:2], use_tqdm=False)
+        llm.reset_prefix_cache()
+        begin = time.perf_counter()
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        print(f"{name}: {tokens / seconds:.0f} tokens/s", flush=True)
+        found.append({"name": name, "tokens_per_second": tokens / seconds, "tokens": tokens, "rows": len(prompts),
+                      "seconds": seconds})
+    json.dump(found, open(sys.argv[2], "w"))
 """
 
 
@@ -100,7 +108,8 @@ def vllm_server(python: str, model: str, dtype: str, length: int, memory: float,
         port = probe.getsockname()[1]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port), "--host",
                "127.0.0.1", "--dtype", dtype, "--max-model-len", str(length),
-               "--gpu-memory-utilization", str(memory)]  # fmt: skip
+               "--gpu-memory-utilization", str(memory),
+               "--max-num-batched-tokens", str(CPU_BATCHED_TOKENS)]  # fmt: skip
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -167,17 +176,14 @@ def main() -> None:
                     "max_tokens": sampling.max_new_tokens, "stop_token_ids": ends}  # fmt: skip
         seeds = [request.seed for request in requests]
         job.write_text(json.dumps({"model": options.teacher, "dtype": words, "length": length, "prompts": prompts,
-                                   "memory": options.vllm_memory, "seeds": seeds, "sampling": settings}))  # fmt: skip
+                                   "memory": options.vllm_memory, "batched_tokens": CPU_BATCHED_TOKENS, "seeds": seeds, "sampling": settings}))  # fmt: skip
         code = options.output.with_suffix(".offline.py")
         code.write_text(OFFLINE)
         offline = subprocess.run([options.vllm_python, str(code), str(job), str(answer)], stdout=sys.stderr)
         if offline.returncode:
             absent.append({"name": "vllm", "why": f"it ended with code {offline.returncode}; its error is above"})
         else:
-            told = json.loads(answer.read_text())
-            results.append({"name": "vllm", "tokens_per_second": told["tokens"] / told["seconds"],
-                            "tokens": told["tokens"], "rows": len(requests), "seconds": told["seconds"]})  # fmt: skip
-            print(f"vllm: {told['tokens'] / told['seconds']:.0f} tokens/s")
+            results += json.loads(answer.read_text())
         log = options.output.with_suffix(".server.log")
         try:
             with vllm_server(options.vllm_python, options.teacher, words, length, options.vllm_memory, log) as url:

@@ -24,6 +24,9 @@ from src.distillation.openai_engine import Server
 from src.distillation.sft import Request, Sampling
 from src.utils.common import logger
 
+# vLLM 0.32 on a CPU dies of a prompt that is split between two batches if its request has a seed
+CPU_BATCHED_TOKENS = 16_384
+
 Done = frozenset[tuple[str, int]]
 Generate = Callable[[Sequence[Request], Done], Iterator[list[dict[str, Any]]]]
 
@@ -81,7 +84,9 @@ def vllm_plan(engine: Engine) -> tuple[dict[str, Any], list[list[int]]]:
     arguments = {"model": engine.model, "dtype": str(dtype).removeprefix("torch."), "max_model_len": -1, "seed": 0,
                  "generation_config": "vllm"}  # fmt: skip
     groups: list[list[int]] = [list(engine.devices)]
-    if engine.devices:
+    if not engine.devices:
+        arguments["max_num_batched_tokens"] = CPU_BATCHED_TOKENS
+    else:
         weight_gb = count_parameters(meta_model(engine.model)) * dtype.itemsize / 1e9
         heads = config.num_attention_heads
         tensor, pipeline, data = vllm_engine.parallel_sizes(
