@@ -3,8 +3,8 @@
     python benchmarks/teacher_generation.py --output FILE.json [--vllm_python PYTHON_WITH_VLLM]
 
 `ours` is the transformers engine; `one_by_one` and `unsorted_batch` (32 rows, as they come) are the model's own
-`generate`; `vllm` is `vllm.LLM` with all prompts at once and a seed a request, as in the others; `vllm_without_seeds` is spared
-those; `openai_server` is the openai engine on a vLLM server.
+`generate`; `vllm` is `vllm.LLM` with all prompts at once and a seed for each; `vllm_without_seeds` is spared those;
+`openai_server` is the openai engine on a vLLM server.
 Loading, start-up and a first request of each are not timed. A rival that is not installed is listed under `absent`.
 """
 
@@ -175,8 +175,10 @@ def main() -> None:
         settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
                     "max_tokens": sampling.max_new_tokens, "stop_token_ids": ends}  # fmt: skip
         seeds = [request.seed for request in requests]
-        job.write_text(json.dumps({"model": options.teacher, "dtype": words, "length": length, "prompts": prompts,
-                                   "memory": options.vllm_memory, "batched_tokens": CPU_BATCHED_TOKENS, "seeds": seeds, "sampling": settings}))  # fmt: skip
+        job.write_text(json.dumps({
+            "model": options.teacher, "dtype": words, "length": length, "prompts": prompts, "seeds": seeds,
+            "memory": options.vllm_memory, "batched_tokens": CPU_BATCHED_TOKENS, "sampling": settings,
+        }))  # fmt: skip
         code = options.output.with_suffix(".offline.py")
         code.write_text(OFFLINE)
         offline = subprocess.run([options.vllm_python, str(code), str(job), str(answer)], stdout=sys.stderr)

@@ -129,7 +129,8 @@ def opened(engine: Engine, sampling: Sampling) -> Iterator[Generate]:
 
         def answer(requests: Sequence[Request], done: Done) -> Iterator[list[dict[str, Any]]]:
             rows = engine.batch_size or rows_that_fit(engine, tokenizer, requests, sampling)
-            return sft.generate(model, tokenizer, requests, sampling, rows, done, engine.enable_thinking)
+            stored = frozenset(r for r in requests if (r.id, r.sample_index) in done)
+            return sft.generate(model, tokenizer, requests, sampling, rows, stored, engine.enable_thinking)
 
         yield answer
         return

@@ -11,6 +11,7 @@ from src.distillation.base import EncodedRow, head_weight, logit_map, response_h
 from src.distillation.losses import heldout_stats
 from src.distillation.packing import attention_of_packs, batch_of
 from src.distillation.teacher_signal import TeacherSignal
+from src.utils.common import UserError
 
 Arm = Callable[[], contextlib.AbstractContextManager]
 SUMS = ("kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum")
@@ -37,6 +38,9 @@ def score_heldout(
         arms: name -> a context in which `student` is that arm.
         packing: read a batch's rows end to end, without padding.
 
+    Raises:
+        UserError: a row's measures are not finite.
+
     Yields:
         For each batch its rows `arm, id, sample_index, num_tokens, kl_sum, nll_sum, teacher_nll_sum, agreement_sum`:
         sums over the row's response tokens, at T = 1, in nats; `kl_by_position, agreement_by_position`: the same sums
@@ -62,6 +66,11 @@ def score_heldout(
                     stats = heldout_stats(hidden, head, *beliefs, labels, own_map, teacher.logit_map)
                 columns = [measure.double().cpu().split(counts) for measure in stats]
                 for row, count, *parts in zip(ours, counts, *columns, strict=True):
+                    if not all(part.isfinite().all() for part in parts):
+                        raise UserError(
+                            f"held-out row {row.id}, {name}: its measures are not numbers (NaN or infinite); the "
+                            "weights of the student or the teacher are broken, or overflow"
+                        )
                     key = {"arm": name, "id": row.id, "sample_index": row.sample_index, "num_tokens": count}
                     sums = {column: part.sum().item() for column, part in zip(SUMS, parts, strict=True)}
                     by_position = {"kl_by_position": _by_position(parts[0]),

@@ -5,7 +5,7 @@ number that belongs to its (row, sample) alone, so that an answer does not depen
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -159,14 +159,24 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> T
 
 
 class _SeededSampler(LogitsProcessor):
-    """Leaves one finite logit a row: the token drawn with that row's own uniform number for this position."""
+    """Leaves one finite logit a row: the token drawn with that row's settings and its uniform number of this place."""
 
-    def __init__(self, sampling: Sampling, uniforms_BL: Tensor, prompt_length: int) -> None:
-        self.sampling, self.uniforms_BL, self.prompt_length = sampling, uniforms_BL, prompt_length
+    def __init__(self, samplings: Sequence[Sampling], uniforms_BL: Tensor, prompt_length: int, model: str) -> None:
+        self.uniforms_BL, self.prompt_length, self.model = uniforms_BL, prompt_length, model
+        self.groups = [
+            (sampling, torch.tensor([own == sampling for own in samplings], device=uniforms_BL.device))
+            for sampling in dict.fromkeys(samplings)
+        ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.amax(-1).isfinite().all():
+            raise UserError(
+                f"{self.model}: its logits are not numbers (NaN or infinite); its weights are broken, or overflow"
+            )
         uniform = self.uniforms_BL[:, input_ids.shape[1] - self.prompt_length]
-        token = sample_tokens(scores, uniform, self.sampling)
+        token = torch.empty_like(input_ids[:, 0])
+        for sampling, rows in self.groups:
+            token[rows] = sample_tokens(scores[rows], uniform[rows], sampling)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0)
 
 
@@ -183,9 +193,10 @@ class _StopWhenFew(StoppingCriteria):
 
 @torch.inference_mode()
 def _answer_batch(
-    model: PreTrainedModel, pad_id: int, end_ids: Tensor, prompts: list[list[int]], seeds: list[int], sampling: Sampling
-) -> list[list[int]]:
-    """The answers' token ids, each up to its end of turn or `max_new_tokens`.
+    model: PreTrainedModel, pad_id: int, end_ids: Tensor, prompts: list[list[int]], seeds: list[int],
+    samplings: list[Sampling],
+) -> list[list[int]]:  # fmt: skip
+    """The answers' token ids, each up to its end of turn or `max_new_tokens`, which is the same for all.
 
     Rounds of `generate` on one key-value cache: between two of them the rows that have ended leave the batch, so that a
     few long answers do not make all rows pay.
@@ -198,7 +209,7 @@ def _answer_batch(
     for index, ids in enumerate(prompts):
         rows[index, length - len(ids) :] = torch.tensor(ids, device=device)
         mask[index, length - len(ids) :] = 1
-    limit = sampling.max_new_tokens
+    limit = samplings[0].max_new_tokens
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniforms = torch.stack([torch.rand(limit, generator=generator) for generator in generators]).to(device)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -214,7 +225,9 @@ def _answer_batch(
             generation_config=GenerationConfig(
                 do_sample=False, num_beams=1, max_new_tokens=room, pad_token_id=pad_id, eos_token_id=end_ids.tolist()
             ),
-            logits_processor=LogitsProcessorList([_SeededSampler(sampling, uniforms, length)]),
+            logits_processor=LogitsProcessorList(
+                [_SeededSampler([samplings[i] for i in going.tolist()], uniforms, length, model.name_or_path)]
+            ),
             stopping_criteria=StoppingCriteriaList([_StopWhenFew(end_ids, length, few)]),
         )
         ended = torch.isin(rows[:, length:], end_ids)
@@ -233,9 +246,9 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     batch_size: int,
-    done: frozenset[tuple[str, int]] = frozenset(),
+    done: Collection[Request] = frozenset(),
     enable_thinking: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answer every request; yields the rows of one batch at a time, so that they can be stored together.
@@ -246,13 +259,18 @@ def generate(
 
     Args:
         requests: all of them, also those answered by an earlier run.
+        sampling: of all, or one a request, alike in max_new_tokens: a batch may mix temperatures.
         batch_size: rows in one forward pass.
-        done: (id, sample_index) already stored.
+        done: those whose answer is stored.
         enable_thinking: asked of hybrid models by their template.
 
     Yields:
         Rows as `answer_row` makes them.
+
+    Raises:
+        UserError: the model's logits are not numbers.
     """
+    samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else sampling
     ends = end_token_ids(tokenizer, model.generation_config.eos_token_id)
     end_ids = torch.tensor(ends)
     texts = [prompt_text(tokenizer, request.messages, enable_thinking) for request in requests]
@@ -262,14 +280,14 @@ def generate(
     try:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            missing = [(requests[i].id, requests[i].sample_index) not in done for i in part]
+            missing = [requests[i] not in done for i in part]
             if not any(missing):
                 continue
-            prompts, seeds = [encoded[i] for i in part], [requests[i].seed for i in part]
-            answers = _answer_batch(model, tokenizer.pad_token_id, end_ids, prompts, seeds, sampling)
+            columns = ([of[i] for i in part] for of in (encoded, [r.seed for r in requests], samplings))
+            answers = _answer_batch(model, tokenizer.pad_token_id, end_ids, *columns)
             yield [
                 answer_row(
-                    requests[i], sampling, ENGINE,
+                    requests[i], samplings[i], ENGINE,
                     tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
                     "stop" if ids[-1] in ends else "length", len(ids),
                 )

@@ -24,7 +24,7 @@ from src.distillation.base import (
 from src.distillation.batching import encode_pairs
 from src.distillation.heldout import score_heldout
 from src.distillation.packing import check_packing
-from src.distillation.sft import Request, Sampling, generate, make_requests
+from src.distillation.sft import Sampling, generate, make_requests
 from src.distillation.teacher_signal import online_signal
 from src.evaluation.arms import Arms, resolve_arms, run_of_model, use_arm
 from src.evaluation.graders import Grade, grade_all
@@ -189,33 +189,41 @@ def _score_heldout(config: EvaluateConfig, arms: Arms, models: _Models, rows: li
             progress.advance(len(part) // len(names))
 
 
+def _cells(config: EvaluateConfig) -> list[tuple[str, float]]:
+    """Preset and temperature of every cell; greedy decoding is one cell, for no preset changes it."""
+    return [(p, t) for p in config.presets for t in config.temperatures if t or p == config.presets[0]]
+
+
 def _generate(config: EvaluateConfig, arms: Arms, models: _Models, rows: list[dict[str, Any]], path: Path,
               sandbox: Sandbox) -> None:  # fmt: skip
-    """Append the graded answers that samples.jsonl lacks."""
-    done: dict[tuple, set] = {}
+    """Append the graded answers that samples.jsonl lacks. All cells of an arm share its batches."""
+    done: dict[str, set] = {}
     for row in _stored(path):
-        cell = (row["arm"], row["preset"], row["temperature"])
-        done.setdefault(cell, set()).add((row["id"], row["sample_index"]))
+        done.setdefault(row["arm"], set()).add((row["id"], row["sample_index"], row["seed"]))
     by_id = {row["id"]: row for row in rows}
-    cells = [(arm, p, t) for arm in arms.found for p in config.presets for t in config.temperatures]
-    with Progress(len(cells) * len(rows) * config.num_samples, "graded answers", "answer") as progress:
-        for arm, preset, temperature in cells:
-            cell_done = frozenset(done.get((arm, preset, temperature), set()))
-            progress.skip(len(cell_done))
-            sampling = Sampling(temperature, **PRESETS[preset], max_new_tokens=config.max_new_tokens)
-            # the seeds are the same for every arm: arms are compared on common random numbers
-            requests = make_requests(rows, config.num_samples, config.seed, f"{preset}/{temperature:g}")
+    requests, samplings = [], []
+    for preset, temperature in _cells(config):
+        # the seeds are the same for every arm: arms are compared on common random numbers
+        requests += make_requests(rows, config.num_samples, config.seed, f"{preset}/{temperature:g}")
+        sampling = Sampling(temperature, **PRESETS[preset], max_new_tokens=config.max_new_tokens)
+        samplings += [sampling] * (len(requests) - len(samplings))
+    preset_of = {tuple(fields.values()): preset for preset, fields in PRESETS.items()}
+    with Progress(len(arms.found) * len(requests), "graded answers", "answer") as progress:
+        for arm in arms.found:
+            stored = {r for r in requests if (r.id, r.sample_index, r.seed) in done.get(arm, ())}
+            progress.skip(len(stored))
             tokenizer = models.teacher_tokenizer if arm == "teacher" else models.student_tokenizer
-            prompts = {r.id: prompt_text(tokenizer, Request(r.id, 0, r.system, r.prompt, 0).messages) for r in requests}
+            prompts = {r.id: prompt_text(tokenizer, r.messages) for r in requests}
             model = models.teacher if arm == "teacher" else causal_lm(models.student)
             with contextlib.nullcontext() if arm == "teacher" else use_arm(models.student, arm):
-                for part in generate(model, tokenizer, requests, sampling, config.batch_size, cell_done):
+                for part in generate(model, tokenizer, requests, samplings, config.batch_size, stored):
                     grades = grade_all([(by_id[a["id"]], a["response"], a["finish_reason"]) for a in part], sandbox)
+                    presets = [preset_of[a["sampling"]["top_p"], a["sampling"]["top_k"]] for a in part]
                     append_jsonl(path, [
                         _sample_row(arm, by_id[a["id"]], a, preset, prompts[a["id"]], result, sandbox.used_level)
-                        for a, result in zip(part, grades, strict=True)
+                        for a, preset, result in zip(part, presets, grades, strict=True)
                     ])  # fmt: skip
-                    progress.advance(len(part), arm=arm, temperature=temperature)
+                    progress.advance(len(part), arm=arm)
 
 
 def shipped_profile(model_path: str | None = None) -> Path:
@@ -285,8 +293,9 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         "lm_eval_tasks",
     }  # fmt: skip
     settings = {name: value for name, value in asdict(config).items() if name not in ignored}
+    placement = {"teacher_devices", "student_devices", "gpu_memory_gb"}  # others may finish what these began
     fingerprint = {
-        **settings,
+        **{name: value for name, value in settings.items() if name not in placement},
         "data": sha256_file(data),
         "heldout_rows": sha256_file(heldout_file) if with_heldout else None,
         "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},
@@ -299,7 +308,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
         logger.info("%s is complete; nothing to do", folder)
         return read_results(results_path)
-    answers = len(chosen) * len(arms.found) * len(config.temperatures) * len(config.presets) * config.num_samples
+    answers = len(chosen) * len(arms.found) * len(_cells(config)) * config.num_samples
     require_disk(folder, answers * (4 * config.max_new_tokens + 2000), "the answers")
     start_stage(marker, fingerprint)
     samples_path.touch()

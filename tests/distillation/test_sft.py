@@ -19,7 +19,8 @@ def loaded(tiny_teacher):
 
 def answers(loaded, sampling, batch_size=4, rows=ROWS, done=frozenset(), num_samples=1):
     requests = make_requests(rows, num_samples, 7)
-    return [answer for part in generate(*loaded, requests, sampling, batch_size, done) for answer in part]
+    stored = {request for request in requests if (request.id, request.sample_index) in done}
+    return [answer for part in generate(*loaded, requests, sampling, batch_size, stored) for answer in part]
 
 
 def by_key(rows):
@@ -63,6 +64,26 @@ def test_an_answer_does_not_depend_on_its_batch(loaded, sampling, monkeypatch):
     assert by_key(answers(loaded, sampling, batch_size=11)) == reference
     monkeypatch.setattr(sft, "SHRINK", 0.0)
     assert by_key(answers(loaded, sampling, batch_size=11)) == reference
+
+
+def test_a_batch_may_mix_temperatures(loaded):
+    """Each answer is the one it would be among its like."""
+    kinds = [Sampling(0.0, 1.0, 0, 24), Sampling(1.0, 0.9, 20, 24), Sampling(1.2, 1.0, 0, 24)]
+    alone = [by_key(answers(loaded, kind)) for kind in kinds]
+    requests = make_requests(ROWS, 1, 7)
+    mixed = [kinds[number % 3] for number in range(11)]
+    rows = [answer for part in generate(*loaded, requests, mixed, 4) for answer in part]
+    assert by_key(rows) == {(r.id, 0): alone[number % 3][r.id, 0] for number, r in enumerate(requests)}
+    for row in rows:
+        assert row["sampling"] == vars(mixed[int(row["id"].split("-")[1])])
+
+
+def test_logits_that_are_not_numbers_are_named(tiny_teacher):
+    model = load_model(tiny_teacher, torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5, 0] = torch.nan
+    with pytest.raises(UserError, match=r"logits are not numbers .*weights are broken"):
+        answers((model, load_tokenizer(tiny_teacher)), Sampling(1.0, 1.0, 20, 4))
 
 
 def test_an_interrupted_run_gets_the_missing_rows_with_the_same_text(loaded):

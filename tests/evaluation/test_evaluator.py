@@ -273,7 +273,7 @@ def scripted(monkeypatch, tmp_path):
     """Every arm says the right thing in the asked-for form; code that is run outside a sandbox leaves a file `ran`."""
 
     def generate(model, tokenizer, requests, sampling, batch_size, done=frozenset()):
-        for request in requests:
+        for request, own in zip(requests, sampling, strict=True):
             kind, number = request.id.split("-")
             leave = f"try: open({str(tmp_path / 'ran')!r}, 'w')\nexcept OSError: pass"
             code = f"{leave}\ndef f():\n    return {int(number)}"
@@ -282,11 +282,11 @@ def scripted(monkeypatch, tmp_path):
                 "functions": f"```python\n{code}\n```",
                 "incidents": "Root cause: disk full",
             }[kind]
-            if (request.id, request.sample_index) not in done:
+            if request not in done:
                 yield [{
                     "id": request.id, "sample_index": request.sample_index, "prompt": request.prompt,
                     "response": response, "finish_reason": "stop", "num_tokens": 5, "engine": ENGINE,
-                    "sampling": vars(sampling), "seed": request.seed,
+                    "sampling": vars(own), "seed": request.seed,
                 }]  # fmt: skip
 
     monkeypatch.setattr(evaluator, "generate", generate)
