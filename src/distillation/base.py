@@ -365,8 +365,7 @@ def response_hidden(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
     lm = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    if "sequence_lengths" in batch:
-        inputs["sequence_lengths"] = torch.tensor(batch["sequence_lengths"])
+    inputs |= {name: torch.tensor(batch[name]) for name in ("segment_lengths", "segment_parents") if name in batch}
     hidden = lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
     labels = batch["labels"][:, 1:].to(hidden.device)
     mask = labels != IGNORED

@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from src.distillation.base import EncodedRow, encode_row, end_of_turn_id
-from src.distillation.packing import MULTIPLE, batch_of
+from src.distillation.packing import MULTIPLE, batch_of, segments
 from src.utils.common import UserError, read_jsonl, sha256_file, sha256_text
 
 
@@ -210,12 +210,19 @@ def micro_batches(lengths: list[int], rows_per_step: int, ranks: int, tokens: in
     )
 
 
-def waste(lengths: list[int], batches: StepBatches) -> float:
-    """The share of padding among the tokens of one epoch's forward passes."""
-    own = computed = 0
+def waste(rows: Sequence[EncodedRow], batches: StepBatches) -> tuple[float, float]:
+    """Of one epoch's forward passes the share of padding in them, and the share of the rows' tokens that shared
+    beginnings spare them."""
+    own = run = computed = 0
     for batch in batches:
-        tokens = [lengths[index] for index in batch]
-        own += sum(tokens)
-        packed = batches.divide is share_out
-        computed += -(-sum(tokens) // MULTIPLE) * MULTIPLE if packed else max(tokens) * len(tokens)
-    return 1 - own / computed
+        group = [rows[index] for index in batch]
+        lengths = [len(row) for row in group]
+        own += sum(lengths)
+        if batches.divide is share_out:
+            tokens = sum(segment.end - segment.start for segment in segments(group))
+            run += tokens
+            computed += -(-tokens // MULTIPLE) * MULTIPLE
+        else:
+            run += sum(lengths)
+            computed += max(lengths) * len(lengths)
+    return 1 - run / computed, 1 - run / own

@@ -348,8 +348,8 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
 
 def _say_sizes(config: KDConfig, data: TrainingData, trainer: KDTrainer, trainable: int) -> None:
     """Print what follows from the settings, before the work starts."""
-    lengths = [len(pair.student) for pair in data.train]
-    answers = sum(len(pair.student.response_ids) for pair in data.train)
+    rows = [pair.student for pair in data.train]
+    padding, shared = waste(rows, trainer.batches)
     steps_per_epoch = len(data.train) // config.rows_per_step
     steps = config.max_steps if config.max_steps > 0 else int(steps_per_epoch * config.num_train_epochs)
     share = config.rows_per_step / len(data.train)
@@ -358,10 +358,10 @@ def _say_sizes(config: KDConfig, data: TrainingData, trainer: KDTrainer, trainab
         len(data.train), len(data.validation), len(data.heldout), data.dropped, config.max_length,
     )  # fmt: skip
     logger.info(
-        "a step: %d rows in %d x %d passes (accumulation x processes), about %d tokens, %d of them answers; "
-        "%.1f %% of what is computed is padding",
-        config.rows_per_step, config.gradient_accumulation_steps, config.world_size, sum(lengths) * share,
-        answers * share, 100 * waste(lengths, trainer.batches),
+        "a step: %d rows in %d x %d passes (accumulation x processes), about %d tokens, %d of them answers, and "
+        "%.1f %% of them are beginnings that rows share, run once; %.1f %% of what is run is padding",
+        config.rows_per_step, config.gradient_accumulation_steps, config.world_size, sum(map(len, rows)) * share,
+        sum(len(row.response_ids) for row in rows) * share, 100 * shared, 100 * padding,
     )  # fmt: skip
     reason = f"max_steps wins over {config.num_train_epochs:g} epochs" if config.max_steps > 0 else "from epochs"
     logger.info("%d steps (%s), %.2f epochs", steps, reason, steps / steps_per_epoch)

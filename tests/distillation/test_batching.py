@@ -84,10 +84,23 @@ def reference_lengths():
 @pytest.mark.parametrize("rows", [2, 4, 8, 16, 32])
 def test_packing_wastes_at_most_5_percent(rows):
     lengths = reference_lengths()
-    packed = waste(lengths, make(32 // rows, lengths=lengths, rows=32))
-    padded = waste(lengths, make(32 // rows, packing=False, lengths=lengths, rows=32))
+    encoded = [
+        EncodedRow(str(i), (i, *[7] * (length // 2)), (8,) * ((length - 1) // 2)) for i, length in enumerate(lengths)
+    ]
+    lengths = [len(row) for row in encoded]
+    packed, shared = waste(encoded, make(32 // rows, lengths=lengths, rows=32))
+    padded, _ = waste(encoded, make(32 // rows, packing=False, lengths=lengths, rows=32))
     assert 0 < packed <= 0.05
     assert padded > packed
+    assert shared == 0
+
+
+def test_shared_beginnings_are_counted():
+    """Four rows of 40 tokens, 30 of them alike: a pass of all runs 30 + 4 x 10 of 160 tokens, and fills up to 96."""
+    rows = [EncodedRow(str(i), (*range(30), i), tuple(range(9))) for i in range(4)]
+    padding, shared = waste(rows, StepBatches([40] * 4, 4, 1, 0, True))
+    assert shared == pytest.approx(1 - 70 / 160)
+    assert padding == pytest.approx(1 - 70 / 96)
 
 
 def test_a_token_budget_decides_how_many_micro_batches_a_step_takes():

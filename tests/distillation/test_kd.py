@@ -178,7 +178,7 @@ def test_cached_hidden_states_are_the_resident_teacher(settings, change, monkeyp
     assert hidden["run_dir"] != online["run_dir"]
     for ours, theirs in zip(losses(hidden), losses(online), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert_same(weights(hidden), weights(online), atol=1e-5, rtol=0)
+    assert_same(weights(hidden), weights(online), atol=1e-4, rtol=0)
     for arm in ("before", "after", "teacher"):
         assert hidden[arm] == pytest.approx(online[arm], rel=1e-4)
 

@@ -11,7 +11,7 @@ from transformers import (
 
 from src.distillation import packing
 from src.distillation.base import IGNORED, EncodedRow, collate, response_hidden
-from src.distillation.packing import MULTIPLE, attention_of_packs, check_packing, pack
+from src.distillation.packing import LEAST, MULTIPLE, attention_of_packs, check_packing, pack
 from src.utils.common import UserError
 
 SIZES = {
@@ -29,12 +29,48 @@ def make_rows(lengths):
 def test_a_pack_is_its_rows_end_to_end():
     rows = [EncodedRow("a", (1, 2), (3,)), EncodedRow("b", (4,), (5, 6))]
     batch = pack(rows, pad_id=9)
-    assert batch["sequence_lengths"] == [3, 3, MULTIPLE - 6]
+    assert batch["segment_lengths"] == [3, 3, MULTIPLE - 6]
+    assert batch["segment_parents"] == [-1, -1, -1]
     assert batch["input_ids"][0].tolist() == [1, 2, 3, 4, 5, 6] + [9] * (MULTIPLE - 6)
     assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, *range(MULTIPLE - 6)]
     assert batch["labels"][0, :6].tolist() == [IGNORED, IGNORED, 3, IGNORED, 5, 6]
     assert (batch["labels"][0, 6:] == IGNORED).all()
-    assert pack([rows[0]], 9, multiple=3)["sequence_lengths"] == [3]
+    assert pack([rows[0]], 9, multiple=3)["segment_lengths"] == [3]
+
+
+START = tuple(range(100, 110))
+FAMILY = [
+    EncodedRow("a", (*START, 1, 2, 3, 4, 5, 6, 7, 8, 9), (50, 51)),
+    EncodedRow("b", (9, 9, 9), (52,)),
+    EncodedRow("c", (*START, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12), (53, 54, 55)),
+    EncodedRow("d", (*START, 2, 2), (56,)),
+    EncodedRow("e", (*START, 1, 2, 3, 4, 5, 6, 7, 8, 9), (57, 58, 59)),
+    EncodedRow("f", START, (60,)),
+]
+
+
+def test_what_rows_begin_alike_with_is_there_once():
+    """A tree of beginnings: nine tokens for all but b (the last of f's prompt predicts its answer, so it stays f's),
+    nine more for a, c and e; a's and e's last prompt token is their own."""
+    found = packing.segments(FAMILY)
+    assert [(row, start, end, parent) for row, start, end, parent in found] == [
+        (0, 0, 9, -1), (0, 9, 18, 0), (0, 18, 21, 1), (1, 0, 4, -1), (2, 18, 23, 1), (3, 9, 13, 0), (4, 18, 22, 1),
+        (5, 9, 11, 0),
+    ]  # fmt: skip
+    batch = pack(FAMILY, 0, multiple=1)
+    assert batch["segment_lengths"] == [9, 9, 3, 4, 5, 4, 4, 2]
+    assert batch["segment_parents"] == [-1, 0, 1, -1, 1, 0, 1, 0]
+    assert batch["position_ids"][0, 18:30].tolist() == [18, 19, 20, 0, 1, 2, 3, 18, 19, 20, 21, 22]
+    labels = batch["labels"][0]
+    assert labels[labels != IGNORED].tolist() == [token for row in FAMILY for token in row.response_ids]
+
+
+def test_short_beginnings_are_not_worth_a_segment():
+    rows = [EncodedRow(str(i), (*range(LEAST - 1), 90 + i, 5), (1,)) for i in range(3)]
+    assert [segment.parent for segment in packing.segments(rows)] == [-1, -1, -1]
+    rows = [EncodedRow(str(i), (*range(LEAST), 90 + i, 5), (1,)) for i in range(3)]
+    assert [segment.parent for segment in packing.segments(rows)] == [-1, 0, 0, 0]
+    assert packing.segments(rows[:1]) == [(0, 0, LEAST + 3, -1)]
 
 
 @pytest.fixture(params=["qwen3", "qwen3_moe", "mistral"])
@@ -51,10 +87,10 @@ def body(model):
 
 
 @pytest.mark.parametrize("short", [0, 512], ids=["fused kernel", "plain products"])
-def test_each_row_reads_itself_alone(model, short, monkeypatch):
-    """States and gradients as one row at a time gives them, in any company."""
+@pytest.mark.parametrize("rows", [make_rows([7, 23, 12, 40]), FAMILY], ids=["strangers", "family"])
+def test_each_row_reads_itself_alone(model, short, rows, monkeypatch):
+    """States and gradients as one row at a time gives them, in any company, also where rows share a beginning."""
     monkeypatch.setattr(packing, "SHORT", short)
-    rows = make_rows([7, 23, 12, 40])
     alone = torch.cat([response_hidden(model, collate([row], 0))[0] for row in rows])
     alone.pow(3).sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in body(model)}
