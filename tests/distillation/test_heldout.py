@@ -15,6 +15,7 @@ from src.distillation.heldout import (
 )
 from src.distillation.lora import add_lora
 from src.distillation.teacher_signal import online_signal
+from src.utils.common import UserError
 
 PAD, END, TOKENS = 256, 258, 261
 
@@ -45,6 +46,13 @@ def score(student, teacher, rows, batch_size=4, arms=None, packing=True):
         assert row["id"] not in found[row["arm"]]
         found[row["arm"]][row["id"]] = row
     return found
+
+
+def test_a_model_that_is_broken_is_named_by_row_and_arm(student, teacher, rows):
+    with torch.no_grad():
+        student.get_output_embeddings().weight[5, 0] = torch.nan
+    with pytest.raises(UserError, match=r"held-out row \S+, student: its measures are not numbers .*broken"):
+        score(student, teacher, rows)
 
 
 @torch.no_grad()

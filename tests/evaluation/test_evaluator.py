@@ -510,6 +510,13 @@ def test_other_settings_in_the_same_folder_are_refused_by_the_field(evaluated, c
     assert (Path(config.output_dir) / "samples.jsonl").read_bytes() == before
 
 
+def test_other_gpus_may_finish_what_these_began(evaluated):
+    """Where the models lie is no part of what was asked for."""
+    config, results = evaluated
+    moved = replace(config, teacher_devices=[4], student_devices=[5], gpu_memory_gb=70.0)
+    assert run_evaluation(moved) == json.loads(json.dumps(results))
+
+
 def test_other_prompts_in_the_same_folder_are_refused(trained, tmp_path, scripted):
     config = config_for(trained, tmp_path / "out", heldout=False)
     run_evaluation(config)
@@ -545,7 +552,8 @@ def test_selected_rows_are_nested_and_balanced(sizes):
 def test_temperature_0_is_greedy(trained, tmp_path):
     config = config_for(trained, tmp_path / "out", temperatures=[0.0], num_samples=2, presets=["raw", "recommended"],
                         heldout=False, arms=["base", "kd"])  # fmt: skip
-    run_evaluation(config)
+    results = run_evaluation(config)
+    assert {score["preset"] for score in results["graded"]["scores"]} == {"raw"}, "one cell: no preset changes it"
     said: dict[tuple, set] = {}
     for row in read_jsonl(tmp_path / "out" / "samples.jsonl"):
         assert row["sampling"]["temperature"] == 0.0
