@@ -62,7 +62,12 @@ NUMBER = re.compile(
 MARKED = re.compile(r"(?<!#)####(?!#)([^\n#]*)")
 BOXED = re.compile(r"\\f?box(?:ed)?\{((?:[^{}]|\{[^{}]*\})*)\}")
 ANSWER_IS = re.compile(r"\banswer\b[*_ \t]*(?:is|:|=)[\s:*]*([^\n]*)", re.IGNORECASE)
-SUM_BEFORE = re.compile(r"(?:\s*[a-z]\s*=)?(?:[^A-Za-z\n=+*/×÷-]*[+*/×÷-][^A-Za-z\n=]*(?<!\()=)*")  # "3 + 4 ="
+# "3 + 4 =", "2 x 3 =", "6 months * $5 ="
+TIMES = r"(?<=[0-9)] )x(?= [$0-9(])|(?<=[A-Za-z] )x(?= [$0-9(])"
+UNIT = r"(?<=[0-9)] )[A-Za-z]+(?: [A-Za-z]+)?(?= ?[-+*/×÷=)]| x [$0-9(])"
+SUM_BEFORE = re.compile(
+    rf"(?:\s*[a-z]\s*=)?(?:(?:[^A-Za-z\n=+*/×÷-]|{UNIT})*(?:[+*/×÷-]|{TIMES})(?:[^A-Za-z\n=]|{UNIT}|{TIMES})*(?<!\()=)*"
+)
 DECORATION = re.compile(r"(?:\\text\{|[\s*`~≈:<\[({\\+])*")
 HEADING = re.compile(r"[.):]\s+\S")  # "#### 2. Then we add" is a heading, not an answer
 

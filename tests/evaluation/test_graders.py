@@ -1,11 +1,8 @@
 import json
-import random
-import re
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
-import yaml
 
 from src.data.sources import dataset_row, gsm8k_rows
 from src.evaluation.graders import Grade, defined_names, extract_code, find_number, grade
@@ -36,6 +33,13 @@ def make_row(grader, reference="72", prompt="How many?", **grader_args):
         ("#### 8 * 9 = 72", "72", True),
         ("#### 72 (= 8 * 9)", "72", True),
         ("#### x = 72", "72", True),
+        ("The answer is 24 x 3 = 72 peaches.", "72", False),
+        ("#### 2 x (3 + 33) = 72", "72", True),
+        ("The answer is: 6 months * $12 = $72.", "72", False),
+        ("Answer: 6 months x 12 = 72", "72", False),
+        ("Answer: 30 gallons + 42 gallons = 72 gallons of milk", "72", False),
+        ("The answer is 72 apples, for 8 bags x 9 = 71 and one more", "72", False),
+        ("The answer is 72 - that is all, 3 + 4 = 7", "72", False),
         ("#### 25%", "25", True),
         ("#### 1/3", "1/3", True),
         ("#### 2 1/2 cups", "2.5", True),
@@ -119,84 +123,6 @@ def test_official_solutions_are_correct_and_shifted_ones_never():
         for ending in (f"#### {shifted}", f"The answer is ${shifted}.", f"\\boxed{{{shifted}}}", f"It is {shifted}"):
             assert grade(row, steps + ending).outcome == "wrong"
         assert grade(row, f"{steps}The answer is ${gold}.") == Grade("correct", gold.replace(",", ""), False, 1.0)
-
-
-LM_EVAL_IGNORES = (",", r"\$", r"(?s).*#### ", r"\.$")
-
-
-def lm_eval_is_correct(response, answer):
-    """GSM8K's `flexible-extract` and `exact_match` of lm-evaluation-harness (lm_eval/tasks/gsm8k/gsm8k.yaml, task
-    version 3.0, release 0.4.13): the last match of a regular expression, compared as text."""
-    found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", response)
-    extracted = next((group for group in found[-1] if group), "").strip() if found else "[invalid]"
-    for pattern in LM_EVAL_IGNORES:
-        extracted, answer = re.sub(pattern, "", extracted), re.sub(pattern, "", answer)
-    return extracted.lower() == answer.lower()
-
-
-def test_what_stands_for_lm_eval_is_lm_eval():
-    """The expressions above against the task file, the filter and the metric of the installed harness."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-dev.txt)")
-    from lm_eval.api.metrics import exact_match_hf_evaluate
-    from lm_eval.filters.extraction import RegexFilter
-
-    task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
-    [metric], flexible = task["metric_list"], task["filter_list"][1]
-    assert flexible["name"] == "flexible-extract"
-    words = {name: value for name, value in flexible["filter"][0].items() if name != "function"}
-    names = ("regexes_to_ignore", "ignore_case", "ignore_punctuation")
-    answers = [style.format(x="1,234", n=3, a="1,234") for group in (AGREED, *LISTED.values()) for style in group]
-    answers += ["", "none", "$ .", "12.", "-$7 or 8,"]
-    found = RegexFilter(**words).apply([[answer] for answer in answers], [{}] * len(answers))
-    for answer, [extracted] in zip(answers, found, strict=True):
-        for gold in ("Steps.\n#### 1,234", "#### -1234", "#### 7"):
-            theirs = exact_match_hf_evaluate([extracted], [gold], **{name: metric[name] for name in names})
-            assert lm_eval_is_correct(answer, gold) == bool(theirs["exact_match"]), (answer, gold)
-
-
-# Ways to end an answer that says {x}; {n} is a small number that is no answer.
-AGREED = (
-    "#### {x}", "#### {x}.", "#### ${x}", "#### {x} apples", "#### **{x}**", "The answer is {x}.",
-    "The answer is: ${x}", "**Answer:** {x} dollars",
-    "The final answer is \\(\\boxed{{{x}}}\\).", "\\[ {n} + 1 = {x} \\]", "So it is {x}%.",
-    "So she has {x} apples left.", "It makes {x}", "Total: {x} km", "{x}", "First {n}, then {n}0, so in all **{x}**.",
-)  # fmt: skip
-LISTED = {  # where lm-eval is wrong, and why
-    "a number follows the answer": ("#### {x}\nThat is for all {n} bags.", "The answer is {x}, in {n} days.",
-                                    "\\boxed{{{x}}} for {n} people"),
-    "equal numbers, other digits": ("#### {x}.00", "The answer is {x}.0", "\\boxed{{{x}.00}}"),
-    "a power or an index": ("#### {x} cm^2", "The answer is {x} m2."),
-    "more than one full stop": ("The answer is {x}...", "#### {x}. ...done"),
-    "a dash before it": ("It lasts from {n} to 9{n}, not 1-{x}",),
-    "another minus sign": ("#### \u2212{a}", "The answer is \u2212{a}"),
-}  # fmt: skip
-
-
-def test_lenient_agrees_with_flexible_extract_but_for_listed_reasons():
-    """2,000 answers, half of them wrong: ours says what is so, lm-eval the same but for the reasons listed."""
-    rng, differing = random.Random(0), {reason: 0 for reason in LISTED}
-    styles = [(None, style) for style in AGREED] * 3
-    styles += [(reason, style) for reason, group in LISTED.items() for style in group]
-    for number in range(2000):
-        reason, style = rng.choice(styles)
-        gold = rng.choice((1, 1, 1, -1)) * rng.randrange(1, 10 ** rng.randrange(1, 7))
-        gold = -abs(gold) if reason == "another minus sign" else abs(gold) if reason == "a dash before it" else gold
-        stated = gold if number % 2 else gold + rng.choice((-100, -10, -1, 1, 2, 9)) * rng.choice((1, abs(gold)))
-        stated = -abs(stated) if reason == "another minus sign" else stated
-        if reason == "a dash before it" and stated < 0:
-            continue
-        text = f"{stated:,}" if rng.random() < 0.5 else str(stated)
-        small = rng.randrange(2, 9)
-        response = f"There are {small} bags of {small + 3}, so {small} * {small + 3} = {small * (small + 3)}.\n"
-        response += style.format(x=text, n=small, a=text.lstrip("-"))
-        ours = grade(make_row("numeric", str(gold)), response).outcome == "correct"
-        theirs = lm_eval_is_correct(response, f"Steps.\n#### {gold:,}")
-        assert ours == (stated == gold), (response, gold)
-        if reason:
-            differing[reason] += ours != theirs
-        else:
-            assert ours == theirs, (response, gold)
-    assert min(differing.values()) > 5, differing
 
 
 @pytest.mark.parametrize("grader", ["numeric", "python_tests", "rubric"])
