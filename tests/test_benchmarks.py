@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import kd_loss, teacher_cache, train_job, train_step
+from benchmarks import kd_loss, sweep_generation, teacher_cache, train_job, train_step
+from src.utils.common import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,3 +100,23 @@ def test_teacher_generation_writes_its_record(tmp_path, tiny_teacher):
     assert all(result["tokens_per_second"] > 0 for result in record["results"])
     assert [result["tokens"] for result in record["results"]] == [20, 8, 20]
     assert record["ratios"].keys() == {"ours / one_by_one", "ours / unsorted_batch"}
+
+
+def test_sweep_generation_asks_both_for_the_same_answers(job, tmp_path):
+    profile = job["profile"]
+    train_job.train_ours({**job, "epochs": 1}, Path(job["data"]), "online", 0.8)
+    [run] = Path(job["data"]).glob("run_*")
+    rows = [{"id": f"{i}", "source": "sums", "domain": "maths", "prompt": f"{i} + {i}?", "reference": str(2 * i),
+             "grader": "numeric", "grader_args": "{}"} for i in range(3)]  # fmt: skip
+    write_jsonl(tmp_path / "eval_dataset.jsonl", rows)
+    found = {"base": profile["model_name_or_path"], "teacher": profile["teacher_model_name_or_path"],
+             "kd": str(run / "final_model")}  # fmt: skip
+    settings = {"data_dir": str(tmp_path), "mode": "quick", "temperatures": [0.0, 1.0], "num_samples": 2,
+                "max_new_tokens": 4, "allow_unsafe_execution": True}  # fmt: skip
+    job = {"settings": settings, "models": found, "merged": {"kd": str(tmp_path / "merged")}}
+    sweep_generation.measure("merge_kd", job)
+    for arm in found:
+        for what in ("sweep", "stage_1"):
+            measured = sweep_generation.measure(f"{what}_{arm}", job)
+            assert measured["answers"] == 3 * 2 * 2, (what, arm)
+            assert measured["tokens"] == pytest.approx(measured["tokens_per_second"] * measured["seconds"])

@@ -19,7 +19,7 @@ ALLOWED = {
     },
     "src.evaluation": {"src.evaluation", "src.utils"} | {
         f"src.distillation.{name}"
-        for name in ("base", "sft", "losses", "heldout", "batching", "packing", "teacher_signal")
+        for name in ("base", "sft", "losses", "lora", "heldout", "batching", "packing", "teacher_signal")
     },
     "scripts": {"src"},
     "tests": {"src", "benchmarks"},

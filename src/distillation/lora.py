@@ -17,15 +17,20 @@ from src.distillation.base import LORA_TARGETS
 from src.utils.common import UserError
 
 
+def _products(flat: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> list[Tensor]:
+    """x W^T + b + scale (x A^T) B^T (Hu et al. 2021, equation 3), and x A^T."""
+    out = torch.nn.functional.linear(flat, weight, bias)
+    inner = flat @ a.T
+    return [out.addmm_(inner, b.T, alpha=scale), inner]
+
+
 class _AdaptedLinear(torch.autograd.Function):
-    """x W^T + b + scale (x A^T) B^T (Hu et al. 2021, equation 3); no gradient for W and b, which are frozen."""
+    """`_products` with no gradient for W and b, which are frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        out = torch.nn.functional.linear(flat, weight, bias)
-        inner = flat @ a.T
-        out.addmm_(inner, b.T, alpha=scale)
+        out, inner = _products(flat, weight, bias, a, b, scale)
         ctx.save_for_backward(flat, weight, a, b, inner)
         ctx.scale = scale
         return out.view(*x.shape[:-1], -1)
@@ -45,16 +50,20 @@ class _FusedLinear(Linear):
     """peft's layer, run as the one function wherever that says the same: one adapter on, not merged, no dropout."""
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        plain = self.disable_adapters or self.merged or len(self.active_adapters) != 1 or arguments or keywords
-        name = self.active_adapters[0] if self.active_adapters else ""
-        if plain or (self.training and getattr(self.lora_dropout[name], "p", 0) > 0):
+        active = self.active_adapters
+        plain = self.disable_adapters or self.merged or len(active) != 1 or arguments or keywords
+        if plain or (self.training and getattr(self.lora_dropout[active[0]], "p", 0) > 0):
             return super().forward(x, *arguments, **keywords)
-        device, base = x.device.type, self.base_layer
+        device, base, name = x.device.type, self.base_layer, active[0]
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
-        a, b = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return _AdaptedLinear.apply(x.to(dtype), base.weight.to(dtype), bias, a, b, self.scaling[name])
+        factors = base.weight.to(dtype), bias, self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
+        if torch.is_grad_enabled():
+            return _AdaptedLinear.apply(x.to(dtype), *factors, self.scaling[name])
+        out = _products(x.to(dtype).reshape(-1, x.shape[-1]), *factors, self.scaling[name])[
+            0
+        ]  # a decoding step is short
+        return out.view(*x.shape[:-1], -1)
 
 
 def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: Sequence[str] = LORA_TARGETS,
@@ -80,6 +89,35 @@ def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets
     for module in adapted.modules():
         if isinstance(module, Linear):
             module.cast_input_dtype_enabled = False  # autocast casts; peft would go to fp32 and back in every layer
-            if fused:
-                module.__class__ = _FusedLinear
+    if fused:
+        fuse(adapted)
     return adapted
+
+
+def fuse(model: PeftModel) -> None:
+    """Run each adapter with its projection as one function from now on, products in the type of the projection."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.__class__ = _FusedLinear
+
+
+def load_adapters(model: PreTrainedModel, folders: dict[str, str]) -> PreTrainedModel | PeftModel:
+    """The model with the adapters of these folders, by name, in the type of its weights: to answer, not to train.
+
+    Raises:
+        UserError: an adapter is for another model.
+    """
+    for name, folder in folders.items():
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{folder} does not fit on {model.name_or_path}: {reason}; name its student with --base"
+            ) from error
+    if isinstance(model, PeftModel):
+        fuse(model)
+    return model.eval()

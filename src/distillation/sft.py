@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -22,12 +23,14 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer
 
 from src.distillation.base import end_of_turn_id, prompt_text
 from src.utils.common import UserError
 
 ENGINE = "transformers"
 SHRINK = 0.75  # a batch is cut down to its unfinished rows once at most this share of them is left
+PADDED = 1.25  # prompts are read together up to this many positions a token
 MAX_BATCH = 256  # rows at most where the size is derived: a batch that is cut off is generated again whole
 
 
@@ -191,6 +194,52 @@ class _StopWhenFew(StoppingCriteria):
         return torch.full((len(input_ids),), going <= self.few, device=input_ids.device)
 
 
+def _read_prompts(model: PreTrainedModel, pad_id: int, prompts: list[list[int]]) -> DynamicCache:
+    """The key-value cache of all but the last token of every prompt, rows padded on the left.
+
+    A prompt that several rows have is read once, beside those of about its length: a sweep over temperatures has every
+    prompt several times, and one long prompt is no reason to pad all others.
+    """
+    cache = DynamicCache(config=model.config)
+    distinct = sorted(set(map(tuple, prompts)), key=lambda ids: (len(ids), ids))
+    if len(distinct[0]) < 2 or not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return cache  # a sliding window or a recurrent state cannot be padded afterwards; `generate` reads all rows
+    groups: list[list[tuple[int, ...]]] = []
+    for ids in distinct:
+        own = groups[-1] if groups else []
+        if own and (len(own) + 1) * len(ids) <= PADDED * (sum(map(len, own)) + len(ids)):
+            own.append(ids)
+        else:
+            groups.append([ids])
+    parts = []
+    for group in groups:
+        rows, mask = _left_padded([ids[:-1] for ids in group], pad_id, model.get_input_embeddings().weight.device)
+        part = DynamicCache(config=model.config)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        model.get_decoder()(
+            input_ids=rows, attention_mask=mask, position_ids=positions, past_key_values=part, use_cache=True
+        )
+        parts.append([(layer.keys, layer.values) for layer in part.layers])
+    place = {ids: index for index, ids in enumerate(distinct)}
+    index_of_rows = torch.tensor([place[tuple(ids)] for ids in prompts])
+    longest = len(distinct[-1]) - 1
+    for index in range(len(cache.layers)):
+        columns = zip(*(part.pop(0) for part in parts), strict=True)  # a layer at a time: never two whole caches
+        keys, values = (
+            torch.cat([pad(own, (0, 0, longest - own.shape[2], 0)) for own in column]) for column in columns
+        )
+        cache.update(keys[index_of_rows], values[index_of_rows], index)
+    return cache
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, `[B, longest]` each."""
+    longest = max(map(len, prompts))
+    rows = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    return rows, mask
+
+
 @torch.inference_mode()
 def _answer_batch(
     model: PreTrainedModel, pad_id: int, end_ids: Tensor, prompts: list[list[int]], seeds: list[int],
@@ -203,18 +252,14 @@ def _answer_batch(
     """
     device = model.get_input_embeddings().weight.device
     end_ids = end_ids.to(device)
-    length = max(map(len, prompts))
-    rows = torch.full((len(prompts), length), pad_id, device=device)
-    mask = torch.zeros_like(rows)
-    for index, ids in enumerate(prompts):
-        rows[index, length - len(ids) :] = torch.tensor(ids, device=device)
-        mask[index, length - len(ids) :] = 1
+    rows, mask = _left_padded(prompts, pad_id, device)
+    length = rows.shape[1]
     limit = samplings[0].max_new_tokens
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniforms = torch.stack([torch.rand(limit, generator=generator) for generator in generators]).to(device)
     answers: list[list[int]] = [[] for _ in prompts]
     going = torch.arange(len(prompts), device=device)
-    cache = DynamicCache(config=model.config)
+    cache = _read_prompts(model, pad_id, prompts)
     while len(going):
         room = limit - (rows.shape[1] - length)
         few = int(SHRINK * len(going))

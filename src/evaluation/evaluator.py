@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel
-
 from src.distillation.base import (
     causal_lm,
     compute_dtype,
@@ -23,6 +21,7 @@ from src.distillation.base import (
 )
 from src.distillation.batching import encode_pairs
 from src.distillation.heldout import score_heldout
+from src.distillation.lora import load_adapters
 from src.distillation.packing import check_packing
 from src.distillation.sft import Sampling, generate, make_requests
 from src.distillation.teacher_signal import online_signal
@@ -134,38 +133,33 @@ def _sample_row(arm: str, row: dict[str, Any], answer: dict[str, Any], preset: s
 
 
 @dataclass
-class _Models:
+class Models:
+    """What the arms run on; the adapters of sft and kd sit on `student`."""
+
     student: Any = None
     student_tokenizer: Any = None
     teacher: Any = None
     teacher_tokenizer: Any = None
 
 
-def _load(config: EvaluateConfig, arms: Arms) -> _Models:
-    dtype, models, base = compute_dtype(), _Models(), arms.base
+def load_models(config: EvaluateConfig, arms: Arms) -> Models:
+    """The models of `arms.found`.
+
+    Raises:
+        UserError: one cannot be loaded or placed, or an adapter is for another student.
+    """
+    dtype, models, base = compute_dtype(), Models(), arms.base
     if arms.found.keys() != {"teacher"}:
         models.student_tokenizer = load_tokenizer(base)
         student = load_model(base, dtype, place(base, config.student_devices, dtype, config.gpu_memory_gb))
-        for arm in ("kd", "sft"):
-            if arm not in arms.found:
-                continue
-            try:
-                if isinstance(student, PeftModel):
-                    student.load_adapter(arms.found[arm], adapter_name=arm)
-                else:
-                    student = PeftModel.from_pretrained(student, arms.found[arm], adapter_name=arm)
-            except (ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:120]
-                message = f"{arms.found[arm]} does not fit on {base}: {reason}; name its student with --base"
-                raise UserError(message) from error
-        models.student = student.eval()
+        models.student = load_adapters(student, {arm: arms.found[arm] for arm in ("kd", "sft") if arm in arms.found})
     if name := arms.found.get("teacher"):
         models.teacher_tokenizer = load_tokenizer(name)
         models.teacher = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
     return models
 
 
-def _score_heldout(config: EvaluateConfig, arms: Arms, models: _Models, rows: list[dict[str, Any]], path: Path) -> None:
+def _score_heldout(config: EvaluateConfig, arms: Arms, models: Models, rows: list[dict[str, Any]], path: Path) -> None:
     """Append the sums of the rows that heldout.jsonl lacks."""
     names = [arm for arm in ("base", "sft", "kd") if arm in arms.found]
     done = {(row["arm"], row["id"], row["sample_index"]) for row in _stored(path)}
@@ -189,20 +183,20 @@ def _score_heldout(config: EvaluateConfig, arms: Arms, models: _Models, rows: li
             progress.advance(len(part) // len(names))
 
 
-def _cells(config: EvaluateConfig) -> list[tuple[str, float]]:
+def cells(config: EvaluateConfig) -> list[tuple[str, float]]:
     """Preset and temperature of every cell; greedy decoding is one cell, for no preset changes it."""
     return [(p, t) for p in config.presets for t in config.temperatures if t or p == config.presets[0]]
 
 
-def _generate(config: EvaluateConfig, arms: Arms, models: _Models, rows: list[dict[str, Any]], path: Path,
-              sandbox: Sandbox) -> None:  # fmt: skip
+def generate_answers(config: EvaluateConfig, arms: Arms, models: Models, rows: list[dict[str, Any]], path: Path,
+                     sandbox: Sandbox) -> None:  # fmt: skip
     """Append the graded answers that samples.jsonl lacks. All cells of an arm share its batches."""
     done: dict[str, set] = {}
     for row in _stored(path):
         done.setdefault(row["arm"], set()).add((row["id"], row["sample_index"], row["seed"]))
     by_id = {row["id"]: row for row in rows}
     requests, samplings = [], []
-    for preset, temperature in _cells(config):
+    for preset, temperature in cells(config):
         # the seeds are the same for every arm: arms are compared on common random numbers
         requests += make_requests(rows, config.num_samples, config.seed, f"{preset}/{temperature:g}")
         sampling = Sampling(temperature, **PRESETS[preset], max_new_tokens=config.max_new_tokens)
@@ -308,7 +302,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
         logger.info("%s is complete; nothing to do", folder)
         return read_results(results_path)
-    answers = len(chosen) * len(arms.found) * len(_cells(config)) * config.num_samples
+    answers = len(chosen) * len(arms.found) * len(cells(config)) * config.num_samples
     require_disk(folder, answers * (4 * config.max_new_tokens + 2000), "the answers")
     start_stage(marker, fingerprint)
     samples_path.touch()
@@ -320,10 +314,10 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         logger.info("arm %s: %s", arm, why)
 
     sandbox = open_sandbox(config.allow_unsafe_execution)
-    models = _load(config, arms)
+    models = load_models(config, arms)
     if heldout_rows:
         _score_heldout(config, arms, models, heldout_rows, heldout_path)
-    _generate(config, arms, models, chosen, samples_path, sandbox)
+    generate_answers(config, arms, models, chosen, samples_path, sandbox)
     del models
     gc.collect()
     context = {

@@ -49,6 +49,8 @@ def test_one_function_says_what_peft_says(make_model, autocast):
         model.enable_input_require_grads()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             hidden, _ = response_hidden(model, collate(ROWS, 0))
+            with torch.no_grad():
+                torch.testing.assert_close(response_hidden(model, collate(ROWS, 0))[0], hidden)
         hidden.float().pow(3).sum().backward()
         found.append([hidden, *(p.grad for p in model.parameters() if p.requires_grad)])
     for ours, theirs in zip(*found, strict=True):

@@ -1,5 +1,7 @@
 """Generation: sampling is exact, an answer does not depend on its batch, an interruption changes nothing."""
 
+import random
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -64,6 +66,27 @@ def test_an_answer_does_not_depend_on_its_batch(loaded, sampling, monkeypatch):
     assert by_key(answers(loaded, sampling, batch_size=11)) == reference
     monkeypatch.setattr(sft, "SHRINK", 0.0)
     assert by_key(answers(loaded, sampling, batch_size=11)) == reference
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_every_prompt_is_read_once_and_hardly_padded(make_model, window):
+    """Answers are `generate`'s own for each prompt alone; a model with a sliding window reads all rows in full."""
+    settings = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
+    model = make_model(**settings).eval()
+    draw = random.Random(0)
+    distinct = [[draw.randrange(256) for _ in range(length)] for length in (5, 6, 6, 7, 40)]
+    read = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
+    found = sft._answer_batch(
+        model, 0, torch.tensor([287]), distinct * 3, list(range(15)), [Sampling(0.0, 1, 0, 6)] * 15
+    )
+    hook.remove()
+    assert found[:5] == found[5:10] == found[10:]
+    for prompt, ids in zip(distinct, found, strict=False):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=287)
+        assert ids == alone[0, len(prompt) :].tolist()
+    at_first = sum(size for size in read if size % 15 or size > 15)
+    assert at_first == (15 * 40 if window else 4 * 6 + 39)
 
 
 def test_a_batch_may_mix_temperatures(loaded):
