@@ -5,11 +5,13 @@ Real processes on gloo and tiny models. DDP is accelerate's own; FSDP2 on a CPU 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import load_peft_weights
 
 from src.distillation.kd import run_kd_pipeline
@@ -32,13 +34,59 @@ def settings(tmp_path, tiny_teacher, tiny_student, clean_rows, write_sft):
     }  # fmt: skip
 
 
-def on_two_processes(*command: str) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631"]
-    done = subprocess.run(
-        [*launcher, *command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631")
+
+
+def run(*command: str) -> str:
+    """What the command says; one thread a process, for a product's sums go by the number of threads."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def flags(settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def on_two_processes(kind: str, settings: dict) -> str:
+    if kind == "ddp":
+        return run(*LAUNCHER, "scripts/run_improved_kd.py", *flags(settings))
+    return run(*LAUNCHER, "tests/fsdp_on_cpu.py", json.dumps(settings))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_learn_the_same_bit_for_bit(settings, tmp_path, kind):
+    """A step of two micro-batches has one sum, in whatever order: one process with both, or two with one each."""
+    settings |= {"batch_size": 4, "gradient_accumulation_steps": 2}
+    settings |= {"max_grad_norm": 1e9} if kind == "fsdp2" else {}  # its norm is summed over shards, in another order
+    run("scripts/run_improved_kd.py", *flags(settings | {"output_dir": str(tmp_path / "one")}))
+    output = on_two_processes(kind, settings | {"output_dir": str(tmp_path / "two")})
+    assert "8 rows in 1 x 2 passes (accumulation x processes)" in output
+    adapters = [load_peft_weights(str(tmp_path / name / "final_model")) for name in ("one", "two")]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name in adapters[0]:
+        assert torch.equal(adapters[0][name], adapters[1][name]), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_go_on_from_a_checkpoint_bit_for_bit(settings, tmp_path, kind):
+    """As if killed after the checkpoint of step 3 of 6: all that came later is gone."""
+    folder = tmp_path / "two"
+    settings |= {"output_dir": str(folder), "save_total_limit": 2}
+    on_two_processes(kind, settings)
+    whole = load_peft_weights(str(folder / "final_model"))
+    losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
+    for name in ("final_model", "checkpoint-6"):
+        shutil.rmtree(folder / name)
+    (folder / "kd_results.json").unlink()
+    output = on_two_processes(kind, settings)
+    assert "going on from step 3" in output
+    again = load_peft_weights(str(folder / "final_model"))
+    assert whole.keys() == again.keys()
+    for name in whole:
+        assert torch.equal(whole[name], again[name]), name
+    assert [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row] == losses
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -46,10 +94,7 @@ def test_two_processes_learn_what_one_learns(settings, tmp_path, kind):
     """Losses, tokens, adapter and held-out numbers; fp32 sums in another order may differ in the last digits."""
     run_kd_pipeline(settings | {"output_dir": str(tmp_path / "one")})
     two = settings | {"output_dir": str(tmp_path / "two")}
-    if kind == "ddp":
-        output = on_two_processes("scripts/run_improved_kd.py", *(f"--{name}={value}" for name, value in two.items()))
-    else:
-        output = on_two_processes("tests/fsdp_on_cpu.py", json.dumps(two))
+    output = on_two_processes(kind, two)
     assert "8 rows in 2 x 2 passes (accumulation x processes)" in output
     adapters = [load_peft_weights(str(tmp_path / name / "final_model")) for name in ("one", "two")]
     assert adapters[0].keys() == adapters[1].keys()
