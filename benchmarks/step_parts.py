@@ -129,10 +129,12 @@ def product_seconds(product: Product, dtype: torch.dtype) -> float:
 def step_floor(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds and FLOPs of a step's products alone, with the rate at which this machine does them.
 
-    Everything at once: a step's tokens in one product each, which is the best a machine can hope for.
+    Everything at once: a step's tokens in one product each, which is the best a machine can hope for; tokens that rows
+    begin alike with are counted once, as our packs run them.
     """
     dtype, profile = compute_dtype("cpu"), job["profile"]
-    tokens, answers = round(job["tokens"] / job["steps"]), round(job["answers"] / job["steps"])
+    tokens = round(job["tokens"] * (1 - job["shared"]) / job["steps"])
+    answers = round(job["answers"] / job["steps"])
     length = round(job["tokens"] / job["rows"])
     student = load_model_config(profile["model_name_or_path"])
     teacher = load_model_config(profile["teacher_model_name_or_path"])

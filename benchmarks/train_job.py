@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from src.distillation.base import encode_row, end_of_turn_id, load_tokenizer
+from src.distillation.batching import StepBatches, micro_batches, waste
 from src.distillation.kd import SECTION, KDConfig, run_kd_pipeline
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.utils.common import UserError, read_jsonl, write_jsonl
@@ -54,8 +55,18 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "profile": profile | {"overwrite": True}, "steps": steps, "epochs": 2, "max_grad_norm": config.max_grad_norm,
         "rows": len(rows), "tokens": sum(map(len, rows)), "answers": sum(len(row.response_ids) for row in rows),
+        "shared": shared(config, rows),
         "lora_r": config.lora_r, "data": str(folder / "data"), "probe": str(folder / "probe"),
     }  # fmt: skip
+
+
+def shared(config: KDConfig, rows: list[Any]) -> float:
+    """The share of the rows' tokens that our packs run with another row's."""
+    lengths, step, seed = [len(row) for row in rows], config.rows_per_step, config.data_seed
+    parts = step // config.per_device_train_batch_size
+    if config.tokens_per_batch:
+        parts = micro_batches(lengths, step, 1, config.tokens_per_batch, 1, seed)
+    return waste(rows, StepBatches(lengths, step, parts, seed, config.packing))[1]
 
 
 def make_caches(job: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,20 @@ def job(tmp_path, tiny_models, clean_rows, write_sft):
     return train_job.make_job(arguments, tmp_path)
 
 
+def test_the_floor_counts_what_is_done(job):
+    """Rows that begin alike are run from there on only; without a teacher there is less to multiply."""
+    found = {}
+    for shared in (0.0, 0.25):
+        floor = train_step.measure("floor", job | {"shared": shared})["floor"]
+        found[shared] = {name: floor[name]["tflop"] for name in ("sft", "hidden", "online")}
+        assert floor["tokens"] == round(job["tokens"] * (1 - shared) / job["steps"])
+    for floor in found.values():
+        assert floor["sft"] < floor["hidden"] < floor["online"]
+    for name in found[0.0]:
+        assert found[0.25][name] < found[0.0][name]
+    assert 0 < job["shared"] < 1
+
+
 def test_train_step_measures_the_same_work(job):
     train_job.make_caches(job)
     found = {name: train_step.measure(name, job) for name in ("ours_hidden", "ours_online", "ours_sft", "plain_torch")}
