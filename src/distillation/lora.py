@@ -47,22 +47,23 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 class _FusedLinear(Linear):
-    """peft's layer, run as the one function wherever that says the same: one adapter on, not merged, no dropout."""
+    """peft's layer, run as the one function wherever that says the same: one adapter on, with a plain A and B in this
+    layer (no DoRA, no bias), not merged, no dropout."""
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        active = self.active_adapters
-        plain = self.disable_adapters or self.merged or len(active) != 1 or arguments or keywords
-        if plain or (self.training and getattr(self.lora_dropout[active[0]], "p", 0) > 0):
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        plain = self.disable_adapters or self.merged or len(names) != 1 or arguments or keywords
+        plain = plain or names[0] in self.lora_variant or self.lora_bias.get(names[0])
+        if plain or (self.training and getattr(self.lora_dropout[names[0]], "p", 0) > 0):
             return super().forward(x, *arguments, **keywords)
-        device, base, name = x.device.type, self.base_layer, active[0]
+        device, base, name = x.device.type, self.base_layer, names[0]
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
         factors = base.weight.to(dtype), bias, self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
         if torch.is_grad_enabled():
             return _AdaptedLinear.apply(x.to(dtype), *factors, self.scaling[name])
-        out = _products(x.to(dtype).reshape(-1, x.shape[-1]), *factors, self.scaling[name])[
-            0
-        ]  # a decoding step is short
+        flat = x.to(dtype).reshape(-1, x.shape[-1])  # without autograd's function: a decoding step is short
+        out, _ = _products(flat, *factors, self.scaling[name])
         return out.view(*x.shape[:-1], -1)
 
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.distillation.base import LORA_TARGETS, EncodedRow, collate, count_parameters, response_hidden
-from src.distillation.lora import add_lora
+from src.distillation.lora import add_lora, load_adapters
 from src.utils.common import UserError
 
 
@@ -67,6 +68,29 @@ def test_off_means_off(make_model):
     bare, _ = response_hidden(make_model(), batch)
     torch.testing.assert_close(off, bare)
     assert (on - off).norm() > 0.1 * off.norm()
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"target_modules": ["q_proj"]}, {}])
+def test_loaded_adapters_say_what_peft_says(make_model, tmp_path, settings):
+    """Two adapters of other kinds on one model: with DoRA, on one projection alone, and on all."""
+    folders = {}
+    for name, own in (("one", settings), ("two", {})):
+        wanted = {"target_modules": list(LORA_TARGETS)} | own
+        model = get_peft_model(make_model(), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **wanted))
+        generator = torch.Generator().manual_seed(len(folders))
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data += torch.rand(parameter.shape, generator=generator) * 0.2
+        model.save_pretrained(tmp_path / name)
+        folders[name] = str(tmp_path / name)
+    ours, batch, states = load_adapters(make_model(), folders), collate(ROWS, 0), []
+    for name, folder in folders.items():
+        ours.set_adapter(name)
+        theirs = PeftModel.from_pretrained(make_model(), folder).eval()
+        with torch.no_grad():
+            states.append(response_hidden(ours, batch)[0])
+            torch.testing.assert_close(states[-1], response_hidden(theirs, batch)[0])
+    assert (states[0] - states[1]).norm() > 0.01 * states[0].norm()
 
 
 def test_dropout_is_not_lost(make_model):
