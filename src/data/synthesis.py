@@ -112,11 +112,11 @@ def load_pack(path: str | Path) -> Pack:
                 tuple(families.values()))  # fmt: skip
 
 
-def _check(raw: Any, required: Kinds, more: Kinds = {}) -> None:  # noqa: B006
+def _check(raw: Any, required: Kinds, more: Kinds | None = None) -> None:
     """A mapping with the required keys, perhaps some more, no others; each of its kind, the required not empty."""
     if not isinstance(raw, dict):
         raise UserError(f"expected a mapping, found {raw!r:.60}")
-    known = {**required, **more}
+    known = {**required, **(more or {})}
     for key, value in raw.items():
         if key not in known:
             raise UserError(f"unknown key {key!r}{near(key, known)}")
