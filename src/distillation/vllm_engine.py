@@ -9,11 +9,11 @@ and the openai engine in front of it.
 import importlib.util
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any
 
 from src.distillation.sft import Request, Sampling, answer_row
@@ -65,7 +65,7 @@ def _end_with_parent() -> None:
 
 
 def _replica(devices: list[int], arguments: dict[str, Any], sampling: dict[str, Any], inbox: Any, outbox: Any) -> None:
-    """A process: jobs in, answers out, until None comes."""
+    """A process: jobs in, answers out, until it is killed."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if devices:
@@ -73,11 +73,12 @@ def _replica(devices: list[int], arguments: dict[str, Any], sampling: dict[str, 
     from vllm import LLM, SamplingParams
 
     llm = LLM(**arguments)
-    for numbers, jobs in iter(inbox.get, None):
+    while True:
+        numbers, jobs = inbox.get()
         prompts = [{"prompt_token_ids": ids} for ids, _ in jobs]
         parameters = [SamplingParams(**sampling, seed=seed) for _, seed in jobs]
         outputs = [result.outputs[0] for result in llm.generate(prompts, parameters, use_tqdm=False)]
-        outbox.put((numbers, [(output.text, output.finish_reason, len(output.token_ids)) for output in outputs]))
+        outbox.send((numbers, [(output.text, output.finish_reason, len(output.token_ids)) for output in outputs]))
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> None:
@@ -102,7 +103,7 @@ def opened(
         ends: token ids that end an answer.
 
     Raises:
-        UserError: vLLM is not installed; (in `answer`) a replica ended.
+        UserError: vLLM is not installed; (in `answer`, after all that the others answered) a replica ended.
     """
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
@@ -114,38 +115,52 @@ def opened(
         "presence_penalty": 0.0, "frequency_penalty": 0.0,
     }  # fmt: skip
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
-    outbox = context.Queue()
     inboxes = [context.Queue() for _ in groups]
+    # answers by a pipe each: the lock of a shared queue would stay locked if a replica were killed while it writes
+    outboxes, their_ends = zip(*(context.Pipe(duplex=False) for _ in groups), strict=True)
     processes = [
-        context.Process(target=_replica, args=(group, arguments, parameters, inbox, outbox))
-        for group, inbox in zip(groups, inboxes, strict=True)
+        context.Process(target=_replica, args=(group, arguments, parameters, inbox, end))
+        for group, inbox, end in zip(groups, inboxes, their_ends, strict=True)
     ]
     logger.info("vLLM: %d replica(s) on GPUs %s, %s", len(groups), groups, arguments)
 
     def answer(requests: Sequence[Request], prompts: Sequence[list[int]]) -> Iterator[list[dict[str, Any]]]:
+        left: dict[int, set[int]] = {}
         for rank, inbox in enumerate(inboxes):
             own = [i for i, request in enumerate(requests) if shard_of(request.id, len(groups)) == rank]
+            left[rank] = set(own)
             for start in range(0, len(own), HANDED_OVER):
                 part = own[start : start + HANDED_OVER]
                 inbox.put((part, [(prompts[i], requests[i].seed) for i in part]))
-        left = set(range(len(requests)))
-        while left:
-            try:
-                numbers, answers = outbox.get(timeout=1)
-            except queue.Empty:
-                for rank, process in enumerate(processes):
-                    if not process.is_alive():
-                        raise UserError(
-                            f"vLLM replica {rank} (GPUs {groups[rank]}) ended with exit code {process.exitcode}, its "
-                            "log stands above; run the same command again, what was answered is kept"
-                        ) from None
-                continue
-            left -= set(numbers)
-            yield [answer_row(requests[i], sampling, ENGINE, *found) for i, found in zip(numbers, answers, strict=True)]
+        lost: dict[int, str] = {}
+        while working := [rank for rank in left if left[rank] and rank not in lost]:
+            wait([outboxes[rank] for rank in working], timeout=1)
+            for rank in working:
+                ended = not processes[rank].is_alive()  # asked first: its last answers may lie in the pipe
+                try:
+                    found = outboxes[rank].recv() if outboxes[rank].poll() else None
+                except EOFError:
+                    processes[rank].join(10)
+                    ended, found = True, None
+                if found:
+                    numbers, answers = found
+                    left[rank] -= set(numbers)
+                    rows = zip(numbers, answers, strict=True)
+                    yield [answer_row(requests[i], sampling, ENGINE, *answer) for i, answer in rows]
+                elif ended:
+                    code = processes[rank].exitcode
+                    lost[rank] = f"vLLM replica {rank} (GPUs {groups[rank]}) ended with exit code {code}"
+                    logger.warning("%s, %d prompts unanswered; the others go on", lost[rank], len(left[rank]))
+        if lost:
+            raise UserError(
+                f"{'; '.join(lost.values())}, its log stands above; run the same command again, what was answered is "
+                "kept"
+            )
 
     try:
-        for process in processes:
+        for process, end in zip(processes, their_ends, strict=True):
             process.start()
+            end.close()  # or a replica's end would not end its pipe
         yield answer
     finally:
         for process in processes:

@@ -605,7 +605,7 @@ def test_results_keep_the_order_of_the_tasks(sandbox):
 
 
 def test_a_timeout_counts_only_when_alone(monkeypatch):
-    """Slow beside others, in time alone: passed. In time never: timeout. And the second run is alone indeed."""
+    """Slow beside others, in time alone: passed. In time never: timeout. The second run is alone and has more time."""
     running, alone, tries, lock = [], [], {}, threading.Lock()
 
     def fake(one, level, python, seconds):
@@ -615,7 +615,7 @@ def test_a_timeout_counts_only_when_alone(monkeypatch):
         time.sleep(0.05)
         with lock:
             if tries[one.sources] == 2:
-                alone.append(len(running) == 1)
+                alone.append((len(running) == 1, seconds))
             running.remove(one)
         slow = one.sources[0] == "never" or (one.sources[0] == "crowded" and tries[one.sources] == 1)
         return Verdict("timeout" if slow else "passed", "")
@@ -625,7 +625,12 @@ def test_a_timeout_counts_only_when_alone(monkeypatch):
     verdicts = run_tasks(tasks, Sandbox("namespaces", workers=4))
     assert [found.kind for found in verdicts] == ["passed", "passed", "timeout", "passed"]
     assert [tries[one.sources] for one in tasks] == [1, 2, 2, 1]
-    assert alone == [True, True]
+    assert alone == [(True, 12), (True, 12)]
+
+
+def test_a_single_slow_answer_has_its_second_run(sandbox):
+    slow = task("import time\ndef f(x):\n    time.sleep(2)\n    return x", "assert f(1) == 1")
+    assert [found.kind for found in run_tasks([slow], sandbox, seconds=1)] == ["passed"]
 
 
 @pytest.mark.parametrize(
