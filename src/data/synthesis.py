@@ -15,12 +15,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-import yaml
-
 from src.data.cleaning import words_of
 from src.data.sources import Row, dataset_row
 from src.data.templates import FUNCTIONS, Values, at, calculate, expression, fill, near
 from src.utils.common import UserError
+from src.utils.config import read_yaml
 
 SPLITS = ("train", "eval")
 GRADERS = ("numeric", "rubric")
@@ -87,11 +86,8 @@ def load_pack(path: str | Path) -> Pack:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such scenario pack")
+    raw = read_yaml(path)
     with at(path):
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
         _check(raw, PACK, PACK_MORE)
         for name, entry in raw.get("lists", {}).items():
             with at(f"lists: {name}"):

@@ -37,7 +37,7 @@ class KDConfig(TrainingArguments):
     temperature: float = setting(2.5, "KD softmax temperature T of teacher and student", "kd_temperature")
     alpha: float = setting(0.8, "weight of the divergence; 0 is plain SFT, the control", "kd_alpha", "kd_ratio")
     divergence: Literal[DIVERGENCES] = setting("forward_kl", "what is distilled")  # type: ignore[valid-type]
-    beta: float = setting(0.5, "the teacher's weight in the mixture of jsd, strictly inside (0, 1)")
+    beta: float = setting(0.5, "the teacher's weight in the mixture of jsd, from 1e-6 to 1 - 1e-6")
     teacher_signal: Literal["hidden", "topk", "online"] = setting(
         "hidden", "the teacher's beliefs: hidden or topk from scripts/cache_teacher.py, online from a resident teacher"
     )
@@ -100,7 +100,11 @@ class KDConfig(TrainingArguments):
         for good, message in (
             (0 < self.temperature < math.inf, f"temperature must be above 0, got {self.temperature}"),
             (0 <= self.alpha <= 1, f"alpha must be between 0 and 1, got {self.alpha}"),
-            (self.divergence != "jsd" or 0 < self.beta < 1, f"beta must be strictly inside (0, 1), got {self.beta}"),
+            # nearer to either end fp32 rounds the mixture to one of its parts, and the loss may be infinite
+            (
+                self.divergence != "jsd" or 1e-6 <= self.beta <= 1 - 1e-6,
+                f"beta must be at least 1e-6 and at most 1 - 1e-6, got {self.beta}",
+            ),
             (0 <= self.validation_fraction < 0.5, "validation_fraction must be at least 0 and below 0.5"),
             (self.per_device_train_batch_size >= 1, "batch_size must be at least 1"),
             (self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps must be at least 1"),

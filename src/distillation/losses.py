@@ -110,7 +110,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Te
         log_p: the teacher's log-probabilities at temperature T.
         log_q: the student's.
         kind: `forward_kl` KL(p || q), `reverse_kl` KL(q || p) or `jsd`, beta KL(p || m) + (1 - beta) KL(q || m).
-        beta: the weight of p in the mixture m; `jsd` only, strictly inside (0, 1).
+        beta: the weight of p in the mixture m; `jsd` only, from 1e-6 to 1 - 1e-6.
     """
     if kind == "forward_kl":
         return (log_p.exp() * (log_p - log_q)).sum(-1)

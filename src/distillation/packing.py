@@ -44,11 +44,13 @@ def segments(rows: Sequence[EncodedRow]) -> list[Segment]:
     prompts = [row.prompt_ids[:-1] for row in rows]
     shared: list[list[tuple[int, int, int]]] = [[] for _ in rows]  # of each row: (the first row that has it, from, to)
 
-    def descend(group: list[int], start: int, same: int) -> None:
+    groups = [(list(range(len(rows))), 0, 0)]  # rows, where their next segment starts, how far they are known alike
+    while groups:
+        group, start, same = groups.pop()
         first, last = min(prompts[index] for index in group), max(prompts[index] for index in group)
         while same < len(first) and first[same] == last[same]:  # then it is the same in all between them
             same += 1
-        if same - start >= LEAST:
+        if same - start >= LEAST and len(group) > 1:
             for index in group:
                 shared[index].append((group[0], start, same))
             start = same
@@ -56,12 +58,7 @@ def segments(rows: Sequence[EncodedRow]) -> list[Segment]:
         for index in group:
             if len(prompts[index]) > same:
                 going_on[prompts[index][same]].append(index)
-        for part in going_on.values():
-            if len(part) > 1:
-                descend(part, start, same)
-
-    if len(rows) > 1:
-        descend(list(range(len(rows))), 0, 0)
+        groups += [(part, start, same) for part in going_on.values() if len(part) > 1]
     found: list[Segment] = []
     place: dict[tuple[int, int, int], int] = {}
     for index, row in enumerate(rows):

@@ -86,6 +86,32 @@ def _as_arguments(values: dict[str, Any], config_class: type, where: str) -> lis
     return arguments
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML wants keys to be unique; PyYAML would take the last of two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UserError: not UTF-8, broken YAML, or a key that stands twice in a mapping (names the line).
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def read_profile(path: str | Path, section: str, config_class: type) -> dict[str, Any]:
     """One stage's values from a profile: its section over the shared keys above it.
 
@@ -95,12 +121,7 @@ def read_profile(path: str | Path, section: str, config_class: type) -> dict[str
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such profile; the shipped ones are in configs/")
-    try:
-        profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    profile = read_yaml(path) or {}
     if not isinstance(profile, dict):
         raise UserError(f"{path}: a profile is a mapping of settings and sections, found {type(profile).__name__}")
     for key in profile:

@@ -267,7 +267,8 @@ def refused(settings: dict, words: str) -> None:
     [
         ({"temperature": 0}, "temperature must be above 0"),
         ({"alpha": 1.5}, "alpha must be between 0 and 1"),
-        ({"divergence": "jsd", "beta": 1.0}, "beta must be strictly inside"),
+        ({"divergence": "jsd", "beta": 1e-9}, "beta must be at least 1e-6 and at most"),
+        ({"divergence": "jsd", "beta": 1.0}, "beta must be at least 1e-6 and at most"),
         ({"max_length": 20}, r"40 of 40 rows are longer than max_length = 20.*--max_length"),
         ({"gradient_accumulation_steps": 64}, "training rows, but one optimisation step takes 256"),
         ({"model_name_or_path": "no/such/folder"}, "'no/such/folder' cannot be loaded"),

@@ -38,6 +38,14 @@ def test_a_pack_is_its_rows_end_to_end():
     assert pack([rows[0]], 9, multiple=3)["segment_lengths"] == [3]
 
 
+def test_prompts_that_each_go_on_from_the_one_before():
+    """Prompts of 1 to 119 tokens, each the beginning of the next."""
+    found = packing.segments([EncodedRow(str(n), tuple(range(n)), (0,)) for n in range(1, 120)])
+    shared = [segment for segment in found if segment.end < segment.row + 2]  # not to the end of its row
+    assert [(start, end) for _, start, end, _ in shared] == [(n, n + LEAST) for n in range(0, 117 - LEAST, LEAST)]
+    assert len(found) == 119 + len(shared)
+
+
 START = tuple(range(100, 110))
 FAMILY = [
     EncodedRow("a", (*START, 1, 2, 3, 4, 5, 6, 7, 8, 9), (50, 51)),
