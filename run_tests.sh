@@ -28,8 +28,8 @@ done
 # report.html is tested in a browser: Debian's, installed if it is missing and this is root; without one the tests skip
 if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
   echo "installing chromium"
-  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
-    >/dev/null 2>&1 || echo "chromium could not be installed: the browser tests will be skipped"
+  said=$({ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; } 2>&1) ||
+    { echo "chromium could not be installed, so the browser tests will be skipped:"; tail -n 3 <<<"$said"; }
 fi
 ensure_venv requirements.txt requirements-dev.txt
 "$VENV/bin/ruff" check .

@@ -22,7 +22,7 @@ ALLOWED = {
         for name in ("base", "sft", "losses", "lora", "heldout", "batching", "packing", "teacher_signal")
     },
     "scripts": {"src"},
-    "tests": {"src", "benchmarks"},
+    "tests": {"src", "benchmarks", "tests"},
     "benchmarks": {"src"} | {
         f"benchmarks.{name}" for name in ("harness", "kd_reference", "step_parts", "train_job", "train_peers")
     },

@@ -1,13 +1,21 @@
-"""Made-up evaluations: answers, held-out rows and curves as the stages leave them, without a model."""
+"""Evaluations of tiny models, and made-up ones: answers, held-out rows and curves as the stages leave them."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from src.distillation.heldout import tokens_by_position
+from src.distillation.sft import ENGINE
+from src.evaluation import evaluator
+from src.evaluation.evaluator import EvaluateConfig, run_evaluation
 from src.evaluation.results import ARMS
+from src.utils.common import write_jsonl
+from tests.evaluation.tiny import config_for, eval_rows, train
 
 SKILL = {"base": 0.25, "sft": 0.4, "kd": 0.55, "teacher": 0.8}
 WORDS = ("the", "sum", "of", "both", "is", "therefore", "more", "than", "we", "had", "before", "and", "so", "on", "it")
@@ -94,3 +102,59 @@ def context(missing: dict[str, str] | None = None, steps: int = 40, **settings: 
 @pytest.fixture(scope="session")
 def made_up() -> dict[str, Callable[..., Any]]:
     return {"samples": sample_rows, "heldout": heldout_rows, "context": context}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny_teacher, tiny_student, clean_rows, write_sft) -> Path:
+    """A folder with prompts, held-out rows, a finished run and its control; tests that change it take a copy."""
+    root = tmp_path_factory.mktemp("trained")
+    write_jsonl(root / "data" / "eval_dataset.jsonl", eval_rows())
+    write_sft(root / "tiny", clean_rows(24), clean_rows(6, start=100))
+    settings = {
+        "model_name_or_path": tiny_student, "teacher_model_name_or_path": tiny_teacher, "learning_rate": 1e-2,
+        "warmup_steps": 0, "batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "max_length": 256,
+        "lora_r": 4, "bf16": False, "temperature": 2.0, "teacher_signal": "online", "compile_loss": False,
+    }  # fmt: skip
+    (root / "settings.json").write_text(json.dumps(settings))
+    train(root, alpha=0.8)
+    train(root, alpha=0.0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained, tmp_path_factory) -> tuple[EvaluateConfig, dict]:
+    """A finished evaluation of all four arms at two temperatures, and what run_evaluation returned."""
+    config = config_for(trained, tmp_path_factory.mktemp("evaluated"), temperatures=[0.1, 0.7], num_samples=2)
+    return config, run_evaluation(config)
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    """A copy of `trained` without its control."""
+    root = tmp_path / "copied"
+    shutil.copytree(trained, root, ignore=shutil.ignore_patterns("sft_control_*", "checkpoint-*"))
+    return root
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """Every arm says the right thing in the asked-for form; code that is run outside a sandbox leaves a file `ran`."""
+
+    def generate(model, tokenizer, requests, sampling, batch_size, done=frozenset()):
+        for request, own in zip(requests, sampling, strict=True):
+            kind, number = request.id.split("-")
+            leave = f"try: open({str(tmp_path / 'ran')!r}, 'w')\nexcept OSError: pass"
+            code = f"{leave}\ndef f():\n    return {int(number)}"
+            response = {
+                "sums": f"#### {int(number)}",
+                "functions": f"```python\n{code}\n```",
+                "incidents": "Root cause: disk full",
+            }[kind]
+            if request not in done:
+                yield [{
+                    "id": request.id, "sample_index": request.sample_index, "prompt": request.prompt,
+                    "response": response, "finish_reason": "stop", "num_tokens": 5, "engine": ENGINE,
+                    "sampling": vars(own), "seed": request.seed,
+                }]  # fmt: skip
+
+    monkeypatch.setattr(evaluator, "generate", generate)

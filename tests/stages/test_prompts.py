@@ -1,0 +1,154 @@
+"""scripts/download_datasets.py: prompts, their manifest, and what it refuses."""
+
+import json
+
+import pytest
+
+from src.utils.common import read_json, read_jsonl, write_jsonl
+from tests.reading import as_set, content
+
+ROW_FIELDS = {"id", "source", "domain", "split", "system", "prompt", "reference", "grader", "grader_args"}
+
+
+def test_prompts_and_their_manifest(succeeds, profile, tmp_path):
+    path = profile()
+    printed = succeeds("download_datasets", "--config", path)
+    assert "18 training and 8 evaluation rows" in printed
+    data = tmp_path / "data"
+    rows = {split: read_jsonl(data / f"{split}_dataset.jsonl") for split in ("train", "eval")}
+    for split, part in rows.items():
+        for row in part:
+            assert row.keys() == ROW_FIELDS
+            assert all(isinstance(value, str) for value in row.values())
+            assert row["split"] == split
+            json.loads(row["grader_args"])
+    ids = [row["id"] for part in rows.values() for row in part]
+    assert len(set(ids)) == len(ids) == 26
+    manifest = read_json(data / "manifest.json")
+    assert (manifest["train_rows"], manifest["eval_rows"]) == (18, 8)
+    assert manifest["provenance"]["command"].startswith("scripts/download_datasets.py --config")
+    stated = {(entry["source"], entry["split"]): entry for entry in manifest["sources"]}
+    pack = read_jsonl(data / "train_dataset.jsonl")[-1]["source"]
+    assert {key: entry["rows"] for key, entry in stated.items()} == {
+        ("humaneval", "train"): 4, ("humaneval", "eval"): 3, (pack, "train"): 14, (pack, "eval"): 5,
+    }  # fmt: skip
+    for (source, _), entry in stated.items():
+        assert entry["licence"]
+        assert len(entry["sha256"]) == 64
+        assert entry["seed"] == 7
+        assert 0 <= entry["near_duplicates"] < entry["rows"]
+        assert ("HumanEval.jsonl (sha256" if source == "humaneval" else "synthetic") in entry["origin"]
+
+    before = content(data)
+    assert "nothing to do" in succeeds("download_datasets", "--config", path)
+    assert content(data) == before
+    assert not list(data.glob(".*"))
+
+
+def test_another_seed_gives_other_rows_and_the_same_seed_the_same(succeeds, profile, tmp_path):
+    path = profile()
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        succeeds("download_datasets", "--config", path, "--data_dir", tmp_path / name, "--seed", seed)
+    train = [as_set(tmp_path / name / "train_dataset.jsonl") for name in "abc"]
+    assert train[0] == train[1] != train[2]
+
+
+def test_changed_settings_are_refused_by_the_field(succeeds, fails, profile, tmp_path):
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    before = content(tmp_path / "data")
+    line = fails("download_datasets", "--config", path, "--humaneval_train_rows", "5")
+    assert f"{tmp_path / 'data'} was made with humaneval_train_rows = 4, this run has 5" in line
+    assert "--overwrite" in line
+    assert content(tmp_path / "data") == before
+    succeeds("download_datasets", "--config", path, "--humaneval_train_rows", "5", "--overwrite")
+    assert len(read_jsonl(tmp_path / "data" / "train_dataset.jsonl")) == 19
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"gsm8k_path": "hub", "gsm8k_train_rows": 5}, "hub data set openai/gsm8k (train) cannot be had"),
+    ({"humaneval_path": "hub", "humaneval_train_rows": 5}, "hub data set openai/openai_humaneval (test) cannot be had"),
+    ({"mbpp_path": "hub", "mbpp_eval_rows": 5}, "hub data set google-research-datasets/mbpp (test) cannot be had"),
+])  # fmt: skip
+def test_a_hub_out_of_reach_names_the_flag_that_takes_a_file(fails, profile, monkeypatch, tmp_path, settings, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no_cache"))
+    line = fails("download_datasets", "--config", profile(**settings))
+    assert words in line
+    assert f"name another place with --{next(iter(settings))}" in line
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"humaneval_train_rows": 9}, "humaneval: 9 train rows are asked for, 8 can be had"),
+    ({"humaneval_train_rows": 8, "humaneval_eval_rows": 1}, "humaneval: 1 eval rows are asked for, 0 can be had"),
+    ({"humaneval_eval_rows": 3}, "the profile asks for no training or no evaluation rows"),
+    ({"humaneval_path": "no/such.jsonl", "humaneval_train_rows": 1}, "no/such.jsonl: no such file"),
+    ({"domains": ["maths"], "domain_train_rows": [3]}, "must have one entry a pack each"),
+    ({"domains": ["math"], "domain_train_rows": [3], "domain_eval_rows": [3]}, "math: no such file in data/domains; "),
+])  # fmt: skip
+def test_wrong_requests_for_prompts(fails, profile, humaneval_file, tmp_path, settings, words):
+    assert words in fails(
+        "download_datasets", "--config", profile(**{"humaneval_path": str(humaneval_file)} | settings)
+    )
+    assert not list((tmp_path / "data").glob("*_dataset.jsonl"))
+
+
+def test_a_source_file_that_is_not_the_official_one(fails, profile, tmp_path):
+    path = tmp_path / "train.jsonl"
+    settings = {"gsm8k_path": str(path), "gsm8k_train_rows": 1}
+    path.write_text('{"question": "How many?", "answer": "#### 1"}\n{"question": "Why?"}\n')
+    assert f"{path}:2: missing answer; found question" in fails("download_datasets", "--config", profile(**settings))
+    path.write_text('{"question": "How many?", "answer": "one"}\n')
+    assert "record 1 has no '#### <number>'" in fails("download_datasets", "--config", profile(**settings))
+
+
+@pytest.mark.parametrize("given", ["gsm8k/train.jsonl", "gsm8k"])
+def test_official_gsm8k_and_mbpp_go_through_every_stage(succeeds, profile, shared_data, tmp_path, given):
+    """20 rows of GSM8K and 3 of MBPP; the tiny teacher's answers are nonsense, so `select: all`."""
+    path = profile(
+        gsm8k_path=str(shared_data / given), gsm8k_train_rows=16, gsm8k_eval_rows=4,
+        mbpp_path=str(shared_data / "mbpp" / "mbpp.jsonl"), mbpp_eval_rows=3,
+    )  # fmt: skip
+    succeeds("download_datasets", "--config", path)
+    rows = {split: read_jsonl(tmp_path / "data" / f"{split}_dataset.jsonl") for split in ("train", "eval")}
+    assert [row["source"] for row in rows["train"]] == ["gsm8k"] * 16
+    assert [row["source"] for row in rows["eval"]] == ["gsm8k"] * 4 + ["mbpp"] * 3
+    official = {
+        split: {row["question"].strip() for row in read_jsonl(shared_data / "gsm8k" / f"{name}.jsonl")}
+        for split, name in (("train", "train"), ("eval", "test"))
+    }
+    for split, part in rows.items():
+        for row in part:
+            if row["source"] == "gsm8k":
+                assert row["prompt"].rpartition("\n\n")[0] in official[split]
+                float(row["reference"])
+    tasks = [int(json.loads(row["grader_args"])["task_id"].removeprefix("MBPP/")) for row in rows["eval"][4:]]
+    assert all(11 <= task <= 510 for task in tasks)
+    stated = {(e["source"], e["split"]): e for e in read_json(tmp_path / "data" / "manifest.json")["sources"]}
+    assert "train.jsonl (sha256" in stated["gsm8k", "train"]["origin"]
+    assert "test.jsonl (sha256" in stated["gsm8k", "eval"]["origin"]
+    assert stated["mbpp", "eval"]["licence"] == "CC BY 4.0"
+    if given == "gsm8k":
+        return
+    for name in ("generate_sft_data", "fix_sft_data"):
+        succeeds(name, "--config", path)
+    printed = succeeds("run_improved_kd", "--config", path, "--max_length", "2000")
+    assert "kd: held-out kl_to_teacher" in printed
+
+
+def test_a_folder_with_a_dot_in_its_name(succeeds, profile, tmp_path):
+    folder = tmp_path / "gsm8k-1.0"
+    for name in ("train", "test"):
+        rows = [{"question": f"How many {name} ducks are {i}?", "answer": f"#### {i}"} for i in range(3)]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    settings = {"gsm8k_path": str(folder), "gsm8k_train_rows": 2, "gsm8k_eval_rows": 1}
+    succeeds("download_datasets", "--config", profile(**settings))
+
+
+def test_a_changed_source_file_is_noticed(succeeds, fails, profile, humaneval_file):
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    rows = read_jsonl(humaneval_file)
+    write_jsonl(humaneval_file, [row | {"test": "def check(candidate):\n    pass\n"} for row in rows])
+    assert "was made with" in fails("download_datasets", "--config", path)
