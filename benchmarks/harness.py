@@ -30,9 +30,6 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 Result = dict[str, Any]
 
 
-# --- the peers -------------------------------------------------------------------------------------------------------
-
-
 def rivals_python() -> str:
     """The interpreter of the peers' environment, which is made once and sees this one's packages beneath its own."""
     python = RIVALS / "bin" / "python"
@@ -48,9 +45,6 @@ def rivals_python() -> str:
             subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", package], check=False)
         stamp.write_text(wanted, encoding="utf-8")
     return str(python)
-
-
-# --- one contender, in its own process -------------------------------------------------------------------------------
 
 
 def resident_mb() -> float:
@@ -103,9 +97,6 @@ def busy_elsewhere(found: dict[str, float]) -> Iterator[None]:
 def relative_error(found: Any, wanted: Any) -> float:
     """|found - wanted| / |wanted| over whole tensors, in fp64."""
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
-
-
-# --- all contenders, in turn -----------------------------------------------------------------------------------------
 
 
 def run_worker(python: str, name: str, job: dict[str, Any], minutes: float = 15) -> Result:
@@ -168,9 +159,6 @@ def ratios(results: Sequence[Result], ours: Sequence[str], floor: float) -> dict
                 for what, key in (("seconds", "seconds"), ("memory", "peak_mb"))
             }
     return found
-
-
-# --- the record ------------------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:

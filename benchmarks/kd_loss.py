@@ -32,9 +32,6 @@ TEMPERATURE = 2.0
 ACCURACY_TEMPERATURES = (1.0, 2.5, 4.0)
 
 
-# --- the contenders --------------------------------------------------------------------------------------------------
-
-
 def ours(compiled: bool) -> Loss:
     def loss(student, student_head, teacher, teacher_head, labels, temperature, alpha):
         sums = kd_loss(
@@ -117,9 +114,6 @@ NOTES = {
     "liger": "forms the frozen head's gradient as well",
     "liger_eager": "forms the frozen head's gradient as well",
 }
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
 
 
 def make_references(job: dict[str, Any]) -> dict[str, Any]:

@@ -57,9 +57,6 @@ CONTENDERS: dict[str, Callable[[str, dict[str, Any], Path], list[float]]] = {
 }  # fmt: skip
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
 def gradient_error(name: str, job: dict[str, Any], folder: Path) -> float:
     """The adapters' gradient on one step's rows against fp32 with full logits, from the contender's own adapters."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -57,9 +57,6 @@ def question_of(row: Row) -> str:
     return row["prompt"] if whole else row["prompt"].rpartition("\n\n")[0]
 
 
-# --- from records to rows --------------------------------------------------------------------------------------------
-
-
 def gsm8k_rows(records: list[dict[str, str]], split: str, where: str) -> list[Row]:
     """GSM8K (Cobbe et al. 2021): the gold number stands after `####`.
 
@@ -133,9 +130,6 @@ def mbpp_rows(records: list[dict[str, Any]], split: str) -> list[Row]:
             )
         )
     return rows
-
-
-# --- from places to records ------------------------------------------------------------------------------------------
 
 
 def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str) -> tuple[list[dict[str, Any]], str]:

@@ -74,9 +74,6 @@ class Pack:
     families: tuple[Family, ...]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 def load_pack(path: str | Path) -> Pack:
     """Read and validate a scenario pack; every template is filled and every condition met once, as a trial.
 
@@ -222,9 +219,6 @@ def _numbers(kind: str, value: Any) -> Sequence[int | float]:
     if third > 6 or (hi - lo) * 10**third > 1e6:
         raise UserError(f"{value!r} has over a million values; use fewer digits or a narrower range")
     return [number / 10**third for number in range(round(lo * 10**third), round(hi * 10**third) + 1)]
-
-
-# --- rendering -------------------------------------------------------------------------------------------------------
 
 
 def render_rows(pack: Pack, split: str, count: int, seed: int, domain: str | None = None) -> list[Row]:

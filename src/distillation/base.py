@@ -26,9 +26,6 @@ IGNORED = -100  # the label of a position that is not a response token
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
 def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
     """bf16 where the processor multiplies it natively, else fp32."""
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -147,9 +144,6 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile()
 
 
-# --- placement -------------------------------------------------------------------------------------------------------
-
-
 def layer_device_map(
     model: PreTrainedModel, devices: Sequence[int], dtype: torch.dtype, budget_gb: float
 ) -> dict[str, int]:
@@ -226,9 +220,6 @@ def place(name: str, devices: Sequence[int], dtype: torch.dtype, budget_gb: floa
     if len(devices) <= 1:
         return {"": devices[0] if devices else 0}
     return layer_device_map(meta_model(name), devices, dtype, budget_gb)
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -334,9 +325,6 @@ def collate(rows: Sequence[EncodedRow], pad_id: int) -> dict[str, Tensor]:
         attention_mask[index, : len(ids)] = 1
         labels[index, len(row.prompt_ids) : len(ids)] = ids[len(row.prompt_ids) :]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-# --- hidden states ---------------------------------------------------------------------------------------------------
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -56,8 +56,6 @@ from src.utils.common import (
 )
 from src.utils.config import build_config, read_profile
 
-# --- one run ---------------------------------------------------------------------------------------------------------
-
 
 def _fingerprint(config: KDConfig, data: TrainingData, teacher: str) -> dict[str, Any]:
     settings = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_FINGERPRINT}

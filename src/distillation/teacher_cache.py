@@ -103,9 +103,6 @@ def _template_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {"tokenizer": sha256_text(str(vocabulary))[:16], "template": sha256_text(tokenizer.chat_template)[:16]}
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
 class _Shard(NamedTuple):
     file: str
     kind: str  # hidden or topk
@@ -273,9 +270,6 @@ def _tensor(path: Path, name: str) -> Tensor:
             return file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and {MADE_BY} again") from None
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -88,9 +88,6 @@ class EvaluateConfig:
     overwrite: bool = setting(False, "evaluate again")
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
 def select_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """`count` rows, the sources taking turns, each in the order of its ids: quick is part of medium, medium of full."""
     by_source: dict[str, list] = {}
@@ -127,9 +124,6 @@ def _sample_row(arm: str, row: dict[str, Any], answer: dict[str, Any], preset: s
         **asdict(result),
         "sandbox_level": sandbox_level,
     }
-
-
-# --- work ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -63,9 +63,6 @@ def _list(items: dict[str, Any]) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
 def _heldout_figures(held: dict[str, Any]) -> str:
     figures = []
     for metric in METRICS:
@@ -181,9 +178,6 @@ def _curves(curves: dict[str, list[dict[str, float]]]) -> str:
             sparse = max(len(points) for *_, points in series) <= 12
             figures.append(_figure(title, note, lines(series, text, title, at, "optimisation step", within, sparse)))
     return _figures(figures, list(curves)) if figures else "<p>The runs left no curves.</p>"
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
 
 
 def browser_data(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

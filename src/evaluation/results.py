@@ -56,9 +56,6 @@ def _recovered(sums: Sums, before: int, after: int, goal: int | None) -> dict[st
     return {"value": found.value, "interval": _interval(found)}
 
 
-# --- held-out teacher text -------------------------------------------------------------------------------------------
-
-
 def heldout_section(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     """Per arm: KL to the teacher, NLL and top-1 agreement; per pair of arms: paired differences with intervals.
 
@@ -121,8 +118,6 @@ def _by_position(rows: Sequence[Row], shown: Sequence[str]) -> dict[str, Any]:
         }
     return found
 
-
-# --- graded answers --------------------------------------------------------------------------------------------------
 
 HAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts without blanks between words: a letter is a word
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
@@ -247,9 +242,6 @@ def graded_section(samples: Sequence[Row], seed: int) -> dict[str, Any]:
         "comparisons": [entry for a, b in PAIRS for entry in _compare(cells, a, b, seed)],
         "gap_recovered": recovered,
     }
-
-
-# --- the whole -------------------------------------------------------------------------------------------------------
 
 
 def run_files(arms: Mapping[str, str]) -> dict[str, Any]:

@@ -45,9 +45,6 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
     check(done, f"mount {target}")
 
 
-# --- the jail --------------------------------------------------------------------------------------------------------
-
-
 def bind(source: str, root: str) -> None:
     """Show a folder or file of the host below `root`, at the same place, read-only, with all that is mounted on it."""
     target = root + source
@@ -163,9 +160,6 @@ def start_guest(read: int, write: int, python: str, text: str, seconds: int, nam
     os.execve(python, [python, "-I", "-S", "-B", "-X", "utf8", "-c", f"{text}\nserve({read}, {write})"], home)
 
 
-# --- the judge -------------------------------------------------------------------------------------------------------
-
-
 class GuestError(Exception):
     """The candidate raised something that is no built-in exception, or broke the channel."""
 
@@ -271,9 +265,6 @@ def judge(task: dict, channel: Channel) -> tuple[str, str]:
     if not channel.calls:
         return "error", "the tests never call the candidate"
     return ("failed", channel.broken) if channel.broken else ("passed", "")
-
-
-# --- the keeper ------------------------------------------------------------------------------------------------------
 
 
 def silence() -> None:

@@ -41,9 +41,6 @@ def excludes_zero(estimate: Estimate) -> bool:
     return estimate.low is not None and (estimate.low > 0 or estimate.high < 0)
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-
 def resample(columns: Sequence[Sequence[float]] | np.ndarray, seed: int) -> Sums:
     """Sums of the columns over prompts drawn with replacement, the columns of a prompt always together.
 
@@ -108,9 +105,6 @@ def proportion(shares: Sequence[float], samples: int) -> Estimate:
     return Estimate(mean, max(min(low, mean), 0.0), min(max(high, mean), 1.0))
 
 
-# --- tests -----------------------------------------------------------------------------------------------------------
-
-
 def discordant(a: Sequence[float], b: Sequence[float]) -> tuple[int, int]:
     """How many prompts a wins and loses against b: has more, or fewer, right answers. Equal prompts drop out.
 
@@ -173,9 +167,6 @@ def minimum_detectable(a: Sequence[float], b: Sequence[float], alpha: float) -> 
         tilt = brentq(lacking_tilted, 0.0, largest)
         return differing * float((sizes * np.tanh(tilt * sizes)).mean())
     return float(brentq(lacking_alike, max(differing, 1e-9), 1.0)) * float(sizes.mean())
-
-
-# --- several answers a prompt ----------------------------------------------------------------------------------------
 
 
 def pass_at_k(answers: int, right: int, k: int) -> float:

@@ -27,9 +27,6 @@ class UserError(Exception):
     """Something only the user can put right. The text is one line: what is wrong, where, and the way out."""
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def read_jsonl(
     path: str | Path,
     required: Iterable[str] = (),
@@ -162,9 +159,6 @@ def repair_jsonl_tail(path: str | Path) -> int:
     return len(data) - keep
 
 
-# --- hashes and fingerprints -----------------------------------------------------------------------------------------
-
-
 def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -237,9 +231,6 @@ def require_disk(folder: str | Path, needed_bytes: float, what: str) -> None:
         )
 
 
-# --- provenance ------------------------------------------------------------------------------------------------------
-
-
 def provenance() -> dict[str, Any]:
     """What one needs to run this again: command, commit (and whether files differ from it), versions, machine."""
 
@@ -261,9 +252,6 @@ def provenance() -> dict[str, Any]:
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-# --- console ---------------------------------------------------------------------------------------------------------
 
 
 def setup_logging() -> None:

@@ -70,9 +70,6 @@ def hits(row: Row, answer: str, whole_words: bool = True) -> dict[str, bool]:
     }
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
 @ALL
 @SPLITS
 def test_rows_are_a_function_of_the_seed(name: str, split: str) -> None:
@@ -142,9 +139,6 @@ def test_the_numbers_and_names_are_not_all_that_differs(name: str, split: str) -
     assert name in DRILLS or len(alike) <= ALIKE * len(rows_of(name, split))
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
-
-
 @ALL
 @SPLITS
 def test_every_reference_is_graded_correct(name: str, split: str) -> None:
@@ -203,9 +197,6 @@ def test_domain_can_be_renamed() -> None:
     assert (row["domain"], row["source"]) == ("arithmetic", "maths_word_problems")
 
 
-# --- AIOps keys ------------------------------------------------------------------------------------------------------
-
-
 @AIOPS_PACKS
 def test_every_aiops_kind_has_families_in_both_splits(name: str) -> None:
     kinds = Counter((family.split, family.kind) for family in pack_of(name).families)
@@ -243,9 +234,6 @@ def test_keys_tell_the_kinds_apart(split: str) -> None:
         )
         passed += round(sum(hit.values()) / len(hit), 2) >= json.loads(row["grader_args"])["pass_mark"]
     assert passed / len(one) < 1 / 3
-
-
-# --- maths keys ------------------------------------------------------------------------------------------------------
 
 
 Solve = Callable[..., int]

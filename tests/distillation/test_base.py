@@ -54,9 +54,6 @@ def messages(question, answer, system=None):
     return [*start, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-# --- encoding --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_encode_row(tokenizer, system):
     """Prompt ids are the template's with the generation prompt, response ids the answer's and the end token."""
@@ -113,9 +110,6 @@ def test_template_without_an_end_of_turn(make_tokenizer):
         end_of_turn_id(tokenizer)
 
 
-# --- vocabulary ------------------------------------------------------------------------------------------------------
-
-
 def test_shared_vocabulary_cuts_padding(make_tokenizer, encoded):
     assert shared_vocabulary(make_tokenizer(), make_tokenizer(True), 288, 320, encoded, encoded) == TOKENS
 
@@ -153,9 +147,6 @@ def test_rows_encoded_differently_are_refused(make_tokenizer):
 def test_fewer_logits_than_tokens_are_refused(make_tokenizer, student, teacher, name):
     with pytest.raises(UserError, match=f"the {name} has 260 logits .* 261 tokens"):
         shared_vocabulary(make_tokenizer(), make_tokenizer(), student, teacher, [], [])
-
-
-# --- batches and hidden states ---------------------------------------------------------------------------------------
 
 
 def test_collate():

@@ -31,8 +31,6 @@ def steps(parts, **keywords):
     ]
 
 
-# --- micro-batches ---------------------------------------------------------------------------------------------------
-
 kinds = pytest.mark.parametrize("packing", [True, False])
 
 
@@ -135,9 +133,6 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert len(orders) == 12
 
 
-# --- pairs -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def tokenizers(make_tokenizer):
     """Student with an empty think block in its prompts, teacher without."""
@@ -200,9 +195,6 @@ def test_collate_pairs(packing):
     assert batch["labels"][0, :5].tolist() == [IGNORED, IGNORED, IGNORED, 4, 5]
     assert (batch["labels"][0, 5:] == IGNORED).all()
     assert (batch["rows"], batch["teacher_rows"]) == ([pair.student], [pair.teacher])
-
-
-# --- validation rows -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3])

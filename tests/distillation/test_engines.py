@@ -95,8 +95,6 @@ def test_a_derived_batch_size_answers_like_a_given_one(tiny_teacher):
     assert found[0] == found[1]
 
 
-# --- vLLM's replicas, with a stand-in for vLLM ------------------------------------------------------------------------
-
 FAKE_VLLM = """
 import os
 class SamplingParams:
@@ -164,9 +162,6 @@ def test_a_replica_is_lost_and_the_others_answer_all_of_theirs(three_replicas, m
     with pytest.raises(UserError, match=r"vLLM replica 1 \(GPUs \[2, 3\]\) ended with exit code 3"):
         run()
     assert {row["id"] for row in rows} == {r.id for r in requests if shard_of(r.id, 3) != 1}
-
-
-# --- real servers ----------------------------------------------------------------------------------------------------
 
 
 def free_port():

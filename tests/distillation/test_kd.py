@@ -60,9 +60,6 @@ def assert_same(one: dict, other: dict, **tolerance: float) -> None:
         torch.testing.assert_close(one[name], other[name], **tolerance)
 
 
-# --- what a run leaves -----------------------------------------------------------------------------------------------
-
-
 def test_a_run_leaves_the_promised_artifacts(settings):
     results = run_kd_pipeline(settings)
     folder = Path(results["run_dir"])
@@ -98,9 +95,6 @@ def test_the_logged_loss_is_the_formula(settings, kind):
     for _, loss, kd_loss, ce, *_ in rows:
         assert loss == pytest.approx(0.8 * 2.5**2 * kd_loss + 0.2 * ce, rel=1e-5)
         assert kd_loss > 0
-
-
-# --- the same gradients, however the step is cut ---------------------------------------------------------------------
 
 
 def test_micro_batches_of_any_size_give_the_same_run(settings):
@@ -154,9 +148,6 @@ def test_a_hybrid_student_learns_from_a_plain_teacher(settings, hybrid_student):
     assert results["after"]["kl_to_teacher"] < 0.9 * results["before"]["kl_to_teacher"]
 
 
-# --- the teacher's signal --------------------------------------------------------------------------------------------
-
-
 def cached(settings: dict, **changes) -> dict:
     """The cache of the run's teacher and rows, in several files."""
     names = ("teacher_model_name_or_path", "experiment_dir", "max_length")
@@ -192,9 +183,6 @@ def test_a_top_k_of_all_but_one_token_is_nearly_the_whole_teacher(settings):
     cached(settings, signal="topk", top_k=2, overwrite=True)
     narrow = run_kd_pipeline(settings | {"teacher_signal": "topk", "overwrite": True})
     assert losses(narrow)[0][2] < 0.9 * losses(online)[0][2]  # what lies in the bucket cannot differ
-
-
-# --- interruptions ---------------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, monkeypatch):
@@ -250,9 +238,6 @@ def test_a_finished_run_is_returned_and_other_settings_start_another(settings, m
         assert run_kd_pipeline(settings) == first
     assert run_kd_pipeline(settings | {"temperature": 1.0})["run_dir"] != first["run_dir"]
     assert run_kd_pipeline(settings | {"overwrite": True})["run_dir"] != first["run_dir"]
-
-
-# --- wrong input: one clear line -------------------------------------------------------------------------------------
 
 
 def refused(settings: dict, words: str) -> None:

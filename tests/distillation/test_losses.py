@@ -92,9 +92,6 @@ def distance(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-# --- the divergences -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("beta", [0.01, 0.5, 0.9])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
@@ -151,9 +148,6 @@ def test_directions_are_not_mixed_up():
     log_p, log_q = torch.log(torch.tensor([[[1.0, 1e-6]], [[0.5, 0.5]]]))
     assert divergence(log_p, log_q, "forward_kl").item() == pytest.approx(0.6931, abs=1e-3)
     assert divergence(log_p, log_q, "reverse_kl").item() == pytest.approx(-0.6931 + 0.5 * 13.8155, abs=1e-3)
-
-
-# --- the objective ---------------------------------------------------------------------------------------------------
 
 
 @objectives
@@ -272,9 +266,6 @@ def test_padded_columns_change_nothing(kind):
     assert (padded.grad[:V] != 0).any()
 
 
-# --- what is allocated, and in which type ----------------------------------------------------------------------------
-
-
 class Allocations(TorchDispatchMode):
     """Records the shapes of all tensors made inside it; views of a tensor that was there before do not count."""
 
@@ -354,9 +345,6 @@ def test_autocast_leaves_the_softmax_in_fp32(kind, temperature, alpha):
     assert distance(hidden.grad, logits.grad.double() @ head.double()) < 0.006
 
 
-# --- held-out measures -----------------------------------------------------------------------------------------------
-
-
 def test_heldout_stats_equal_numpy():
     hidden, head, _, _, labels = make_case()
     teacher_hidden, teacher_head = hidden + 0.5 * torch.randn(N, H), head + 0.1 * torch.randn(V, H)
@@ -373,9 +361,6 @@ def test_heldout_stats_equal_numpy():
     for name, column in expected.items():
         np.testing.assert_allclose(getattr(stats, name).numpy(), column, rtol=1e-5, err_msg=name)
     assert 0 < stats.top1_agreement.mean() < 1
-
-
-# --- the compiled kernel, logit maps, top-k teachers -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)

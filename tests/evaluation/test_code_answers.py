@@ -51,8 +51,6 @@ def graded(sandbox: Sandbox, row: dict[str, str], *responses: str, finish_reason
     return grade_all([(row, response, finish_reason) for response in responses], sandbox)
 
 
-# --- forms of an answer ----------------------------------------------------------------------------------------------
-
 RIGHT = {
     "whole program": (fenced(SIGNATURE + DOCSTRING + BODY), True),
     "function alone": (fenced(f"def f(xs: List[int]) -> int:\n{BODY}"), True),
@@ -179,9 +177,6 @@ def test_a_name_the_tests_use_is_not_the_answers_to_change(sandbox):
     answer = "def f(n): return []\ndef len(x): return 2\ndef all(x): return True\nclass sys:\n    getsizeof = len"
     [found] = graded(sandbox, asked("def f(n):\n    return [1] * n", tests), fenced(answer))
     assert found.outcome == "wrong"
-
-
-# --- gold, stubs, parity ---------------------------------------------------------------------------------------------
 
 
 def task_ids(rows, grades, outcome):

@@ -40,9 +40,6 @@ def page(evaluation, tmp_path_factory):
     return folder / "report.html"
 
 
-# --- without a browser -----------------------------------------------------------------------------------------------
-
-
 def test_the_page_is_whole_and_fetches_nothing(page):
     text = page.read_text(encoding="utf-8")
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
@@ -117,9 +114,6 @@ def test_plots_place_values_and_escape_names():
     (xa, ya), (xb, yb) = re.findall(r"([\d.]+) ([\d.]+)", re.search(r' d="M([^"]+)"', rising)[1].replace("L", ";"))
     assert float(xa) < float(xb)
     assert float(ya) > float(yb), "SVG's y points down"
-
-
-# --- in a browser ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,6 @@ def scripted(made_up, right: dict[str, int], of: int, cut: dict[str, int] | None
     return make_results(rows, [], made_up["context"]({"teacher": "not asked for", "sft": "not asked for"}), 0)
 
 
-# --- decisions -------------------------------------------------------------------------------------------------------
-
-
 def test_a_difference_is_decided_by_the_corrected_exact_test(made_up):
     found = pair(scripted(made_up, {"base": 10, "kd": 22}, 40), domain="maths")
     assert (found["won"], found["lost"], found["prompts"], found["decision"]) == (12, 0, 40, "better")
@@ -88,9 +85,6 @@ def test_answers_that_were_not_executed_leave_no_accuracy_and_no_comparison(made
     assert [(s["domain"], s["arm"], s["temperature"]) for s in blank] == [("code", "kd", 0.1)]
     assert len(pair(found)) == 5
     assert "Not executed, and so without accuracy: answers of code." in found["verdict"]
-
-
-# --- several answers a prompt, gaps, repetition, positions -----------------------------------------------------------
 
 
 def test_pass_and_majority_at_k(made_up):
@@ -146,9 +140,6 @@ def test_positions_are_summed_over_the_rows_that_reach_them():
     assert held["by_position"]["arms"]["kd"] == {"kl_to_teacher": [2.0, 2.5], "top1_agreement": [1.0, 0.0]}
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_headline_says_what_was_found(made_up, results):
     assert results["headline"] == (
         "Distillation brought the student closer to its teacher, closer than training on the same answers alone does; "
@@ -193,9 +184,6 @@ def test_the_words_follow_the_numbers(results):
     for entry in turned["heldout"]["differences"]:
         entry["real"] = False
     assert headline(turned).startswith("Whether distillation brought the student closer to its teacher cannot be told")
-
-
-# --- shape -----------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read(results, tmp_path):

@@ -39,9 +39,6 @@ def two_seeds(prompts: int, samples: int, gain: float, pairs: int, seed: int) ->
     return tuple(generator.binomial(samples, chance + extra) / samples for extra in (gain, 0.0))
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-
 def test_a_mean_per_token_is_a_ratio_of_sums():
     """Rows of 1 and 9 tokens weigh by their tokens; a resample of the two gives 1, 0 or 0.1."""
     sums = resample([[1.0, 0.0], [1, 9]], seed=0)
@@ -135,9 +132,6 @@ def test_a_proportion_covers_the_truth(prompts, samples, shape):
     assert missed / 1000 <= 0.08
 
 
-# --- tests -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (6, 0), (5, 0), (12, 3), (3, 12), (40, 41)])
 def test_mcnemar_is_the_exact_binomial_test(won, lost):
     expected = binomtest(won, won + lost).pvalue if won + lost else 1.0
@@ -185,9 +179,6 @@ def test_more_prompts_and_more_samples_show_less():
     assert found[400, 1] > 1.3 * found[400, 4]
 
 
-# --- the null test, and a planted gain -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("prompts", "samples"), [(350, 1), (350, 4), (50, 1)])
 def test_one_model_under_two_seeds(prompts, samples, monkeypatch):
     """1,000 pairs without a difference: the interval excludes 0 in about 5 %, the exact test calls at most 5 %."""
@@ -216,9 +207,6 @@ def test_the_minimum_detectable_difference_is_found_in_80_of_100(samples):
     planned = minimum_detectable(*(side[0] for side in two_seeds(2000, samples, 0.0, 1, seed=1)), ALPHA)
     pairs = zip(*two_seeds(2000, samples, planned, 500, seed=2), strict=True)
     assert np.mean([mcnemar(*discordant(a, b)) <= ALPHA for a, b in pairs]) == pytest.approx(0.8, abs=0.07)
-
-
-# --- several answers a prompt ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("answers", "right", "k"), [(4, 1, 1), (4, 1, 2), (8, 3, 4), (8, 0, 4), (8, 8, 1), (4, 3, 2)])

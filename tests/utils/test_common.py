@@ -40,9 +40,6 @@ def fresh_logging(monkeypatch):
     monkeypatch.setattr(common.logger, "level", logging.INFO)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 def test_rows_are_read_in_order_and_blank_lines_passed_over(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n{"a": "\u00e4"}\n   \n', encoding="utf-8")
@@ -82,9 +79,6 @@ def test_broken_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"x\.json: not valid JSON.*delete it and run the stage again"):
         read_json(tmp_path / "x.json")
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -182,9 +176,6 @@ def test_hashes(tmp_path):
     assert sha256_text("abc").startswith("ba7816bf")
 
 
-# --- stages ----------------------------------------------------------------------------------------------------------
-
-
 FINGERPRINT = {"seed": 1, "sizes": (3, 4)}  # a tuple is a list once it has been through JSON
 
 
@@ -265,9 +256,6 @@ def test_provenance_says_how_to_repeat_the_run(monkeypatch):
     assert {"git_commit", "git_dirty", "machine", "time"} <= facts.keys()
 
 
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until a test moves it: `clock.now += 10`."""
@@ -316,9 +304,6 @@ def test_on_a_terminal_there_is_a_live_bar_and_no_log_line(clock, caplog, monkey
     assert "5/10" in terminal.getvalue()
     assert "loss 0.5" in terminal.getvalue()
     assert not caplog.records
-
-
-# --- exit codes ------------------------------------------------------------------------------------------------------
 
 
 def fail(error):

@@ -47,9 +47,6 @@ def section(**values) -> str:
     return yaml.safe_dump({"run_improved_kd": values})
 
 
-# --- types -----------------------------------------------------------------------------------------------------------
-
-
 def test_yaml_without_a_point_is_still_a_number(load):
     text = "run_improved_kd:\n  learning_rate: 2e-5\n  warmup_steps: 1e1\n"
     assert isinstance(yaml.safe_load(text)["run_improved_kd"]["learning_rate"], str)  # YAML 1.1 wants 2.0e-5
@@ -128,9 +125,6 @@ def test_an_empty_value_leaves_the_default(load):
     assert load("").alpha == 0.8
 
 
-# --- what beats what -------------------------------------------------------------------------------------------------
-
-
 def test_a_flag_beats_the_file(load):
     text = section(alpha=0.3, temperature=1.0)
     assert load(text, "--alpha", "0.5").alpha == 0.5
@@ -155,9 +149,6 @@ def test_a_shared_key_passes_by_a_stage_that_has_no_such_setting(load):
         rows: int = setting(1, "rows")
 
     assert load("seed: 7\ndata_dir: data/x\n", config_class=Config) == Config(1)
-
-
-# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def refused(words: str, call, *arguments, **named) -> None:
@@ -235,9 +226,6 @@ def test_help_shows_the_settings(load, capsys):
         assert words in text
 
 
-# --- the shipped profiles --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", SECTIONS)
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
 def test_every_shipped_profile_fits_every_stage(config_classes, profile, name):
@@ -288,9 +276,6 @@ def test_the_defaults_are_the_reference_recipe(config_classes):
         "model_name_or_path", "teacher_model_name_or_path", "experiment_dir", "teacher_devices", "student_devices",
         "max_steps", "logging_dir",
     }  # fmt: skip
-
-
-# --- not yet as it should be -----------------------------------------------------------------------------------------
 
 
 def test_an_empty_list_is_a_list(load):
