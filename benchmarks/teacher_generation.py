@@ -4,7 +4,8 @@
 
 `ours` is the transformers engine; `one_by_one` and `unsorted_batch` (32 rows, as they come) are the model's own
 `generate`; `vllm` is `vllm.LLM` with all prompts at once and a seed for each; `vllm_without_seeds` is spared those;
-`openai_server` is the openai engine on a vLLM server.
+`vllm_all_cores` computes on every core, where vLLM by itself leaves one to its scheduler; `openai_server` is the openai
+engine on a vLLM server.
 Loading, start-up and a first request of each are not timed. A rival that is not installed is listed under `absent`.
 """
 
@@ -52,8 +53,8 @@ if __name__ == "__main__":
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     parameters = [SamplingParams(**job["sampling"], seed=seed) for seed in job["seeds"]]
     found = []
-    for name in ("vllm", "vllm_without_seeds"):
-        for one in parameters if name != "vllm" else ():
+    for name in job["names"]:
+        for one in parameters if name == "vllm_without_seeds" else ():
             one.seed = None
         llm.generate(prompts[:2], parameters[:2], use_tqdm=False)
         llm.reset_prefix_cache()
@@ -175,17 +176,24 @@ def main() -> None:
         settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
                     "max_tokens": sampling.max_new_tokens, "stop_token_ids": ends}  # fmt: skip
         seeds = [request.seed for request in requests]
-        job.write_text(json.dumps({
+        task = {
             "model": options.teacher, "dtype": words, "length": length, "prompts": prompts, "seeds": seeds,
             "memory": options.vllm_memory, "batched_tokens": CPU_BATCHED_TOKENS, "sampling": settings,
-        }))  # fmt: skip
+        }  # fmt: skip
         code = options.output.with_suffix(".offline.py")
         code.write_text(OFFLINE)
-        offline = subprocess.run([options.vllm_python, str(code), str(job), str(answer)], stdout=sys.stderr)
-        if offline.returncode:
-            absent.append({"name": "vllm", "why": f"it ended with code {offline.returncode}; its error is above"})
-        else:
-            results += json.loads(answer.read_text())
+        for names, environment in (
+            (["vllm", "vllm_without_seeds"], {}),
+            (["vllm_all_cores"], {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}),
+        ):
+            job.write_text(json.dumps(task | {"names": names}))
+            offline = subprocess.run(
+                [options.vllm_python, str(code), str(job), str(answer)], stdout=sys.stderr, env=os.environ | environment
+            )
+            if offline.returncode:
+                absent.append({"name": names[0], "why": f"it ended with code {offline.returncode}; its error is above"})
+            else:
+                results += json.loads(answer.read_text())
         log = options.output.with_suffix(".server.log")
         try:
             with vllm_server(options.vllm_python, options.teacher, words, length, options.vllm_memory, log) as url:
