@@ -79,7 +79,9 @@ def is_ready(role: str, target: Path, fingerprint: dict, overwrite: bool) -> boo
         raise UserError(
             f"{target}: the {role} would be made here, but the folder holds other files; name another folder"
         )
-    ready = stage_state(marker, fingerprint, overwrite) == "done"
+    if overwrite:  # the folder is replaced as a whole once the new model is there
+        return False
+    ready = stage_state(marker, fingerprint, overwrite=False) == "done"
     if ready:
         logger.info("%s: %s is ready", role, target)
     return ready

@@ -89,6 +89,22 @@ def test_two_processes_go_on_from_a_checkpoint_bit_for_bit(settings, tmp_path, k
     assert [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row] == losses
 
 
+def test_a_sharded_run_killed_after_its_last_step_is_only_finished(settings, tmp_path):
+    folder = tmp_path / "two"
+    settings |= {"output_dir": str(folder)}
+    on_two_processes("fsdp2", settings)
+    whole, results = load_peft_weights(str(folder / "final_model")), read_json(folder / "kd_results.json")
+    for lost in ("final_model", None):
+        (folder / "kd_results.json").unlink()
+        if lost:
+            shutil.rmtree(folder / lost)
+        on_two_processes("fsdp2", settings)
+        again = load_peft_weights(str(folder / "final_model"))
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+        for arm in ("before", "after", "teacher"):
+            assert read_json(folder / "kd_results.json")[arm] == pytest.approx(results[arm], rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_learn_what_one_learns(settings, tmp_path, kind):
     """Losses, tokens, adapter and held-out numbers; fp32 sums in another order may differ in the last digits."""

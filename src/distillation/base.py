@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from src.distillation.losses import LogitMap
 from src.utils.common import UserError
@@ -30,7 +32,7 @@ def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
     """bf16 where the processor multiplies it natively, else fp32."""
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capabilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
@@ -87,6 +89,8 @@ def load_model(name: str, dtype: torch.dtype, device_map: dict[str, Any] | None 
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except torch.OutOfMemoryError:
+        raise UserError(f"model {name!r} does not fit into the GPU's free memory; name more or other devices") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load("model", name, error) from error
     if missing := sorted(loading["missing_keys"]):
@@ -111,8 +115,10 @@ def model_fingerprint(name: str) -> str:
     """
     folder = Path(name)
     if not folder.is_dir():
-        config = load_model_config(name)
-        return f"{name}@{getattr(config, '_commit_hash', None)}"
+        load_model_config(name)
+        if not (commit := extract_commit_hash(cached_file(name, "config.json"), None)):
+            raise UserError(f"model {name!r}: its commit cannot be told; download it into a folder and name that")
+        return f"{name}@{commit}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".jinja"):
@@ -201,22 +207,31 @@ def layer_device_map(
     return placed
 
 
+def check_devices(name: str, devices: Sequence[int]) -> None:
+    """Refuse GPUs that are not there.
+
+    Raises:
+        UserError: the model is to go on one of them.
+    """
+    if devices and not torch.cuda.is_available():
+        raise UserError(
+            f"{name!r} is to go on GPUs {list(devices)}, but this machine has none; take teacher_devices and "
+            "student_devices out of the profile, or run configs/embedded.yaml"
+        )
+    absent = [device for device in devices if device >= torch.cuda.device_count()]
+    if absent:
+        raise UserError(f"GPU {absent[0]} is named but this machine has {torch.cuda.device_count()}; set other devices")
+
+
 def place(name: str, devices: Sequence[int], dtype: torch.dtype, budget_gb: float) -> dict[str, Any] | None:
     """The device map of a model by name: None on a machine without a GPU, its first GPU where no devices are named.
 
     Raises:
         UserError: a named GPU is not there, or the model does not fit.
     """
+    check_devices(name, devices)
     if not torch.cuda.is_available():
-        if devices:
-            raise UserError(
-                f"{name!r} is to go on GPUs {list(devices)}, but this machine has none; take teacher_devices and "
-                "student_devices out of the profile, or run configs/embedded.yaml"
-            )
         return None
-    absent = [device for device in devices if device >= torch.cuda.device_count()]
-    if absent:
-        raise UserError(f"GPU {absent[0]} is named but this machine has {torch.cuda.device_count()}; set other devices")
     if len(devices) <= 1:
         return {"": devices[0] if devices else 0}
     return layer_device_map(meta_model(name), devices, dtype, budget_gb)
@@ -238,10 +253,21 @@ class EncodedRow:
 def prompt_text(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], enable_thinking: bool = False
 ) -> str:
-    """The prompt as the model reads it, up to where its answer begins; hybrid models are asked not to think."""
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-    )
+    """The prompt as the model reads it, up to where its answer begins; hybrid models are asked not to think.
+
+    Raises:
+        UserError: the template refuses the messages, as some do a system message.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r}: its chat template refuses messages of {roles}: {error}; take the "
+            "system messages out of your prompts, or another model"
+        ) from None
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:

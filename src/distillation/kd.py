@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,18 @@ from src.utils.common import (
 from src.utils.config import build_config, read_profile
 
 
+def _sharding() -> str:
+    """`fsdp` or `deepspeed` where `accelerate launch` says so, else empty."""
+    return next((k for k in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{k.upper()}") == "true"), "")
+
+
 def _fingerprint(config: KDConfig, data: TrainingData, teacher: str) -> dict[str, Any]:
     settings = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_FINGERPRINT}
     settings["rows_per_step"] = config.rows_per_step
     settings["student"] = model_fingerprint(config.model_name_or_path)
     settings["teacher"] = teacher
+    if sharding := _sharding():  # whose checkpoints no other launch can read
+        settings["sharding"] = sharding
     return json.loads(json.dumps(settings | data.hashes))
 
 
@@ -113,10 +121,13 @@ def _write_kd_config(folder: Path, config: KDConfig, fingerprint: dict[str, Any]
     )  # fmt: skip
 
 
-def _load_adapter(model: Any, folder: Path) -> None:
+def _load_adapter(trainer: KDTrainer, folder: Path) -> None:
+    """Take the adapter of a run whose training is over."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(folder)))
+    if _sharding():  # only training would have sharded the model and taken it to the GPUs
+        trainer.model.to(trainer.args.device)
 
 
 def _train(trainer: KDTrainer, folder: Path) -> None:
@@ -127,7 +138,7 @@ def _train(trainer: KDTrainer, folder: Path) -> None:
         cut_metrics(folder / "metrics.jsonl", state["global_step"])
     if state["global_step"] == state["max_steps"]:
         logger.info("%s: the last step is in %s; writing the model", folder, checkpoint.name)
-        _load_adapter(trainer.model, checkpoint)
+        _load_adapter(trainer, checkpoint)
         return
     if checkpoint:
         logger.info("%s: going on from step %d", folder, state["global_step"])
@@ -135,7 +146,8 @@ def _train(trainer: KDTrainer, folder: Path) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{folder}: out of GPU memory; lower --batch_size or --max_length, or name more devices"
+            f"{folder}: out of GPU memory; halve --batch_size and double --gradient_accumulation_steps, lower "
+            "--tokens_per_batch or --max_length, pass --gradient_checkpointing, or name more devices"
         ) from error
 
 
@@ -205,8 +217,12 @@ def _read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
             f"gradient_accumulation_steps = {config.gradient_accumulation_steps} does not divide among "
             f"{config.world_size} processes; a step always takes {config.rows_per_step} rows, so choose a divisor"
         )
-    if config.world_size > 1 and (config.teacher_devices or config.student_devices):
-        raise UserError("teacher_devices and student_devices are for one process; with several leave them empty")
+    resident = config.teacher_devices if config.teacher_signal == "online" else []
+    if config.world_size > 1 and (resident or config.student_devices):
+        raise UserError(
+            "student_devices, and teacher_devices with an online teacher, are for one process; with several pass "
+            "--student_devices (and --teacher_devices) with nothing behind it"
+        )
     return config
 
 
@@ -256,6 +272,10 @@ def _make_trainer(config: KDConfig, data: TrainingData, tokenizers: tuple[Any, A
     set_seed(config.seed)
     name, devices = config.model_name_or_path, config.student_devices
     student = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
+    if len(devices) == 1:  # from_pretrained keeps no map of a single GPU, and Trainer would take the model to the first
+        student.hf_device_map = dict.fromkeys(("model", "lm_head"), devices[0])
+    elif not devices and not _sharding():
+        student.to(config.device)  # the packing is checked where it will run
     logger.info("student %s: %s", name, describe_size(student))
     pad_id, own_logits = tokenizers[0].pad_token_id, student.get_output_embeddings().weight.shape[0]
     teacher = _open_teacher(config, data, max(tokenizers[1].get_vocab().values()) + 1, pad_id, dtype)
@@ -326,7 +346,7 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
 
     trainer = _make_trainer(config, data, tokenizers, folder)
     if (folder / "final_model").is_dir():
-        _load_adapter(trainer.model, folder / "final_model")
+        _load_adapter(trainer, folder / "final_model")
     else:
         _train(trainer, folder)
         _save_final(trainer, folder, tokenizers[0], len(data.train))

@@ -25,6 +25,13 @@ NOT_IN_FINGERPRINT = {
 }  # fmt: skip
 
 
+# The objective, the batches and the measures are our own, so these would be stored as if they had taken effect.
+WITHOUT_EFFECT = (
+    "average_tokens_across_devices", "dataloader_num_workers", "greater_is_better", "label_smoothing_factor",
+    "load_best_model_at_end", "metric_for_best_model", "per_device_eval_batch_size", "train_sampling_strategy",
+)  # fmt: skip
+
+
 @dataclass
 class KDConfig(TrainingArguments):
     """One training run. The defaults are the reference recipe; everything of TrainingArguments is a setting too."""
@@ -97,6 +104,9 @@ class KDConfig(TrainingArguments):
         self._n_gpu = min(self.n_gpu, 1)
 
     def _check(self) -> None:
+        unused = [name for name in WITHOUT_EFFECT if getattr(self, name) != getattr(TrainingArguments, name)]
+        if unused:
+            raise UserError(f"{unused[0]} of transformers' TrainingArguments has no meaning here; leave it out")
         for good, message in (
             (0 < self.temperature < math.inf, f"temperature must be above 0, got {self.temperature}"),
             (0 <= self.alpha <= 1, f"alpha must be between 0 and 1, got {self.alpha}"),
@@ -113,7 +123,15 @@ class KDConfig(TrainingArguments):
             (self.max_length >= 2, "max_length must be at least 2"),
             (self.packing or not self.tokens_per_batch, "tokens_per_batch counts packed tokens; leave packing on"),
             (not self.torch_compile, "torch_compile does not reach the layers here; pass --compile_layers"),
+            (
+                self.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy"),
+                "lr_scheduler_type must follow from the step alone, or a resumed run would not end as another",
+            ),
             (self.max_steps > 0 or self.max_steps == -1, "max_steps must be above 0, or -1 for whole epochs"),
+            (
+                self.teacher_signal != "topk" or self.divergence == "forward_kl" or self.alpha == 0,
+                f"a top-k cache knows forward_kl only; {self.divergence} needs --teacher_signal hidden or online",
+            ),
             (self.save_total_limit is None or self.save_total_limit >= 2, "save_total_limit must be at least 2"),
         ):
             if not good:

@@ -129,7 +129,8 @@ class RunRecorder(TrainerCallback):
         if not {"loss", "validation_nll"} & row.keys():
             return
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(row.get(name, 0.0)):
+            scaled = args.fp16 and name == "grad_norm"  # then the scaler takes an infinite gradient for what it is
+            if not scaled and not math.isfinite(row.get(name, 0.0)):
                 raise UserError(
                     f"{self.folder}: step {state.global_step}: {name} is {row[name]}; lower --learning_rate or raise "
                     "--warmup_steps (checkpoints up to here are kept)"
@@ -144,6 +145,7 @@ class RunRecorder(TrainerCallback):
             self.progress.say(loss=f"{row['loss']:.4f}", kd=f"{row['kd_loss']:.4f}", tokens_per_second=speed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_log |= state.global_step == state.max_steps  # the run's facts are those of its last step
         if self.progress:
             self.progress.advance()
 

@@ -325,6 +325,11 @@ def open_cache(folder: Path, signal: str, data_hashes: dict[str, str], train: Ro
     def shard(file: str) -> Any:
         return safe_open(folder / file, "pt")  # memory-mapped: only what is asked for is read
 
+    for rows, tensor in ((train, "ids"), (measured, "hidden")) if signal == "topk" else ():
+        files = {index["rows"][_key(row)][0] for row in rows}
+        if not all(tensor in list(shard(file).keys()) for file in files):
+            raise UserError(f"{folder} was made with another validation_fraction; {remedy} with this run's")
+
     def read(rows: Rows, tensor: str) -> Tensor:
         parts = []
         for row in rows:

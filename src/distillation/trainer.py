@@ -3,9 +3,11 @@
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,6 +20,8 @@ from src.distillation.packing import ATTENTION
 from src.distillation.runs import peak_memory_mb
 from src.distillation.teacher_signal import TeacherSignal
 from src.utils.common import Progress
+
+GPU_RNG = "gpu_rng_{}.safetensors"  # in a checkpoint, one a rank
 
 
 def call_inside(model: nn.Module, inner: nn.Module, function: Callable[[], Any]) -> Any:
@@ -90,6 +94,19 @@ class KDTrainer(Trainer):
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
         return self.accelerator.autocast()  # accelerate autocasts model.forward only, and the backbone is called inside
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if torch.cuda.is_available():  # Trainer keeps the first GPU's alone
+            states = {str(i): state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+            save_file(states, f"{output_dir}/{GPU_RNG.format(self.args.process_index)}")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        path = Path(checkpoint or "") / GPU_RNG.format(self.args.process_index)
+        if checkpoint and torch.cuda.is_available() and path.is_file():
+            states = load_file(path)
+            torch.cuda.set_rng_state_all([states[str(i)] for i in range(torch.cuda.device_count())])
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)

@@ -95,6 +95,15 @@ def test_answers_survive_encoding(tokenizer, text):
     assert tokenizer.decode(response_ids(tokenizer, text)) == text
 
 
+def test_a_template_without_system_messages_is_one_line(make_tokenizer):
+    tokenizer = make_tokenizer()
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    assert prompt_text(tokenizer, messages("hello", "you")[:1])
+    with pytest.raises(UserError, match="refuses messages of system, user: System role not supported; take the"):
+        prompt_text(tokenizer, messages("hello", "you", "Be kind.")[:2])
+
+
 def test_end_of_turn_id(tokenizer):
     assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == "<|im_end|>"
 

@@ -12,10 +12,11 @@ from transformers import set_seed
 from src.distillation import kd, runs
 from src.distillation.base import collate, encode_row, load_model, load_tokenizer
 from src.distillation.kd import KDConfig, run_kd_pipeline
+from src.distillation.kd_config import SECTION
 from src.distillation.lora import add_lora
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
-from src.utils.common import UserError, read_json, read_jsonl
-from src.utils.config import build_config
+from src.utils.common import ROOT, UserError, read_json, read_jsonl
+from src.utils.config import build_config, load_config
 
 
 @pytest.fixture
@@ -262,6 +263,13 @@ def refused(settings: dict, words: str) -> None:
         ({"learning_rat": 1e-3}, "unknown setting 'learning_rat'; did you mean learning_rate"),
         ({"divergence": "kl"}, "invalid choice: 'kl'"),
         ({"batch_size": 2, "per_device_train_batch_size": 4}, "are the same setting"),
+        (
+            {"teacher_signal": "topk", "divergence": "reverse_kl"},
+            "a top-k cache knows forward_kl only; reverse_kl",
+        ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor of transformers' TrainingArguments has no meaning"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end of transformers' TrainingArguments has no meaning"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type must follow from the step alone"),
         ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
         ({"learning_rate": 1e30, "max_grad_norm": 0}, r"step \d: (loss|grad_norm) is (nan|inf); lower --learning_rate"),
     ],
@@ -325,3 +333,27 @@ def test_more_ranks_take_a_share_of_the_accumulation(settings, monkeypatch):
     monkeypatch.setattr(KDConfig, "world_size", 2)
     with pytest.raises(UserError, match="does not divide among 2 processes; a step always takes 12 rows"):
         run_kd_pipeline(config)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_commands_for_several_processes_are_accepted(readme, monkeypatch):
+    """Every `accelerate launch` line: its profile and flags make a run of eight processes."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    commands = re.findall(r"^accelerate launch .*scripts/run_improved_kd\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) >= 2
+    monkeypatch.setattr(KDConfig, "world_size", 8)
+    monkeypatch.chdir(ROOT)
+    for command in commands:
+        config = load_config(KDConfig, SECTION, command.split())
+        assert kd._read_config(config).rows_per_step == 32
+        config.teacher_signal = "online"
+        with pytest.raises(UserError, match="are for one process; with several pass --student_devices"):
+            kd._read_config(config)
+
+
+def test_the_last_step_is_always_logged(settings):
+    """kd_results.json tells what the last row of the metrics tells, at any distance between two rows."""
+    results = run_kd_pipeline(settings | {"max_steps": 3, "logging_steps": 2})
+    rows = [row["step"] for row in read_jsonl(Path(results["run_dir"]) / "metrics.jsonl") if "loss" in row]
+    assert (rows, results["steps"]) == ([2, 3], 3)
+    assert run_kd_pipeline(settings | {"max_steps": 3, "logging_strategy": "no", "seed": 5})["steps"] == 3

@@ -1,6 +1,9 @@
 """Models and tokenizers from disk, what is refused there, and where their layers go."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ from src.distillation.base import (
     model_fingerprint,
     place,
 )
-from src.utils.common import UserError
+from src.utils.common import ROOT, UserError
 
 PAD, END, TOKENS = 256, 258, 261  # of the tiny tokenizer
 
@@ -124,6 +127,19 @@ def test_a_bias_on_the_output_layer_is_refused(tmp_path):
     PhiForCausalLM(config).save_pretrained(tmp_path / "biased")
     with pytest.raises(UserError, match="bias"):
         load_fp32(str(tmp_path / "biased"))
+
+
+def test_the_fingerprint_of_a_hub_model_is_its_commit(tmp_path, tiny_student):
+    """Read off the cache of the hub, with no network: branch main of owner/name is at this commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(tiny_student, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    ask = "from src.distillation.base import model_fingerprint; print(model_fingerprint('owner/name'))"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == f"owner/name@{commit}", done.stderr
 
 
 def change_a_weight(folder):

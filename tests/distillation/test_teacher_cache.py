@@ -74,8 +74,8 @@ def test_top_k_and_the_share_outside_it(config):
     """Training rows keep their top k, rows that measure their hidden states."""
     config = config(signal="topk", temperatures=[1.0, 2.5, 4.0])
     index = make_cache(config)
-    signal = opened(config)
-    rows = [row for row in rows_of(config, "train") if not teacher_cache.is_validation(row.id, 0.05)][:5]
+    train = [row for row in rows_of(config, "train") if not teacher_cache.is_validation(row.id, 0.05)]
+    signal, rows = opened(config, train), train[:5]
     _, logits = expected_logits(config, rows)
     kept = signal.topk(rows)
     log_p = torch.log_softmax(logits, -1)
@@ -90,7 +90,9 @@ def test_top_k_and_the_share_outside_it(config):
     assert shares[1] == pytest.approx(exact, abs=0.05)
     assert signal.hidden(rows_of(config, "eval")).shape[1] == 48
     with pytest.raises(UserError, match=r"top k for T = 1, 2\.5, 4, not 3"):
-        opened(config, temperature=3.0)
+        opened(config, train, temperature=3.0)
+    with pytest.raises(UserError, match="was made with another validation_fraction"):
+        opened(config)
 
 
 def test_a_killed_pass_goes_on_with_the_first_missing_file(config, monkeypatch):

@@ -17,9 +17,10 @@ from src.utils.common import ROOT, run_cli, write_jsonl
 def scripts():
     """Name of a script -> its module, loaded by path."""
     modules = {}
-    for name in ("download_datasets", "generate_sft_data", "fix_sft_data", "cache_teacher", "run_improved_kd"):
-        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-        modules[name] = importlib.util.module_from_spec(spec)
+    for path in (ROOT / "scripts").glob("*.py"):
+        name = path.stem
+        spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+        sys.modules[spec.name] = modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(modules[name])
     return modules
 
