@@ -103,6 +103,9 @@ def test_arms_without_an_adapter(trained, tmp_path, scripted, arms):
     assert set(results["arms"]) == set(arms)
 
 
+@pytest.mark.parametrize(
+    ("change", "field"), [({"alpha": 0.0, "max_steps": 1}, "max_steps"), ({"alpha": 0.5}, "alpha")]
+)
 def test_a_named_control_that_differs_is_not_called_the_same(copied, tmp_path, scripted, change, field):
     """Either refused by the field, or said in the verdict; not "its SFT control (same rows, same steps)"."""
     named = train(copied, output_dir=str(tmp_path / "named"), **change)

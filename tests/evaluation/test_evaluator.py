@@ -259,5 +259,8 @@ def test_a_cell_named_twice_is_refused(trained, tmp_path, change):
     refused(config_for(trained, tmp_path / "out", heldout=False, **change), "is named twice")
 
 
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 0}, {"num_samples": 0}, {"temperatures": []}, {"presets": []}, {"arms": []}], ids=str
+)
 def test_sizes_below_one_are_refused(trained, tmp_path, change):
     refused(config_for(trained, tmp_path / "out", **({"heldout": False} | change)), next(iter(change)))
