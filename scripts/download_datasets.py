@@ -167,12 +167,13 @@ def own_prompts(config: DownloadDatasetsConfig) -> Source:
     return Source(name, config.prompts_licence, rows, {"train": None, "eval": None}, origins, left_out=dict(left_out))
 
 
-def choose(source: Source, split: str, seed: int, avoid: list) -> tuple[list, dict[str, int]]:
-    """The wanted number of rows in seeded order, passing over those that overlap `avoid`; and how many, by reason."""
+def choose(source: Source, split: str, seed: int, avoid: list, without: set[str]) -> tuple[list, dict[str, int]]:
+    """The wanted number of rows in seeded order, passing over those that overlap `avoid` (how many, by reason) and the
+    ids in `without`."""
     wanted = source.wanted.get(split, 0)
     if wanted == 0:
         return [], {}
-    candidates = list(source.rows[split])
+    candidates = [row for row in source.rows[split] if row["id"] not in without]
     random.Random(f"{seed}/{source.name}/{split}").shuffle(candidates)
     kept, dropped = drop_overlapping(candidates, avoid) if avoid else (candidates, [])
     if wanted is not None and len(kept) < wanted:
@@ -191,6 +192,9 @@ def main() -> None:
     if not len(config.domains) == len(config.domain_train_rows) == len(config.domain_eval_rows):
         raise UserError("domains, domain_train_rows and domain_eval_rows must have one entry a pack each")
     folder = Path(config.data_dir)
+    numbers = {name: value if isinstance(value, list) else [value] for name, value in vars(config).items()}
+    if negative := [name for name, values in numbers.items() if name.endswith("_rows") and min(values, default=0) < 0]:
+        raise UserError(f"{negative[0]} must be at least 0")
     outputs = [folder / "train_dataset.jsonl", folder / "eval_dataset.jsonl", folder / "manifest.json"]
     fingerprint = {key: value for key, value in asdict(config).items() if key not in ("overwrite", "data_dir")}
     packs = [ROOT / "data" / "domains" / f"{name}.yaml" for name in config.domains]
@@ -217,15 +221,29 @@ def main() -> None:
     sources += [scenario_pack(config, index) for index in range(len(config.domains))]
     start_stage(marker, fingerprint)
 
-    evaluation, entries = [], []
-    chosen_train = {source.name: choose(source, "train", config.seed, [])[0] for source in sources}
-    train = [row for rows in chosen_train.values() for row in rows]
+    without: set[str] = set()
+    while True:
+        chosen_train = {source.name: choose(source, "train", config.seed, [], without)[0] for source in sources}
+        train = [row for rows in chosen_train.values() for row in rows]
+        chosen_eval = {source.name: choose(source, "eval", config.seed, train, set()) for source in sources}
+        evaluation = [row for rows, _ in chosen_eval.values() for row in rows]
+        if not train or not evaluation:
+            raise UserError(
+                "the profile asks for no training or no evaluation rows; set the *_train_rows and *_eval_rows"
+            )
+        # how common a wording is, and so whether it counts, is another thing among the chosen than among all candidates
+        reasons = {drop["id"]: drop["reason"] for drop in drop_overlapping(train, evaluation)[1]}
+        if not reasons:
+            break
+        without |= reasons.keys()
+        for source in sources:
+            found = Counter(reasons[row["id"]] for row in chosen_train[source.name] if row["id"] in reasons)
+            source.left_out = dict(Counter(source.left_out) + found)
+    entries = []
     for source in sources:
-        rows, passed_over = choose(source, "eval", config.seed, train)
-        evaluation += rows
         for split, part, reasons in (
             ("train", chosen_train[source.name], source.left_out),
-            ("eval", rows, passed_over),
+            ("eval", *chosen_eval[source.name]),
         ):
             if part:
                 origin = source.origin[split]
@@ -236,13 +254,6 @@ def main() -> None:
                                 "passed_over": reasons, "near_duplicates": alike})  # fmt: skip
                 logger.info("%s, %s: %d rows from %s; near-duplicates after masking: %d of %d", source.name, split,
                             len(part), origin, alike, len(part))  # fmt: skip
-    if not train or not evaluation:
-        raise UserError("the profile asks for no training or no evaluation rows; set the *_train_rows and *_eval_rows")
-    _, overlapping = drop_overlapping(train, evaluation)
-    if overlapping:
-        raise UserError(
-            f"training row {overlapping[0]['id']} overlaps the evaluation rows ({overlapping[0]['reason']})"
-        )
     write_jsonl(outputs[0], train)
     write_jsonl(outputs[1], evaluation)
     write_json(

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.table import Table
 
 from src.data.cleaning import clean
+from src.evaluation.graders import check_dataset_row
 from src.evaluation.report import make_console
 from src.evaluation.sandbox import open_sandbox
 from src.utils.common import (
     ROW_KEYS,
-    check_dataset_row,
     finish_stage,
     logger,
     provenance,

@@ -23,12 +23,12 @@ from src.distillation.batching import shared_end_of_turn
 from src.distillation.engines import Engine, opened, rows_that_fit
 from src.distillation.openai_engine import Server
 from src.distillation.sft import Request, Sampling, make_requests
+from src.evaluation.graders import check_dataset_row
 from src.utils.common import (
     ROW_KEYS,
     Progress,
     UserError,
     append_jsonl,
-    check_dataset_row,
     finish_stage,
     logger,
     provenance,
@@ -86,6 +86,8 @@ def make_engine(config: GenerateSftDataConfig) -> Engine:
         arguments = json.loads(config.vllm_arguments)
     except json.JSONDecodeError as error:
         raise UserError(f"vllm_arguments is not JSON ({error.msg}): {config.vllm_arguments}") from None
+    if not isinstance(arguments, dict):
+        raise UserError(f"vllm_arguments must be a JSON object, found {config.vllm_arguments}")
     server = Server(
         config.base_url, config.served_model_name or teacher, config.server, config.api_key_variable,
         config.concurrency, config.request_timeout, config.tries,

@@ -17,6 +17,7 @@ ALLOWED = {
     "src.data.cleaning": {
         "src.data", "src.distillation", "src.utils", "src.evaluation.graders", "src.evaluation.sandbox",
     },
+    "src.data.own_prompts": {"src.data", "src.utils", "src.evaluation.graders"},
     "src.evaluation": {"src.evaluation", "src.utils"} | {
         f"src.distillation.{name}"
         for name in ("base", "sft", "losses", "lora", "heldout", "batching", "packing", "teacher_signal")

@@ -26,7 +26,7 @@ CANNOT = r"i(?:'m| am)? (?:can'?t|cannot|can not|won'?t|(?:am )?(?:unable|not ab
 REFUSAL = re.compile(
     rf"\W*(?:(?:i(?:'m| am) )?(?:(?:very|really|so) )?sorry,? (?:but )?{CANNOT}|i apologi[sz]e,? (?:but )?{CANNOT}|"
     rf"(?:unfortunately, )?as an? (?:ai|artificial intelligence)\b[\w ]*,? (?:{CANNOT}|i (?:do not|don't) have)|"
-    rf"(?:unfortunately,? )?{CANNOT} (?:help|assist|comply|fulfil|provide|answer|do that|engage|create)|"
+    rf"(?:unfortunately,? )?{CANNOT} (?:help(?! but)|assist|comply|fulfil|provide|answer|do that|engage|create)|"
     r"(?:很|非常)?(?:抱歉|对不起)[，,]\s*(?:但)?我?(?:不能|无法)|作为(?:一[个名]|)(?:人工智能|ai)[^，。]{0,8}[，,]?\s*我?(?:不能|无法|没有))"
 )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION, Row, dataset_row, from_hub, question_of
+from src.evaluation.graders import check_dataset_row
 from src.utils.common import UNGRADED, UserError, read_jsonl, sha256_file, sha256_text
 
 GRADERS = ("numeric", "python_tests", "rubric", UNGRADED)
@@ -80,8 +81,10 @@ def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str) 
     grader = texts["grader"] or UNGRADED
     if grader not in GRADERS:
         raise ValueError(f"unknown grader {grader!r}; known are {', '.join(GRADERS)}")
-    if grader == "numeric" and not reference.strip():
-        raise ValueError(f"the numeric grader needs a number in the column {columns.reference}")
+    if grader == "numeric":
+        reference = reference.rpartition("####")[2]  # GSM8K's own answers end so
+        if not reference.strip():
+            raise ValueError(f"the numeric grader needs a number in the column {columns.reference}")
     try:
         arguments = _as_json(found.get(columns.grader_args) or "{}", dict)
     except ValueError as error:
@@ -89,11 +92,16 @@ def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str) 
     needed = {"python_tests": ["tests"], "rubric": ["groups", "pass_mark"]}.get(grader, [])
     if missing := [name for name in needed if name not in arguments]:
         raise ValueError(f"the {grader} grader needs {', '.join(missing)} in the column {columns.grader_args}")
+    if isinstance(arguments.get("tests"), list):  # as MBPP has them
+        arguments["tests"] = "\n".join(map(str, arguments["tests"]))
     instruction = {"numeric": GSM8K_INSTRUCTION, "python_tests": CODE_INSTRUCTION}.get(grader, "")
-    return dataset_row(
+    row = dataset_row(
         source=source, domain=domain, split="train", system=system, prompt=prompt, instruction=instruction,
         reference=reference, grader=grader, grader_args=arguments,
     )  # fmt: skip
+    if fault := check_dataset_row(row):
+        raise ValueError(fault)
+    return row
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """Public data sets as dataset rows: GSM8K, HumanEval and MBPP, from the hub, a PyPI package or a file."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -54,7 +55,7 @@ def dataset_row(*, source: str, domain: str, split: str, prompt: str, instructio
 def question_of(row: Row) -> str:
     """The prompt without its last paragraph, the answer-format instruction; all of it where it has none."""
     whole = '"no_instruction": true' in row["grader_args"]
-    return row["prompt"] if whole else row["prompt"].rpartition("\n\n")[0]
+    return row["prompt"] if whole else row["prompt"].rpartition("\n\n")[0] or row["prompt"]
 
 
 def gsm8k_rows(records: list[dict[str, str]], split: str, where: str) -> list[Row]:
@@ -144,9 +145,10 @@ def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str
 
     datasets.disable_progress_bars()
     try:
-        revision = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha or revision
+        with contextlib.suppress(huggingface_hub.errors.OfflineModeIsEnabled):  # then the cache may still have it
+            revision = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha or revision
         loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except (OSError, ValueError, httpx2.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"hub data set {name} ({split}) cannot be had: {reason}; name another place with {flag}"

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from src.distillation import openai_engine, sft, vllm_engine
 from src.distillation.base import (
+    check_devices,
     compute_dtype,
     count_parameters,
     load_model,
@@ -66,7 +67,7 @@ def rows_that_fit(
     longest = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) + sampling.max_new_tokens
     dtype = compute_dtype()
     weights = count_parameters(meta_model(engine.model)) * dtype.itemsize
-    return sft.fitting_batch_size(load_model_config(engine.model), weights, memory, longest, dtype)
+    return sft.fitting_batch_size(load_model_config(engine.model).get_text_config(), weights, memory, longest, dtype)
 
 
 def end_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -80,7 +81,7 @@ def end_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def vllm_plan(engine: Engine) -> tuple[dict[str, Any], list[list[int]]]:
     """Arguments of `vllm.LLM`, and the GPUs of each replica."""
-    config, dtype = load_model_config(engine.model), compute_dtype()
+    config, dtype = load_model_config(engine.model).get_text_config(), compute_dtype()
     arguments = {"model": engine.model, "dtype": str(dtype).removeprefix("torch."), "max_model_len": -1, "seed": 0,
                  "generation_config": "vllm"}  # fmt: skip
     groups: list[list[int]] = [list(engine.devices)]
@@ -135,6 +136,7 @@ def opened(engine: Engine, sampling: Sampling) -> Iterator[Generate]:
         yield answer
         return
 
+    check_devices(engine.model, engine.devices)
     arguments, groups = vllm_plan(engine)
     with vllm_engine.opened(arguments, groups, sampling, end_ids(engine.model, tokenizer)) as answer_prompts:
 

@@ -69,7 +69,8 @@ def _replica(devices: list[int], arguments: dict[str, Any], sampling: dict[str, 
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # `devices` count among those, as for torch
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[i] if seen != [""] else str(i) for i in devices)
     from vllm import LLM, SamplingParams
 
     llm = LLM(**arguments)

@@ -26,7 +26,7 @@ from src.distillation.packing import check_packing
 from src.distillation.sft import Sampling, generate, make_requests
 from src.distillation.teacher_signal import online_signal
 from src.evaluation.arms import Arms, resolve_arms, run_of_model, use_arm
-from src.evaluation.graders import Grade, grade_all
+from src.evaluation.graders import Grade, check_dataset_row, grade_all
 from src.evaluation.report import write_reports
 from src.evaluation.results import ARMS, make_results, run_files
 from src.evaluation.sandbox import Sandbox, open_sandbox
@@ -38,7 +38,6 @@ from src.utils.common import (
     Progress,
     UserError,
     append_jsonl,
-    check_dataset_row,
     finish_stage,
     logger,
     provenance,

@@ -9,9 +9,10 @@ import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from src.evaluation.sandbox import Sandbox, Task, run_tasks
-from src.utils.common import UserError, logger
+from src.utils.common import ROW_KEYS, UserError, logger
 
 OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "error", "not_executed")
 
@@ -30,6 +31,29 @@ class Grade:
     extracted: str
     strict: bool | None
     score: float | None
+
+
+def check_dataset_row(row: dict[str, Any]) -> str | None:
+    """What is wrong with a row of `{train,eval}_dataset.jsonl`, or None: every value is text, and its grader finds in
+    reference and grader_args what it needs to judge an answer."""
+    for key in (*ROW_KEYS, "system"):
+        if not isinstance(row.get(key, ""), str):
+            return f"{key} must be text, found {type(row[key]).__name__}"
+    try:
+        arguments = json.loads(row["grader_args"] or "{}")
+    except json.JSONDecodeError as error:
+        return f"grader_args is not JSON ({error.msg})"
+    if not isinstance(arguments, dict):
+        return f"grader_args must be a JSON object, found {type(arguments).__name__}"
+    if row["grader"] == "numeric" and gold_number(row) is None:
+        return f"reference {row['reference']!r} is not a number; mend it or change the grader"
+    if row["grader"] == "python_tests":
+        parts = [arguments.get(name, "") for name in ("tests", "setup", "entry_point")]
+        if not all(isinstance(part, str) for part in parts) or not parts[0].strip():
+            return "python_tests needs tests, as text, in grader_args; setup and entry_point are text too"
+    if row["grader"] == "rubric" and not is_rubric(arguments):
+        return "a rubric needs a pass_mark and groups, each with a name and phrases in 'any'"
+    return None
 
 
 def grade(row: dict[str, str], response: str, finish_reason: str = "stop") -> Grade:
@@ -78,6 +102,7 @@ def plain_numbers(text: str) -> str:
     text = re.sub("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})", "", text)
     text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac\{)", " ", text)
     text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
+    text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", re.sub(r"\\div(?![A-Za-z])", "/", text))
     text = re.sub(r"\\[,!;]", "", text.replace("{,}", ","))
     return re.sub(r"\\([$%])", r"\1", text)
 
@@ -112,9 +137,14 @@ def find_number(response: str) -> tuple[str, Fraction, bool] | None:
     return (*found[-1], False) if found else None
 
 
+def gold_number(row: dict[str, str]) -> tuple[str, Fraction] | None:
+    """The reference as text and value; None if it is not a number."""
+    return number_value(NUMBER.fullmatch(plain_numbers(row["reference"]).strip().removesuffix("%").rstrip()))
+
+
 def grade_numeric(row: dict[str, str], response: str) -> Grade:
     """Compare the final number with the reference: exact fractions, 1e-9 apart at most."""
-    gold = number_value(NUMBER.fullmatch(plain_numbers(row["reference"]).strip().removesuffix("%").rstrip()))
+    gold = gold_number(row)
     if gold is None:
         raise UserError(
             f"row {row['id']}: reference {row['reference']!r} is not a number; mend it or change the grader"
@@ -151,10 +181,17 @@ def function_names(row: dict[str, str]) -> set[str]:
     return defined_names(row["reference"]) & set(re.findall(r"\w+", arguments.get("tests", "")))
 
 
+def offered_names(code: str) -> set[str]:
+    """What a block has for others: functions, classes, imports, and constants in capitals."""
+    imports = ",".join(re.findall(r"^(?:from [\w.]+ )?import +(.+)$", code, re.MULTILINE)).split(",")
+    imported = {re.split(r"\s+as\s+", part.strip(" ()"))[-1].partition(".")[0] for part in imports}
+    return defined_names(code) | imported | set(re.findall(r"^([A-Z][A-Z0-9_]*) *=(?!=)", code, re.MULTILINE))
+
+
 def with_helpers(code: str, earlier: list[str]) -> str:
-    """Code, after those of the earlier blocks that define something it uses and does not define itself."""
+    """Code, after those of the earlier blocks that offer something it uses and does not have itself."""
     for block in reversed(earlier):
-        if (defined_names(block) - defined_names(code)) & set(re.findall(r"\w+", code)):
+        if (offered_names(block) - offered_names(code)) & set(re.findall(r"\w+", code)):
             code = f"{block}\n\n{code}"
     return code
 
@@ -241,23 +278,27 @@ def grade_all(answers: Sequence[tuple[dict[str, str], str, str]], sandbox: Sandb
 
 MAX_SECTION_WORDS, COPIED_WORDS, NEGATION_WORDS = 60, 8, 4
 CLAUSE = re.compile(
-    r"\n|[.,;:!?](?:\s|$)|[()—，。；：！？（）]|\b(?:but|however)\b|(?<!not )(?<!n't )\b(?:due to|because)\b|"
+    r"\n|[.,;:!?](?:\s|$)|[()—，。；：！？（）]|\b(?:but|however)\b|(?<!not )\b(?:due to|because)\b|"
     r"而是|但|(?<!不是)(?<!并非)(?:由于|因为)"
 )
 NEGATED_BEFORE = re.compile(
-    r"\b(not(?! only)|no(?! doubt)|never|cannot|rul\w+ out|(instead|rather) (of|than)|\w+n't)\b|"
+    r"\b(not(?! only|(?: \w+)? enough)|no(?! doubt)|never|cannot|rul\w+ out|(instead|rather) (of|than))\b|"
     r"(不是|并非|而非|不属于|没有|不存在|(?<![须需待])排除|无需|不必|不要|不能|不应|不宜|不得|不可)\S{0,6}$"
 )
 NEGATED_AFTER = re.compile(
-    r" (?:(?:is|was|can be) (?:ruled out|excluded|unlikely|not the)|(?:is|was)n't the)\b|"
+    r" (?:is|was|can be) (?:ruled out|excluded|unlikely|not the)\b|"
     r"(?:可以|可|已|已被)排除|的?可能性(?:很|较)?[小低]|不是(?:根因|原因)"
 )
+ALL_GONE = re.compile(r"no\b.*\n\w* (?:is |are )?(?:left|remaining)\b")  # before and after: "no disk space left"
 WORD = re.compile(r"[a-z0-9]+|[\u4e00-\u9fff]")  # a Han character is a word; a phrase of them needs no word boundary
 
 
 def rubric_text(text: str) -> str:
-    """Lower case; emphasis and quotes dropped; hyphens, underscores and runs of blanks as one blank."""
-    return re.sub(r"[-_\u2010\u2011 \t]+", " ", re.sub(r"[*`\"“”]", "", text.lower().replace("’", "'")))
+    """Lower case; contracted negations in full; emphasis and quotes dropped; hyphens, underscores and runs of blanks as
+    one blank."""
+    text = re.sub(r"\bwon't\b", "will not", text.lower().replace("’", "'"))
+    text = re.sub(r"(?<=[a-z])n't\b", " not", re.sub(r"\bcan't\b", "cannot", text))
+    return re.sub(r"[-_\u2010\u2011 \t]+", " ", re.sub(r"[*`\"“”]", "", text))
 
 
 def without_prompt(response: str, prompt: str) -> str:
@@ -281,7 +322,8 @@ def mentions(text: str, phrases: list[str]) -> bool:
     for clause in CLAUSE.split(rubric_text(text)):
         for match in re.finditer(wanted, clause):
             before = " ".join(clause[: match.start()].split()[-NEGATION_WORDS:])
-            if not NEGATED_BEFORE.search(before) and not NEGATED_AFTER.match(clause, match.end()):
+            gone = ALL_GONE.search(f"{before}\n{clause[match.end() :]}")
+            if not (NEGATED_BEFORE.search(before) and not gone) and not NEGATED_AFTER.match(clause, match.end()):
                 return True
     return False
 
@@ -294,6 +336,17 @@ def labelled_sections(text: str, names: list[str]) -> dict[str, str]:
     return {name: "\n".join(body for label, body in found if label == rubric_text(name)) for name in names}
 
 
+def is_rubric(arguments: dict[str, Any]) -> bool:
+    def is_group(group: object) -> bool:
+        name, phrases = (group.get("name"), group.get("any")) if isinstance(group, dict) else (None, None)
+        texts = [name, *phrases] if isinstance(phrases, list) else []
+        return len(texts) > 1 and all(isinstance(text, str) and text for text in texts)
+
+    groups = arguments.get("groups")
+    marked = type(arguments.get("pass_mark")) in (int, float)
+    return marked and isinstance(groups, list) and bool(groups) and all(map(is_group, groups))
+
+
 def grade_rubric(row: dict[str, str], response: str) -> Grade:
     """Score = share of groups of which the answer asserts a phrase; correct from `pass_mark` on (both to two decimals,
     so that 2 of 3 meets 0.67). The whole text counts for outcome and score. Strict also asks for every label, and for
@@ -304,11 +357,11 @@ def grade_rubric(row: dict[str, str], response: str) -> Grade:
         UserError: grader_args are not `{"groups": [{"name": ..., "any": [...]}, ...], "pass_mark": ...}`.
     """
     arguments = json.loads(row["grader_args"])
-    groups, pass_mark = arguments.get("groups"), arguments.get("pass_mark")
-    if not groups or pass_mark is None or not all(group.get("name") and group.get("any") for group in groups):
+    if not is_rubric(arguments):
         raise UserError(
             f"row {row['id']}: a rubric needs a pass_mark and groups, each with a name and phrases in 'any'"
         )
+    groups, pass_mark = arguments["groups"], arguments["pass_mark"]
     if not response.strip():
         return Grade("no_answer", "", False, 0.0)
     text = without_prompt(response, row["prompt"])

@@ -85,18 +85,6 @@ UNGRADED = "none"  # the grader of a row whose answers nothing can judge
 ROW_KEYS = ("id", "source", "domain", "prompt", "reference", "grader", "grader_args")
 
 
-def check_dataset_row(row: dict[str, Any]) -> str | None:
-    """What is wrong with a row of `{train,eval}_dataset.jsonl`, or None: every value is text, grader_args is JSON."""
-    for key in (*ROW_KEYS, "system"):
-        if not isinstance(row.get(key, ""), str):
-            return f"{key} must be text, found {type(row[key]).__name__}"
-    try:
-        json.loads(row["grader_args"] or "{}")
-    except json.JSONDecodeError as error:
-        return f"grader_args is not JSON ({error.msg})"
-    return None
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` (file or folder) and rename it to `path` once the block has succeeded."""
@@ -342,6 +330,13 @@ def run_cli(main: Callable[[], None]) -> None:
             raise
         where = error.filename or "writing"
         print(f"error: {where}: {error.strerror}; mend it and run again, what was finished is kept", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":  # torch's; common does not load it
+            raise
+        first = str(error).splitlines()[0]
+        print(f"error: {first}; lower the batch size, or name more devices, and run again, what was finished is kept",
+              file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)

@@ -91,6 +91,7 @@ def test_kept_row_is_conversational():
         ("I do not know.", "stop", "wrong"),
         ("I'm sorry for the ducks. #### 72", "stop", None),
         ("I cannot see any left but 72. #### 72", "stop", None),
+        ("I can't help but notice that it is 72. #### 72", "stop", None),
         ("She said: I'm sorry, but I can't. #### 72", "stop", None),
         ("a < b and b | c > d. #### 72", "stop", None),
     ],

@@ -73,6 +73,11 @@ def test_conversations_and_other_column_names(tmp_path):
     ({"prompt": "a", "grader": "numeric"}, "the numeric grader needs a number in the column reference"),
     ({"prompt": "a", "grader": "rubric"}, "the rubric grader needs groups, pass_mark in the column grader_args"),
     ({"prompt": "a", "grader_args": "{"}, "grader_args must be a JSON object"),
+    ({"prompt": "a", "grader": "numeric", "reference": "42 apples"}, "reference '42 apples' is not a number; mend it"),
+    ({"prompt": "a", "grader": "python_tests", "grader_args": {"tests": 5}}, "python_tests needs tests, as text"),
+    ({"prompt": "a", "grader": "rubric", "grader_args": {"groups": [["ink"]], "pass_mark": 1}}, "a rubric needs"),
+    ({"prompt": "a", "grader": "rubric", "grader_args": {"groups": [{"name": "x", "any": ["ink"]}], "pass_mark": "1"}},
+     "a rubric needs a pass_mark and groups, each with a name and phrases in 'any'"),
     ({"messages": "hello"}, "messages: "),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                    {"role": "user", "content": "c"}]}, "one question is wanted, its roles are user, assistant, user"),
@@ -84,6 +89,17 @@ def test_a_wrong_record_is_named_by_its_line(tmp_path, record, words):
         read(path)
     assert str(error.value).startswith(f"{path}:3: ")
     assert words in str(error.value)
+
+
+def test_references_and_tests_as_the_public_sets_have_them(tmp_path):
+    tests = {"tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}
+    path = write(tmp_path / "mine.jsonl", [
+        {"prompt": "5 and 37?", "grader": "numeric", "reference": "5 + 37 = 42\n#### 42"},
+        {"prompt": "Write add.", "grader": "python_tests", "reference": "def add(a, b): ...", "grader_args": tests},
+    ])  # fmt: skip
+    number, code = read(path)[0]
+    assert number["reference"].strip() == "42"
+    assert json.loads(code["grader_args"])["tests"] == "assert add(1, 2) == 3\nassert add(0, 0) == 0"
 
 
 @pytest.mark.parametrize(("name", "text", "words"), [

@@ -113,6 +113,12 @@ class LLM:
 """
 
 
+def test_vllm_names_absent_gpus_too(tiny_teacher):
+    absent = Engine("vllm", tiny_teacher, devices=(98, 99))
+    with pytest.raises(UserError, match=r"GPUs \[98, 99\], but .* has none|GPU 98 is named"), opened(absent, GREEDY):
+        pass
+
+
 def test_without_vllm_its_requirements_are_named(monkeypatch, tiny_teacher):
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-vllm.txt"), opened(Engine("vllm", tiny_teacher), GREEDY):
@@ -124,13 +130,16 @@ def three_replicas(tmp_path, monkeypatch, tiny_teacher):
     """An engine of three replicas on two GPUs each; the module `vllm` of its processes only echoes."""
     (tmp_path / "vllm.py").write_text(FAKE_VLLM)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(engines, "check_devices", lambda *_: None)
     monkeypatch.setattr(engines, "count_parameters", lambda model: 30_500_000_000)
     monkeypatch.setattr(engines, "compute_dtype", lambda: torch.bfloat16)
     return Engine("vllm", tiny_teacher, devices=(0, 1, 2, 3, 4, 5), gpu_memory_gb=36.0)
 
 
 @pytest.mark.slow
-def test_rows_are_sharded_by_id_and_merged_without_duplicates(three_replicas):
+def test_rows_are_sharded_by_id_and_merged_without_duplicates(three_replicas, monkeypatch):
+    """Devices count among those that are visible, as they do for torch."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9,8,7,6,5,4")
     requests = make_requests([{"id": f"row-{i}", "prompt": "x" * i} for i in range(40)], 2, 7)
     done = frozenset({("row-3", 0), ("row-4", 1)})
     with opened(three_replicas, Sampling(0.7, 0.8, 0, 16)) as ask:
@@ -139,7 +148,7 @@ def test_rows_are_sharded_by_id_and_merged_without_duplicates(three_replicas):
     assert len(first) == 78
     assert {(r["id"], r["sample_index"]) for r in first} == {(r.id, r.sample_index) for r in requests} - done
     assert {(r["id"], r["sample_index"]) for r in second} == {(r.id, r.sample_index) for r in requests[:6]}
-    pairs = ["0,1", "2,3", "4,5"]
+    pairs = ["9,8", "7,6", "5,4"]
     assert {row["response"].split("|")[0] for row in first} == set(pairs)
     for row in first:
         gpus, _, seed, top_k, tensor = row["response"].split("|")

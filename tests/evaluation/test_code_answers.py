@@ -68,6 +68,12 @@ RIGHT = {
     "helper in a block of its own": (
         f"First:\n{fenced('def by3(x): return x * 3')}\nThen:\n{fenced('def f(xs): return sum(map(by3, xs))')}", False,
     ),
+    "import in a block of its own": (
+        f"{fenced('import itertools as it')}\nThen:\n{fenced('def f(xs): return 3 * sum(it.chain(xs))')}", False,
+    ),
+    "constant in a block of its own": (
+        f"{fenced('FACTOR = 3')}\nThen:\n{fenced('def f(xs): return FACTOR * sum(xs)')}", False,
+    ),
     "better one follows": (f"{fenced('def f(xs): return 0')}\nNo:\n{fenced(f'def f(xs):{chr(10)}{BODY}')}", False),
     "use follows": (f"{fenced(f'def f(xs):{chr(10)}{BODY}')}\nUse:\n{fenced('print(f(input()))')}", False),
 }  # fmt: skip

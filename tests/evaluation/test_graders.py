@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from src.data.sources import dataset_row, gsm8k_rows
-from src.evaluation.graders import Grade, defined_names, extract_code, find_number, grade
+from src.evaluation.graders import Grade, defined_names, extract_code, find_number, grade, mentions
 from src.utils.common import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared/data"
@@ -53,6 +53,9 @@ def make_row(grader, reference="72", prompt="How many?", **grader_args):
         ("\\boxed{\\$1{,}234} or so, in 3 steps", "1234", False),
         ("\\boxed{-\\dfrac{1}{2}} of 9", "-1/2", False),
         ("\\boxed{2\\frac{1}{2}} of 9", "5/2", False),
+        ("\\boxed{9 \\times 2 = 18} of 9", "18", False),
+        ("The final answer is $9 \\cdot 2 = 18$.", "18", False),
+        ("#### 36 \\div 2 = 18", "18", True),
         ("\\boxed{\\text{72 apples}} in 3 bags", "72", False),
         ("The answer is 72, from 3 bags.", "72", False),
         ("**Answer:** 72 apples in 3 bags", "72", False),
@@ -241,6 +244,26 @@ def test_rubric(response, outcome, strict, groups):
 )
 def test_negated_phrases_do_not_count(response, hit):
     assert ("root_cause" in rubric(response).extracted) == hit
+
+
+@pytest.mark.parametrize(
+    ("phrases", "response", "hit"),
+    [
+        (["not exist", "file"], "The file doesn't exist.", True),
+        (["cannot be found"], "The file can’t be found.", True),
+        (["will not resolve"], "The name won't resolve.", True),
+        (["not renewed"], "The certificate wasn't renewed.", True),
+        (["disk space"], "There is no disk space left on the host.", True),
+        (["disk space"], "There is not enough disk space.", True),
+        (["disk space"], "The host does not have enough disk space.", True),
+        (["disk space"], "Old dumps consume all the disk space.", True),
+        (["disk space"], "There is no disk space problem.", False),
+        (["disk space"], "It isn't the disk space that is left.", False),
+        (["certificate"], "It wasn't the certificate.", False),
+    ],
+)
+def test_what_is_missing_is_no_denial(phrases, response, hit):
+    assert mentions(response, phrases) == hit
 
 
 def test_a_copied_prompt_earns_nothing():

@@ -213,6 +213,7 @@ def test_no_answer_left_says_what_to_try(answered, fails):
     (["--batch_size", "-1"], "batch_size at least 0"),
     (["--engine", "sglang"], "invalid choice: 'sglang'"),
     (["--engine", "vllm", "--vllm_arguments", "{"], "vllm_arguments is not JSON"),
+    (["--engine", "vllm", "--vllm_arguments", "[1]"], "vllm_arguments must be a JSON object, found [1]"),
     (["--engine", "openai", "--teacher_model", ""], "teacher_model_name_or_path is not set"),
     (["--top_p", "0"], "top_p must be above 0"),
     (["--temp", "1"], "unknown flag --temp"),

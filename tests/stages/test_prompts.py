@@ -1,6 +1,7 @@
 """scripts/download_datasets.py: prompts, their manifest, and what it refuses."""
 
 import json
+import random
 
 import pytest
 
@@ -83,6 +84,8 @@ def test_a_hub_out_of_reach_names_the_flag_that_takes_a_file(fails, profile, mon
     ({"humaneval_train_rows": 9}, "humaneval: 9 train rows are asked for, 8 can be had"),
     ({"humaneval_train_rows": 8, "humaneval_eval_rows": 1}, "humaneval: 1 eval rows are asked for, 0 can be had"),
     ({"humaneval_eval_rows": 3}, "the profile asks for no training or no evaluation rows"),
+    ({"humaneval_train_rows": -1}, "humaneval_train_rows must be at least 0"),
+    ({"domains": ["maths"], "domain_train_rows": [-3], "domain_eval_rows": [3]}, "domain_train_rows must be at least"),
     ({"humaneval_path": "no/such.jsonl", "humaneval_train_rows": 1}, "no/such.jsonl: no such file"),
     ({"domains": ["maths"], "domain_train_rows": [3]}, "must have one entry a pack each"),
     ({"domains": ["math"], "domain_train_rows": [3], "domain_eval_rows": [3]}, "math: no such file in data/domains; "),
@@ -92,6 +95,28 @@ def test_wrong_requests_for_prompts(fails, profile, humaneval_file, tmp_path, se
         "download_datasets", "--config", profile(**{"humaneval_path": str(humaneval_file)} | settings)
     )
     assert not list((tmp_path / "data").glob("*_dataset.jsonl"))
+
+
+def test_rows_that_overlap_only_among_the_chosen_are_passed_over(succeeds, profile, tmp_path):
+    """An ending in 12 of 200 candidates is a template's wording; in the few that are chosen it is a leak."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(5000)]
+    ending = " ".join(draw.choices(words, k=16))
+    for name, count, alike in (("train", 62, 2), ("test", 200, 12)):
+        questions = [" ".join(draw.choices(words, k=14)) for _ in range(count)]
+        rows = [{"question": f"{question} {ending * (i < alike)}", "answer": f"#### {i}"}
+                for i, question in enumerate(questions)]  # fmt: skip
+        write_jsonl(tmp_path / "gsm8k" / f"{name}.jsonl", rows)
+    settings = {"gsm8k_path": str(tmp_path / "gsm8k"), "gsm8k_train_rows": 60, "gsm8k_eval_rows": 40}
+    succeeds("download_datasets", "--config", profile(**settings))
+    entries = read_json(tmp_path / "data" / "manifest.json")["sources"]
+    train, evaluation = (entry for entry in entries if entry["source"] == "gsm8k")
+    assert (train["rows"], evaluation["rows"]) == (60, 40)
+    assert sum(train["passed_over"].values()) == 2
+    written = [read_jsonl(tmp_path / "data" / f"{split}_dataset.jsonl") for split in ("train", "eval")]
+    found = [sum(ending in row["prompt"] for row in rows) for rows in written]
+    assert found[0] == 0
+    assert found[1] > 0
 
 
 def test_a_source_file_that_is_not_the_official_one(fails, profile, tmp_path):
