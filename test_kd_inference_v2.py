@@ -60,7 +60,11 @@ def run_comparison(own: InferenceTestConfig, config: str | Path | None) -> dict[
 
 
 def test_model(
-    temperature: float = 0.7, mode: str = "quick", model_path: str | None = None, config: str | Path | None = None
+    temperature: float = 0.7,
+    mode: str = "quick",
+    model_path: str | None = None,
+    config: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Compare the student before and after distillation at one sampling temperature.
 
@@ -69,6 +73,7 @@ def test_model(
         mode: `quick`, `medium` or `full`: 10, 50 or 350 prompts (fewer where the data set is smaller).
         model_path: a run's folder or its final_model (default: the newest finished run).
         config: a profile (default: the shipped one of the run's experiment).
+        overwrite: compare again although the folder holds a comparison, which is wanted after another training run.
 
     Returns:
         The content of results.json, and `output_dir`, where samples.jsonl, report.md and report.html are too.
@@ -76,7 +81,7 @@ def test_model(
     Raises:
         UserError: something the user must put right.
     """
-    return run_comparison(InferenceTestConfig(mode, [temperature], model_path), config)
+    return run_comparison(InferenceTestConfig(mode, [temperature], model_path, overwrite), config)
 
 
 test_model.__test__ = False  # the name is the users'; pytest must not collect it
