@@ -289,7 +289,7 @@ NEGATED_AFTER = re.compile(
     r" (?:is|was|can be) (?:ruled out|excluded|unlikely|not the)\b|"
     r"(?:可以|可|已|已被)排除|的?可能性(?:很|较)?[小低]|不是(?:根因|原因)"
 )
-ALL_GONE = re.compile(r"no\b.*\n\w* (?:is |are )?(?:left|remaining)\b")  # before and after: "no disk space left"
+ALL_GONE = re.compile(r"\bno\b.*\n\w* (?:is |are )?(?:left|remaining)\b")  # before and after: "no disk space left"
 WORD = re.compile(r"[a-z0-9]+|[\u4e00-\u9fff]")  # a Han character is a word; a phrase of them needs no word boundary
 
 
@@ -323,7 +323,8 @@ def mentions(text: str, phrases: list[str]) -> bool:
         for match in re.finditer(wanted, clause):
             before = " ".join(clause[: match.start()].split()[-NEGATION_WORDS:])
             gone = ALL_GONE.search(f"{before}\n{clause[match.end() :]}")
-            if not (NEGATED_BEFORE.search(before) and not gone) and not NEGATED_AFTER.match(clause, match.end()):
+            denied = NEGATED_BEFORE.search(before) and not gone
+            if not denied and not NEGATED_AFTER.match(clause, match.end()):
                 return True
     return False
 
