@@ -1,22 +1,27 @@
 """What every stage shares: clear errors, JSONL files, atomic writes, fingerprints, progress, provenance."""
 
+import codecs
 import contextlib
 import errno
+import gzip
 import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 logger = logging.getLogger("kd")
 
@@ -27,11 +32,178 @@ class UserError(Exception):
     """Something only the user can put right. The text is one line: what is wrong, where, and the way out."""
 
 
+# How a file begins that is not UTF-8 text, and the way out. UTF-32's mark begins with UTF-16's, so it stands first.
+AS_UTF_8 = "save the file as UTF-8"
+BEGINNINGS = (
+    (codecs.BOM_UTF32_LE, f"UTF-32 text; {AS_UTF_8}"),
+    (codecs.BOM_UTF32_BE, f"UTF-32 text; {AS_UTF_8}"),
+    (codecs.BOM_UTF16_LE, f"UTF-16 text; {AS_UTF_8}"),
+    (codecs.BOM_UTF16_BE, f"UTF-16 text; {AS_UTF_8}"),
+    (b"\x1f\x8b", "packed with gzip; unpack it (prompts are also read packed, if the name ends in .gz)"),
+    (b"\x28\xb5\x2f\xfd", "packed with zstd; unpack it"),
+    (b"\xfd7zXZ\x00", "packed with xz; unpack it"),
+    (b"BZh91AY&SY", "packed with bzip2; unpack it"),
+    (b"PK\x03\x04", "a zip archive or a workbook; unpack it, or save it as CSV"),
+    (b"PAR1\x15", "a Parquet file; let its name end in .parquet"),
+)
+
+
+def _refuse_other_encodings(path: Path, start: bytes) -> None:
+    """Raise a UserError that says what a file is, unless it can be UTF-8 text by its first bytes."""
+    for beginning, what in BEGINNINGS:
+        if start.startswith(beginning):
+            raise UserError(f"{path}: {what}")
+    if len(start) > 1 and (start[0] == 0) != (start[1] == 0):  # "{" is 7b 00 in UTF-16, without a mark before it
+        raise UserError(f"{path}: UTF-16 text; {AS_UTF_8}")
+    if start.startswith(b"\0"):
+        raise UserError(
+            f"{path}: zero bytes where text should be, it was not written to its end; make or bring it again"
+        )
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[BinaryIO]:
+    """A file of UTF-8 text, opened for reading its bytes; one whose name ends in .gz is unpacked.
+
+    Raises:
+        UserError: by its beginning the file is something else, or its gzip is broken.
+    """
+    try:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            _refuse_other_encodings(path, file.peek(16)[:16])
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error}); fetch or pack it again, or mend its name") from None
+
+
+def _decode(data: bytes, where: str | Path) -> str:
+    """UTF-8 text, without a byte order mark before it."""
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8 text; {AS_UTF_8}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark; one whose name ends in .gz is unpacked.
+
+    Raises:
+        UserError: it is not UTF-8 text (names what it is), or its gzip is broken.
+    """
+    with open_text(Path(path)) as file:
+        data = file.read()
+    return _decode(data, path)
+
+
+class UnwritableJSON(json.JSONDecodeError):
+    """JSON text that Python reads, but that could not be written again as JSON in UTF-8."""
+
+
+# a text, NaN or a number: "so \"quoted\"", -Infinity, 1e999
+JSON_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity|-?[0-9][0-9.eE+-]*')
+
+
+def _finite(word: str) -> float:
+    """The number that a word of JSON says. Raises ValueError for NaN, Infinity and what becomes one (1e999)."""
+    number = float(word)
+    if not math.isfinite(number):
+        raise ValueError(word)
+    return number
+
+
+def _refuse_halves(value: Any) -> None:
+    """Raise UnicodeEncodeError for a text with half a character: "\\ud83d" without the other half after it."""
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
+
+
+def _unwritable(text: str) -> UnwritableJSON:
+    """The error that names the first word of JSON text that could not be written again."""
+    for word in JSON_WORD.finditer(text):
+        shown = f"{word[0][:40]} ..." if len(word[0]) > 40 else word[0]
+        try:
+            _refuse_halves(json.loads(word[0], parse_float=_finite, parse_constant=_finite))
+        except UnicodeEncodeError:
+            return UnwritableJSON(f"half a character (lone surrogate) in {shown}; mend that text", text, word.start())
+        except ValueError:
+            return UnwritableJSON(
+                f"{shown} is not a number that can be kept; put a finite one or null", text, word.start()
+            )
+    return UnwritableJSON("nested too deeply; make it flatter", text, 0)
+
+
+def parse_json(text: str) -> Any:
+    """What JSON text says; nothing that could not be written again: no NaN, no Infinity, no half a character.
+
+    Raises:
+        UnwritableJSON: it says such a thing, or is nested too deeply; `msg` says it with the way out, `lineno` where.
+        json.JSONDecodeError: it is not JSON.
+    """
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        if "\\ud" in text or "\\uD" in text:
+            _refuse_halves(value)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError):
+        raise _unwritable(text) from None
+    return value
+
+
+def _refuse_other_layouts(path: Path) -> None:
+    """Raise a UserError if the file is JSON, though not an object a line; its first line is known not to be one."""
+    whole = read_text(path)
+    text = whole.lstrip()
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        if text.startswith("["):
+            line = error.lineno + whole[: len(whole) - len(text)].count("\n")
+            raise UserError(f"{path}:{line}: a JSON list that is not valid here ({error.msg}); mend it") from None
+        return
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, list) and not text[end:].strip():
+        raise UserError(f"{path}: is a JSON list; write each of its objects on a line of its own (jq -c '.[]')")
+    if isinstance(value, dict) and "\n" in text[:end]:
+        raise UserError(f"{path}: its JSON objects go over several lines; write each on one line (jq -c .)")
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line that is not blank.
+
+    Raises:
+        UserError: a line is not a JSON object, or could not be written again; names file and line.
+    """
+    is_first = True
+    with open_text(path) as file:
+        for number, data in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            line = _decode(data, where)  # a mark may begin any line: files get joined
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line)
+            except UnwritableJSON as error:
+                raise UserError(f"{where}: {error.msg}") from None
+            except json.JSONDecodeError as error:
+                if is_first:
+                    _refuse_other_layouts(path)
+                raise UserError(f"{where}: not valid JSON ({error.msg}); mend or delete this line") from None
+            if not isinstance(row, dict):
+                if is_first:
+                    _refuse_other_layouts(path)
+                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            is_first = False
+            yield number, row
+
+
 def read_jsonl(
     path: str | Path,
     required: Iterable[str] = (),
     hint: str = "",
     check: Callable[[dict[str, Any]], str | None] | None = None,
+    unique: Sequence[str] = (),
+    twice: str = "give each row its own, or delete one",
 ) -> list[dict[str, Any]]:
     """Read one JSON object a line.
 
@@ -40,34 +212,32 @@ def read_jsonl(
         required: keys that every row must hold.
         hint: what to do when the file is missing (for example the command that makes it).
         check: says what is wrong with a row, or None.
+        unique: keys whose values together stand in one row only; one that a row lacks counts as 0.
+        twice: what to do about two rows that share them.
 
     Raises:
-        UserError: the file is missing or empty, or a line is not a JSON object or lacks a key; names file and line.
+        UserError: the file is missing or empty, or a line is not a JSON object, lacks a key or has another line's;
+            names file and line.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file" + (f"; {hint}" if hint else ""))
     rows = []
-    with path.open("rb") as file:
-        for number, data in enumerate(file, start=1):
-            try:
-                line = data.decode("utf-8")
-            except UnicodeDecodeError:
-                raise UserError(f"{path}:{number}: not UTF-8 text; save the file as UTF-8") from None
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({error.msg}); mend or delete this line") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-            missing = [key for key in required if key not in row]
-            if missing:
-                raise UserError(f"{path}:{number}: missing {', '.join(missing)}; found {', '.join(row) or 'no keys'}")
-            if check is not None and (complaint := check(row)):
-                raise UserError(f"{path}:{number}: {complaint}")
-            rows.append(row)
+    line_of: dict[str, int] = {}
+    for number, row in json_lines(path):
+        where = f"{path}:{number}"
+        missing = [key for key in required if key not in row]
+        if missing:
+            raise UserError(f"{where}: missing {', '.join(missing)}; found {', '.join(row) or 'no keys'}")
+        if check is not None and (complaint := check(row)):
+            raise UserError(f"{where}: {complaint}")
+        if unique:
+            named = ", ".join(f"{key} {row.get(key, 0)}" for key in unique)
+            values = json.dumps([row.get(key, 0) for key in unique])
+            if values in line_of:
+                raise UserError(f"{where}: {named} stands in line {line_of[values]} too; {twice}")
+            line_of[values] = number
+        rows.append(row)
     if not rows:
         raise UserError(f"{path}: the file holds no rows" + (f"; {hint}" if hint else ""))
     return rows
@@ -75,9 +245,12 @@ def read_jsonl(
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; a broken one is a UserError that names it."""
+    text = read_text(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(text)
+    except UnwritableJSON as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+    except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
 
 

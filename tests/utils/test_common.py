@@ -1,6 +1,8 @@
 """Files survive a crash, errors are one clear line, progress is quiet off a terminal."""
 
+import codecs
 import errno
+import gzip
 import io
 import json
 import logging
@@ -15,6 +17,7 @@ from src.utils.common import (
     append_jsonl,
     atomic_path,
     finish_stage,
+    parse_json,
     provenance,
     read_json,
     read_jsonl,
@@ -66,6 +69,140 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path, text, complaint):
         read_jsonl(path, ["a"], hint="make it", check=lambda row: "a is negative" if row["a"] < 0 else None)
     assert str(caught.value).startswith(f"{path}{complaint}")
     assert "\n" not in str(caught.value)
+
+
+MARK = codecs.BOM_UTF8
+
+
+@pytest.mark.parametrize("data", [MARK + b'{"a": 1}\n{"a": 2}\n', b'{"a": 1}\n' + MARK + b'{"a": 2}\n',
+                                  MARK + b'\r\n{"a": 1}\r\n\r\n{"a": 2}'])  # fmt: skip
+def test_a_byte_order_mark_is_read_over(tmp_path, data):
+    """At the start, as Windows writes it, and where two such files were joined."""
+    (tmp_path / "rows.jsonl").write_bytes(data)
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}, {"a": 2}]
+    (tmp_path / "x.json").write_bytes(MARK + b'{"a": 1}')
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+
+
+TEXT = '{"a": 1}\n'
+
+
+@pytest.mark.parametrize("read", [read_jsonl, read_json])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (TEXT.encode("utf-16"), "UTF-16 text; save the file as UTF-8"),
+        (codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"), "UTF-16 text; save the file as UTF-8"),
+        (TEXT.encode("utf-16-le"), "UTF-16 text; save the file as UTF-8"),
+        (TEXT.encode("utf-16-be"), "UTF-16 text; save the file as UTF-8"),
+        (TEXT.encode("utf-32"), "UTF-32 text; save the file as UTF-8"),
+        (gzip.compress(TEXT.encode()), "packed with gzip; unpack it"),
+        (b"PK\x03\x04" + bytes(20), "a zip archive or a workbook"),
+        (b"PAR1\x15\x04", "a Parquet file; let its name end in .parquet"),
+        (bytes(4096), "zero bytes where text should be"),
+    ],
+)
+def test_a_file_that_is_no_utf_8_text_is_called_what_it_is(tmp_path, read, data, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: {words}")
+    assert "\n" not in str(caught.value)
+
+
+def test_gzip_is_read_under_its_own_name(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    packed = gzip.compress(MARK + b'{"a": 1}\n{"a": \n')
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz:2: not valid JSON"):
+        read_jsonl(path)
+    whole = gzip.compress(b"".join(b'{"a": %d}\n' % number for number in range(1000)))
+    path.write_bytes(whole)
+    assert [row["a"] for row in read_jsonl(path)] == list(range(1000))
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1
+    for broken in (whole[:-9], whole[: len(whole) // 2], bytes(flipped), b'{"a": 1}\n'):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"rows\.jsonl\.gz: cannot be unpacked \(") as caught:
+            read_jsonl(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('[{"a": 1}, {"a": 2}]\n', ": is a JSON list; write each of its objects on a line of its own"),
+        ('\n[\n  {"a": 1},\n  {"a": 2}\n]\n', ": is a JSON list; write each"),
+        ("[]", ": is a JSON list; write each"),
+        ('\n[\n  {"a": 1},\n  {"a" 2}\n]\n', ":4: a JSON list that is not valid here"),
+        ('{\n  "a": 1\n}\n', ": its JSON objects go over several lines; write each on one line"),
+        ('{\n  "a": 1\n}\n{\n  "a": 2\n}\n', ": its JSON objects go over several lines; write each on one line"),
+        ('{"a": 1},\n{"a": 2}\n', ":1: not valid JSON (Extra data); mend or delete this line"),
+        ("[1]\n[2]\n", ":1: expected a JSON object, found list"),
+        ('{\n{"a": 2}\n', ":1: not valid JSON"),
+    ],
+)
+def test_json_that_is_not_one_object_a_line_is_called_what_it_is(tmp_path, text, complaint):
+    """Who deletes line 1 of a JSON list has no JSON list any more."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(f"{path}{complaint}")
+
+
+HALF = "half a character (lone surrogate) in "
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ("NaN", "NaN is not a number that can be kept"),
+        ('{"b": [1, -Infinity]}', "-Infinity is not a number that can be kept"),
+        ("1e999", "1e999 is not a number that can be kept"),
+        ("-1E+400", "-1E+400 is not a number that can be kept"),
+        ("1" * 5000, f"{'1' * 40} ... is not a number that can be kept"),
+        (r'"so \ud83d it is"', HALF + r'"so \ud83d it is"'),
+        (r'{"\uDE00": 1}', HALF + r'"\uDE00"'),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_what_could_not_be_written_again_is_refused_where_it_stands(tmp_path, value, complaint):
+    """The first line holds the same in a text, which is a text."""
+    fine = json.dumps({"a": 'NaN, 1e999, "Infinity" and \U0001f600'})
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{fine}\n\n{{"a": {value}}}\n')
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(f"{path}:3: {complaint}")
+    path.write_text(f'{{\n"fine": {fine},\n"a": {value}\n}}')
+    with pytest.raises(UserError) as caught:
+        read_json(path)
+    line = 1 if value.startswith("[") else 3  # a depth is nowhere
+    assert str(caught.value).startswith(f"{path}:{line}: {complaint}")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_read_can_be_written(tmp_path):
+    text = r'{"a": [0.1, -2e-300, 12345678901234567890, null, true], "b": "\ud83d\ude00 \\ud83d \u0000"}'
+    value = parse_json(text)
+    assert value == json.loads(text)
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+
+
+def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "x"}\n\n{"id": "y"}\n{"id": "x", "n": 1}\n')
+    assert len(read_jsonl(path)) == 3
+    assert len(read_jsonl(path, unique=("id", "n"))) == 3
+    with pytest.raises(UserError, match=r"rows\.jsonl:4: id x stands in line 1 too; give each row its own, or delete"):
+        read_jsonl(path, unique=("id",))
+    path.write_text('{"id": "x"}\n{"id": "x", "n": 0}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: id x, n 0 stands in line 1 too; mend it"):
+        read_jsonl(path, unique=("id", "n"), twice="mend it")
 
 
 @pytest.mark.parametrize(("hint", "end"), [("run scripts/x.py", "; run scripts/x.py"), ("", "no such file")])

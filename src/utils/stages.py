@@ -1,0 +1,113 @@
+"""One process at a time on what a stage writes, and what every stage of an experiment must agree on."""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from src.utils.common import UserError, logger, read_json, write_json
+
+
+@contextlib.contextmanager
+def hold(folder: Path, stage: str, name: str = "stage", left_over: str = ".*.tmp") -> Iterator[None]:
+    """Keep other processes off a folder until the block ends; it is made if need be.
+
+    The lock is the kernel's (flock, by filelock): that of a process that died is free again.
+
+    Args:
+        stage: who holds it, for those who are refused.
+        name: of the lock, where parts of a folder can be worked on side by side.
+        left_over: what killed processes may have left half-written in this part, see `atomic_path`; it is removed.
+
+    Raises:
+        UserError: another process holds it; the text names its stage, number and host.
+    """
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / f".{name}.holder"  # who holds the lock: read only where somebody does
+    with contextlib.ExitStack() as held:
+        held.callback(_remove_empty, missing)
+        try:
+            held.enter_context(locked(folder / f".{name}.lock", timeout=0))
+        except Timeout:
+            raise UserError(
+                f"{folder}: {_who_holds(holder)} is working on it; run this again when that has ended, or end it first"
+            ) from None
+        held.callback(holder.unlink, missing_ok=True)
+        holder.write_text(json.dumps({"stage": stage, "pid": os.getpid(), "host": socket.gethostname()}))
+        _remove(folder, left_over)
+        yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that were made for a stage, the innermost first, where nothing came of it."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock file, which is there only meanwhile. filelock raises Timeout after `timeout` seconds; -1: never."""
+    lock = FileLock(path)
+    lock.acquire(timeout=timeout)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: filelock does not take a file that is gone for the lock
+        lock.release()
+
+
+def _who_holds(holder: Path) -> str:
+    try:
+        facts = json.loads(holder.read_text(encoding="utf-8"))
+        return f"{facts['stage']} (process {facts['pid']} on {facts['host']})"
+    except (OSError, ValueError, KeyError):  # it has the lock, but has not said yet who it is
+        return "another process"
+
+
+def _remove(folder: Path, left_over: str) -> None:
+    """Delete the temporary files and folders of writers that were killed: `.data.jsonl.4711.tmp` of `data.jsonl`."""
+    for path in folder.glob(left_over):
+        logger.info("%s: left half-written by a process that was killed; removed", path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, the files of its lock aside."""
+    return all(path.suffix in (".lock", ".holder") for path in folder.iterdir())
+
+
+def clear(folder: Path) -> None:
+    """Delete what a folder holds, the files of its lock aside."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix not in (".lock", ".holder"):
+            path.unlink()
+
+
+def experiment_date(experiment_dir: str | Path) -> datetime.date:
+    """The day that chat templates of this experiment read, if they ask for one: that of the first stage that asked.
+
+    It is kept in `experiment_dir`/prompt_date.json, so that prompts do not change from one day to the next.
+    """
+    path = Path(experiment_dir) / "prompt_date.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(".prompt_date.json.lock")):  # several ranks may be the first
+            if not path.is_file():
+                write_json(path, {"date": datetime.date.today().isoformat()})
+    try:
+        return datetime.date.fromisoformat(read_json(path)["date"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f'{path}: expected {{"date": "YYYY-MM-DD"}}; mend it, or delete it to take today') from None
