@@ -1,18 +1,23 @@
-"""A person's own prompts as dataset rows: JSONL, CSV, Parquet or a hub data set, split by question."""
+"""A person's own prompts as dataset rows, out of a file (see `records`) or a hub data set; split by question."""
 
-import csv
+import decimal
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.data.records import READ_FROM, format_of, name_of, read_records
 from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION, Row, dataset_row, from_hub, question_of
 from src.evaluation.graders import check_dataset_row
-from src.utils.common import UNGRADED, UserError, read_jsonl, sha256_file, sha256_text
+from src.utils.common import UNGRADED, UserError, parse_json, sha256_file, sha256_text
 
 GRADERS = ("numeric", "python_tests", "rubric", UNGRADED)
-SUFFIXES = (".jsonl", ".csv", ".parquet")
+INSTRUCTIONS = {"numeric": GSM8K_INSTRUCTION, "python_tests": CODE_INSTRUCTION}
+NEEDED = {"python_tests": ("tests",), "rubric": ("groups", "pass_mark")}  # in grader_args
+NAME_COLUMNS = "name yours with --prompt_column or --messages_column"
+OTHER_FORMATS = (".txt", ".xlsx", ".xls", ".gz", ".zip", ".zst", ".xz", ".bz2", ".ndjson", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Columns:
 
 def _as_json(value: Any, kind: type) -> Any:
     """`value`, or what its text says in JSON (a CSV has only text). Raises ValueError for anything but `kind`."""
-    found = json.loads(value) if isinstance(value, str) else value
+    found = parse_json(value) if isinstance(value, str) else value
     if not isinstance(found, kind):
         raise ValueError(f"found {type(found).__name__}")
     return found
@@ -48,21 +53,58 @@ def _conversation(value: Any) -> tuple[str, str, str]:
     return by_role.get("system", ""), by_role["user"], by_role.get("assistant", "")
 
 
-def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str) -> Row:
+def _is_missing(value: Any) -> bool:
+    """Whether a record has no value there: Parquet files written by pandas say NaN for that."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _texts(record: dict[str, Any], columns: Columns) -> dict[str, str]:
+    """The columns of text, a missing one empty. A reference may be a number. Raises ValueError for anything else."""
+    texts = {}
+    for name in ("prompt", "system", "reference", "grader"):
+        column = getattr(columns, name)
+        value = record.get(column, "")
+        if name == "reference" and isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ValueError(f"{column} is {value}; put a finite number, or leave it out")
+            value = str(value)
+        if not isinstance(value, str):
+            kinds = "text or a number" if name == "reference" else "text"
+            raise ValueError(f"{column} must be {kinds}, found {type(value).__name__}")
+        texts[name] = value
+    return texts
+
+
+def _arguments(record: dict[str, Any], columns: Columns, grader: str) -> dict[str, Any]:
+    """What the grader needs besides the reference. Raises ValueError where something is missing or no JSON."""
+    try:
+        given = _as_json(record.get(columns.grader_args) or "{}", dict)
+        said = {}
+        for name, value in given.items():
+            if value is not None:  # a Parquet struct names in each record what any record has
+                said[name] = value
+        arguments = parse_json(json.dumps(said))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{columns.grader_args} must be a JSON object: {error}") from None
+    missing = [name for name in NEEDED.get(grader, ()) if name not in arguments]
+    if missing:
+        raise ValueError(f"the {grader} grader needs {', '.join(missing)} in the column {columns.grader_args}")
+    if isinstance(arguments.get("tests"), list):  # as MBPP has them
+        arguments["tests"] = "\n".join(map(str, arguments["tests"]))
+    return arguments
+
+
+def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str, grader: str = "") -> Row:
     """One record as a row. A numeric or code grader adds its answer-format instruction to the prompt.
+
+    Args:
+        grader: of a record that names none.
 
     Raises:
         ValueError: what is wrong with the record, in words.
     """
-    found = {k: v for k, v in record.items() if v is not None}
-    texts = {}
-    for name in ("prompt", "system", "reference", "grader"):
-        column = getattr(columns, name)
-        value = found.get(column, "")
-        value = str(value) if name == "reference" and isinstance(value, int | float) else value
-        if not isinstance(value, str):
-            raise ValueError(f"{column} must be text, found {type(value).__name__}")
-        texts[name] = value
+    found = {name: value for name, value in record.items() if not _is_missing(value)}
+    texts = _texts(found, columns)
     if columns.prompt in found:
         system, prompt, reference = texts["system"], texts["prompt"], texts["reference"]
     elif columns.messages in found:
@@ -72,108 +114,71 @@ def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str) 
             raise ValueError(f"{columns.messages}: {error}") from None
         system, reference = system or texts["system"], texts["reference"] or answer
     else:
-        raise ValueError(
-            f"no column {columns.prompt} or {columns.messages}; found {', '.join(map(str, record)) or 'none'}; "
-            "name yours with --prompt_column or --messages_column"
-        )
+        wanted = f"{columns.prompt} or {columns.messages}"
+        if columns.prompt in record or columns.messages in record:
+            wanted += " with something in it"
+        names = ", ".join(map(str, record)) or "none"
+        raise ValueError(f"no column {wanted}; found {names}; {NAME_COLUMNS}")
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    grader = texts["grader"] or UNGRADED
+    grader = texts["grader"] or grader or UNGRADED
     if grader not in GRADERS:
         raise ValueError(f"unknown grader {grader!r}; known are {', '.join(GRADERS)}")
     if grader == "numeric":
         reference = reference.rpartition("####")[2]  # GSM8K's own answers end so
         if not reference.strip():
             raise ValueError(f"the numeric grader needs a number in the column {columns.reference}")
-    try:
-        arguments = _as_json(found.get(columns.grader_args) or "{}", dict)
-    except ValueError as error:
-        raise ValueError(f"{columns.grader_args} must be a JSON object: {error}") from None
-    needed = {"python_tests": ["tests"], "rubric": ["groups", "pass_mark"]}.get(grader, [])
-    if missing := [name for name in needed if name not in arguments]:
-        raise ValueError(f"the {grader} grader needs {', '.join(missing)} in the column {columns.grader_args}")
-    if isinstance(arguments.get("tests"), list):  # as MBPP has them
-        arguments["tests"] = "\n".join(map(str, arguments["tests"]))
-    instruction = {"numeric": GSM8K_INSTRUCTION, "python_tests": CODE_INSTRUCTION}.get(grader, "")
     row = dataset_row(
-        source=source, domain=domain, split="train", system=system, prompt=prompt, instruction=instruction,
-        reference=reference, grader=grader, grader_args=arguments,
+        source=source, domain=domain, split="train", system=system, prompt=prompt, reference=reference, grader=grader,
+        instruction=INSTRUCTIONS.get(grader, ""), grader_args=_arguments(found, columns, grader),
     )  # fmt: skip
     if fault := check_dataset_row(row):
         raise ValueError(fault)
     return row
 
 
-def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for record in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in record or None in record.values():
-                    raise UserError(f"{where}: not as many fields as the header has ({', '.join(reader.fieldnames)})")
-                yield where, {name: value for name, value in record.items() if value != ""}
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+def _records(
+    place: str, columns: Columns, hub_split: str, hub_revision: str, flag: str
+) -> tuple[str, str, Iterable[tuple[str, dict[str, Any]]]]:
+    """The name of a file or hub data set, its origin in words, and its records with the place where each stands."""
+    path = Path(place)
+    if format_of(path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; name another with {flag}")
+        origin = f"file {path} (sha256 {sha256_file(path)[:16]})"
+        return name_of(path), origin, read_records(path, (columns.prompt, columns.messages), NAME_COLUMNS)
+    if path.exists() or path.suffix.lower() in OTHER_FORMATS:
+        raise UserError(f"{place}: prompts are read from {READ_FROM} or a hub data set; convert it")
+    name, _, subset = place.partition(":")
+    found, origin = from_hub(name, subset or None, hub_split, hub_revision, flag)
+    return place, origin, _numbered(found, f"hub data set {place}, {hub_split} row")
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        records = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a Parquet file ({' '.join(str(error).split())[:120]})") from None
+def _numbered(records: Iterable[dict[str, Any]], what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, record in enumerate(records, start=1):
-        yield f"{path}, row {number}", record
+        yield f"{what} {number}", record
 
 
 def read_own_prompts(
-    place: str, columns: Columns, domain: str, hub_split: str, hub_revision: str, flag: str
+    place: str, columns: Columns, domain: str, hub_split: str, hub_revision: str, flag: str, grader: str = ""
 ) -> tuple[list[Row], str, int]:
     """Rows of a file or hub data set, their origin in words, and how many were left out as exact repeats.
 
     Args:
-        place: a path that ends in .jsonl, .csv or .parquet, or a hub id, `owner/name` or `owner/name:subset`.
+        place: a path that ends as `READ_FROM` says, or a hub id, `owner/name` or `owner/name:subset`.
         flag: the flag that named it, for error messages.
+        grader: of the records that name none.
 
     Raises:
-        UserError: it cannot be read, or a record is wrong; names file and line (or row), and the columns found.
+        UserError: it cannot be read, or a record is wrong; names file and line (or record), and the columns found.
     """
-    path, rows = Path(place), []
-    source = path.stem if path.suffix in SUFFIXES else place
-
-    def complaint(record: dict[str, Any]) -> str | None:
-        """Keep the record as a row, or say what is wrong with it."""
+    source, origin, records = _records(place, columns, hub_split, hub_revision, flag)
+    rows = []
+    for where, record in records:
         try:
-            rows.append(own_row(record, columns, source, domain))
+            rows.append(own_row(record, columns, source, domain, grader))
         except ValueError as error:
-            return str(error)
-        return None
-
-    def keep(records: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        for where, record in records:
-            if wrong := complaint(record):
-                raise UserError(f"{where}: {wrong}")
-
-    if path.suffix in SUFFIXES:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; name another with {flag}")
-        if path.suffix == ".jsonl":
-            read_jsonl(path, check=complaint)
-        else:
-            keep((_csv_records if path.suffix == ".csv" else _parquet_records)(path))
-        origin = f"file {path} (sha256 {sha256_file(path)[:16]})"
-    elif path.exists() or path.suffix in (".json", ".txt", ".tsv", ".xlsx", ".gz"):
-        raise UserError(f"{place}: prompts are read from {', '.join(SUFFIXES)} or a hub data set; convert it")
-    else:
-        name, _, subset = place.partition(":")
-        records, origin = from_hub(name, subset or None, hub_split, hub_revision, flag)
-        keep((f"hub data set {place}, {hub_split} row {n}", record) for n, record in enumerate(records, start=1))
+            raise UserError(f"{where}: {error}") from None
     if not rows:
         raise UserError(f"{place}: there are no rows in it; name another with {flag}")
     unique = {row["id"]: row for row in rows}

@@ -11,7 +11,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from src.utils.common import UserError, read_jsonl, sha256_file, sha256_text
+from src.data.records import read_records
+from src.utils.common import UserError, sha256_file, sha256_text
 
 Row = dict[str, str]
 
@@ -54,8 +55,10 @@ def dataset_row(*, source: str, domain: str, split: str, prompt: str, instructio
 
 def question_of(row: Row) -> str:
     """The prompt without its last paragraph, the answer-format instruction; all of it where it has none."""
-    whole = '"no_instruction": true' in row["grader_args"]
-    return row["prompt"] if whole else row["prompt"].rpartition("\n\n")[0] or row["prompt"]
+    arguments = json.loads(row["grader_args"] or "{}")
+    if arguments.get("no_instruction") is True:
+        return row["prompt"]
+    return row["prompt"].rpartition("\n\n")[0] or row["prompt"]
 
 
 def gsm8k_rows(records: list[dict[str, str]], split: str, where: str) -> list[Row]:
@@ -108,7 +111,10 @@ def humaneval_rows(records: list[dict[str, str]], split: str) -> list[Row]:
 
 
 def mbpp_rows(records: list[dict[str, Any]], split: str) -> list[Row]:
-    """MBPP (Austin et al. 2021): the first test is shown, for it fixes the function's name; all of them grade."""
+    """MBPP (Austin et al. 2021): the first test is shown, for it fixes the function's name; all of them grade.
+
+    The sanitized file has `prompt` and `test_imports` where the full one has `text` and `test_setup_code`.
+    """
     rows = []
     for record in records:
         task = record.get("text") or record["prompt"]
@@ -123,7 +129,7 @@ def mbpp_rows(records: list[dict[str, Any]], split: str) -> list[Row]:
                 reference=record["code"].replace("\r\n", "\n"),
                 grader="python_tests",
                 grader_args={
-                    "setup": record.get("test_setup_code", ""),
+                    "setup": record.get("test_setup_code") or "\n".join(record.get("test_imports") or ()),
                     "tests": "\n".join(tests),
                     "entry_point": "",
                     "task_id": f"MBPP/{record['task_id']}",
@@ -157,8 +163,20 @@ def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str
 
 
 def from_file(path: str, required: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
-    """Records of a local JSONL file and their origin in words."""
-    return read_jsonl(path, required), f"file {path} (sha256 {sha256_file(path)[:16]})"
+    """Records of a local file (see `records`) and their origin in words.
+
+    Raises:
+        UserError: it is missing, broken or empty, or a record lacks a column; names file and line, or record.
+    """
+    records = []
+    for where, record in read_records(Path(path), required, "is this the official file?"):
+        missing = [name for name in required if name not in record]
+        if missing:
+            raise UserError(f"{where}: missing {', '.join(missing)}; found {', '.join(record) or 'no keys'}")
+        records.append(record)
+    if not records:
+        raise UserError(f"{path}: the file holds no rows")
+    return records, f"file {path} (sha256 {sha256_file(path)[:16]})"
 
 
 def fetch_package_file(requirement: str, member: str, sha256: str) -> bytes:

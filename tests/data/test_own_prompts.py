@@ -1,6 +1,9 @@
 """A person's own prompts: every format gives the same rows, and a mistake is named where it stands."""
 
 import csv
+import datetime
+import decimal
+import gzip
 import json
 
 import pyarrow
@@ -20,8 +23,13 @@ RECORDS = [
 
 
 def write(path, records):
-    if path.suffix == ".jsonl":
+    if path.suffix == ".gz":
+        plain = write(path.with_suffix(""), records)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records, indent=1))
     elif path.suffix == ".parquet":
         names = list(dict.fromkeys(name for record in records for name in record))
         columns = {name: [record.get(name) for record in records] for name in names}
@@ -29,18 +37,18 @@ def write(path, records):
     else:
         names = list(dict.fromkeys(name for record in records for name in record))
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
+            writer = csv.DictWriter(file, names, delimiter="\t" if path.suffix == ".tsv" else ",")
             writer.writeheader()
             for record in records:
                 writer.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()})
     return path
 
 
-def read(path, **columns):
-    return read_own_prompts(str(path), Columns(**columns), "support", "train", "main", "--prompts_file")
+def read(path, grader="", **columns):
+    return read_own_prompts(str(path), Columns(**columns), "support", "train", "main", "--prompts_file", grader)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".csv.gz"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
     records = [record | {"grader_args": json.dumps(record.get("grader_args", {}))} for record in RECORDS]
     rows, origin, repeats = read(write(tmp_path / f"tickets{suffix}", [*records, records[0]]))
@@ -107,7 +115,11 @@ def test_references_and_tests_as_the_public_sets_have_them(tmp_path):
     ("a.csv", "question\nWhy?\n", "a.csv:2: no column prompt or messages; found question"),
     ("a.csv", "prompt\n", "there are no rows in it"),
     ("a.parquet", "not parquet", "a.parquet: not a Parquet file"),
-    ("a.json", "[]", "prompts are read from .jsonl, .csv, .parquet or a hub data set"),
+    ("a.json", "[]", "there are no rows in it; name another with --prompts_file"),
+    ("a.txt", "[]", "prompts are read from .jsonl, .json, .csv, .tsv (any of these also as .gz), .parquet or a hub"),
+    ("a.gz", "[]", "prompts are read from .jsonl"),
+    ("a.json", '[{"prompt": "Fine?"}, {"prompt": ""}]', "a.json, record 2: the prompt is empty"),
+    ("a.csv", "question;gold\nWhy?;1\n", "found question, gold, separated by ';' (semicolon); name yours with"),
     ("a.jsonl", "{\n", "a.jsonl:1: not valid JSON"),
 ])  # fmt: skip
 def test_a_wrong_file_is_named(tmp_path, name, text, words):
@@ -115,6 +127,112 @@ def test_a_wrong_file_is_named(tmp_path, name, text, words):
     with pytest.raises(UserError) as error:
         read(tmp_path / name)
     assert words in str(error.value)
+
+
+def test_a_grader_is_named_once_for_all(tmp_path):
+    """As GSM8K writes them; a record's own grader column wins."""
+    path = write(tmp_path / "train.jsonl", [
+        {"question": "5 and 37?", "answer": "5 + 37 = <<5+37=42>>42\n#### 42"},
+        {"question": "A colour?", "answer": "red", "grader": "none"},
+    ])  # fmt: skip
+    rows, _, _ = read(path, "numeric", prompt="question", reference="answer")
+    assert [(row["grader"], row["reference"].strip()) for row in rows] == [("numeric", "42"), ("none", "red")]
+    assert [row["prompt"] for row in rows] == [f"5 and 37?\n\n{GSM8K_INSTRUCTION}", "A colour?"]
+    with pytest.raises(UserError, match=r"train\.jsonl:1: the numeric grader needs a number in the column gold"):
+        read(path, "numeric", prompt="question", reference="gold")
+    code = write(tmp_path / "code.json", [{"prompt": "Write f.", "grader_args": {"tests": ["assert f()"]}}])
+    [row] = read(code, "python_tests")[0]
+    assert (row["grader"], row["prompt"]) == ("python_tests", f"Write f.\n\n{CODE_INSTRUCTION}")
+    with pytest.raises(UserError, match=r"code\.json, record 1: the rubric grader needs groups, pass_mark"):
+        read(code, "rubric")
+    phrases = json.dumps({"groups": [{"name": "ink", "any": ["ink"]}], "pass_mark": 1})
+    marked = write(tmp_path / "marked.csv", [{"prompt": "Black water?", "grader_args": phrases}])
+    assert [row["grader"] for row in read(marked, "rubric")[0]] == ["rubric"]
+
+
+def test_references_that_are_numbers(tmp_path):
+    """JSON has 18 and 18.0; Parquet has decimals besides, and says NaN for what is missing."""
+    path = write(tmp_path / "a.json", [{"prompt": f"{n}?", "reference": n} for n in (18, 18.0, -3, 2.5, 10**20)])
+    assert [row["reference"] for row in read(path, "numeric")[0]] == ["18", "18.0", "-3", "2.5", str(10**20)]
+    path = write(tmp_path / "a.json", [{"prompt": "Is it?", "reference": True}])
+    with pytest.raises(UserError, match="record 1: reference must be text or a number, found bool"):
+        read(path)
+    path = write(tmp_path / "a.parquet", [{"prompt": f"{n}?", "reference": n} for n in (18.0, float("nan"))])
+    assert [row["reference"] for row in read(path)[0]] == ["18.0", ""]
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: the numeric grader needs a number"):
+        read(path, "numeric")
+    path = write(tmp_path / "a.parquet", [{"prompt": "1?", "reference": float("inf")}])
+    with pytest.raises(UserError, match="row 1: reference is inf; put a finite number"):
+        read(path)
+    path = write(tmp_path / "a.parquet", [{"prompt": "1?", "reference": decimal.Decimal("1.50")}])
+    assert [row["reference"] for row in read(path, "numeric")[0]] == ["1.50"]
+
+
+def test_nan_in_a_column_of_text_is_nothing(tmp_path):
+    """pandas writes it for what is missing, where a column holds nothing else."""
+    nothing = {name: float("nan") for name in ("system", "grader", "grader_args", "messages")}
+    path = write(tmp_path / "a.parquet", [{"prompt": "Why?"} | nothing])
+    [row] = read(path)[0]
+    assert (row["system"], row["grader"], row["reference"]) == ("", "none", "")
+    with pytest.raises(UserError, match=r"row 1: no column messages or system with something in it; found prompt"):
+        read(path, prompt="messages", messages="system")
+
+
+def test_what_a_parquet_struct_does_not_say_is_left_out(tmp_path):
+    """Its records all have the same keys, and None where one has no such key."""
+    rubric = {"groups": [{"name": "ink", "any": ["ink"]}], "pass_mark": 1.0, "tests": None, "entry_point": None}
+    code = {"groups": None, "pass_mark": None, "tests": "assert f()", "entry_point": None}
+    records = [{"prompt": "Ink?", "grader": "rubric", "grader_args": rubric},
+               {"prompt": "Write f.", "grader": "python_tests", "grader_args": code}]  # fmt: skip
+    rows = read(write(tmp_path / "a.parquet", records))[0]
+    assert [json.loads(row["grader_args"]).keys() for row in rows] == [
+        {"groups", "pass_mark", "no_instruction"}, {"tests"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ('{"groups": [{"name": "x", "any": ["ink"]}], "pass_mark": NaN}', "NaN is not a number that can be kept"),
+        ('{"groups": [{"name": "x", "any": ["ink"]}], "pass_mark": 1e999}', "1e999 is not a number that can be kept"),
+        ('{"groups": [{"name": "x", "any": ["\\ud83d"]}], "pass_mark": 1}', "half a character (lone surrogate)"),
+    ],
+)
+def test_grader_arguments_that_could_not_be_written(tmp_path, arguments, words):
+    """In JSON, and as text in JSON or a CSV."""
+    record = {"prompt": "Ink?", "grader": "rubric", "grader_args": arguments}
+    text = f'{{"prompt": "Ink?", "grader": "rubric", "grader_args": {arguments}}}\n'
+    (tmp_path / "a.jsonl").write_text(text)
+    for path, where in ((tmp_path / "a.jsonl", ":1"), (write(tmp_path / "b.jsonl", [record]), ":1"),
+                        (write(tmp_path / "a.csv", [record]), ":2")):  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            read(path)
+        assert str(caught.value).startswith(f"{path}{where}: ")
+        assert words in str(caught.value)
+
+
+def test_records_of_a_hub_are_python_objects(monkeypatch):
+    """NaN in a struct and a date are no JSON."""
+    given = {"value": 1}
+
+    def from_hub(*_):
+        return [{"prompt": "Ink?", "reference": float("nan"), "grader_args": {"x": given["value"]}}], "hub"
+
+    monkeypatch.setattr(own_prompts, "from_hub", from_hub)
+    assert read("some/set")[0][0]["reference"] == ""
+    for value in (float("nan"), datetime.date(2025, 1, 1)):
+        given["value"] = value
+        with pytest.raises(UserError, match=r"some/set, train row 1: grader_args must be a JSON object: "):
+            read("some/set")
+
+
+def test_a_prompt_that_stands_as_it_is_keeps_its_last_paragraph():
+    """Whoever wrote grader_args, with or without blanks; and an instruction is no part of the question."""
+    row = {"prompt": "One.\n\nTwo.", "grader_args": '{"no_instruction":true}'}
+    assert question_of(row) == "One.\n\nTwo."
+    assert question_of(row | {"grader_args": '{\n "a": 1,\n "no_instruction" : true}'}) == "One.\n\nTwo."
+    for arguments in ("", "{}", '{"no_instruction": false}', '{"note": "\\"no_instruction\\": true"}'):
+        assert question_of(row | {"grader_args": arguments}) == "One."
 
 
 def test_a_missing_file_and_a_row_of_parquet(tmp_path):
