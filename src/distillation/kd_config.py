@@ -25,10 +25,15 @@ NOT_IN_FINGERPRINT = {
 }  # fmt: skip
 
 
-# The objective, the batches and the measures are our own, so these would be stored as if they had taken effect.
+# The objective, the batches, the measures and the resuming are our own, so these would be stored as if they had taken
+# effect, or (save_only_model, ignore_data_skip) let a run that goes on end as another.
 WITHOUT_EFFECT = (
-    "average_tokens_across_devices", "dataloader_num_workers", "greater_is_better", "label_smoothing_factor",
-    "load_best_model_at_end", "metric_for_best_model", "per_device_eval_batch_size", "train_sampling_strategy",
+    "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics", "bf16_full_eval",
+    "dataloader_drop_last", "dataloader_num_workers", "eval_accumulation_steps", "eval_do_concat_batches",
+    "eval_use_gather_object", "fp16_full_eval", "greater_is_better", "ignore_data_skip",
+    "label_names", "label_smoothing_factor", "length_column_name", "liger_kernel_config", "load_best_model_at_end",
+    "metric_for_best_model", "per_device_eval_batch_size", "prediction_loss_only", "resume_from_checkpoint",
+    "save_only_model", "train_sampling_strategy", "use_liger_kernel",
 )  # fmt: skip
 
 
@@ -42,6 +47,9 @@ class KDConfig(TrainingArguments):
         "outputs/experiment/default", "its folder sft/ holds the clean rows; runs go beside it"
     )
     temperature: float = setting(2.5, "KD softmax temperature T of teacher and student", "kd_temperature")
+    teacher_temperature: float | None = setting(
+        None, "softmax temperature of the teacher alone, such as the one its answers were sampled at (default: T)"
+    )
     alpha: float = setting(0.8, "weight of the divergence; 0 is plain SFT, the control", "kd_alpha", "kd_ratio")
     divergence: Literal[DIVERGENCES] = setting("forward_kl", "what is distilled")  # type: ignore[valid-type]
     beta: float = setting(0.5, "the teacher's weight in the mixture of jsd, from 1e-6 to 1 - 1e-6")
@@ -109,6 +117,10 @@ class KDConfig(TrainingArguments):
             raise UserError(f"{unused[0]} of transformers' TrainingArguments has no meaning here; leave it out")
         for good, message in (
             (0 < self.temperature < math.inf, f"temperature must be above 0, got {self.temperature}"),
+            (
+                self.teacher_temperature is None or 0 < self.teacher_temperature < math.inf,
+                f"teacher_temperature must be above 0, got {self.teacher_temperature}",
+            ),
             (0 <= self.alpha <= 1, f"alpha must be between 0 and 1, got {self.alpha}"),
             # nearer to either end fp32 rounds the mixture to one of its parts, and the loss may be infinite
             (

@@ -10,6 +10,10 @@ tensor exists and each projection is made once: three matrix products where the 
 T^2 keeps the meaning of alpha as T changes (Hinton et al. 2015, section 2). `reverse_kl` is MiniLLM's direction (Gu et
 al. 2024, equation 1), `jsd` the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024, equation 1).
 
+The teacher's softmax may have a temperature of its own, `teacher_temperature` (default T). At T = 1, and with the
+temperature that the teacher's answers were sampled at, the target is what the text was drawn from: the distribution
+itself where neither top-k nor top-p cut it.
+
 Shape letters: N response tokens, C tokens of one chunk, V shared vocabulary, H student width, G teacher width, K kept
 tokens.
 """
@@ -61,7 +65,7 @@ class TopK(NamedTuple):
     """A teacher's K most probable tokens, and all others as one bucket.
 
     ids_NK: token ids; log_p_NK: their log-probabilities at T = 1.
-    log_sum_N: `log sum_j exp(log_p_j / T)` over the whole vocabulary, at the temperature of the loss (0 at T = 1).
+    log_sum_N: `log sum_j exp(log_p_j / T)` over the whole vocabulary, at the teacher's temperature (0 at T = 1).
     """
 
     ids_NK: Tensor
@@ -145,13 +149,14 @@ def plain_kd_loss(
     alpha: float,
     kind: str = "forward_kl",
     beta: float = 0.5,
+    teacher_temperature: float | None = None,
 ) -> LossSums:
     """The objective as the formula reads, with full logits and autograd. The reference for `kd_loss`."""
     student = student_logits_NV.float()
     ce = -log_softmax(student, -1).gather(1, labels_N[:, None]).sum()
     if alpha == 0 or teacher_logits_NV is None:
         return LossSums((1 - alpha) * ce, torch.zeros_like(ce), ce.detach())
-    log_p = log_softmax(teacher_logits_NV.float() / temperature, -1)
+    log_p = log_softmax(teacher_logits_NV.float() / (teacher_temperature or temperature), -1)
     log_q = log_softmax(student / temperature, -1)
     kd = divergence(log_p, log_q, kind, beta).sum()
     return LossSums(alpha * temperature**2 * kd + (1 - alpha) * ce, kd.detach(), ce.detach())
@@ -159,6 +164,8 @@ def plain_kd_loss(
 
 def _topk_divergence_and_gradient(teacher: TopK, temperature: float, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Forward KL over K tokens and one bucket for the rest, and its gradient by the logits over T: `[N], [N, V]`.
+
+    `temperature` is the teacher's.
 
     The teacher does not say how its rest is spread, so the gradient spreads it as the student does.
     """
@@ -176,6 +183,7 @@ class _Objective(NamedTuple):
     """The settings of `kd_loss`, constants of its compiled kernel."""
 
     temperature: float
+    teacher_temperature: float
     alpha: float
     kind: str
     beta: float
@@ -207,9 +215,9 @@ def _chunk(
     if teacher_CV is not None:
         log_q = log_q1 if o.temperature == 1 else log_softmax(student / o.temperature, -1)
         if isinstance(teacher_CV, TopK):
-            kd, kd_grad = _topk_divergence_and_gradient(teacher_CV, o.temperature, log_q)
+            kd, kd_grad = _topk_divergence_and_gradient(teacher_CV, o.teacher_temperature, log_q)
         else:
-            log_p = log_softmax(o.teacher_map(teacher_CV) / o.temperature, -1)
+            log_p = log_softmax(o.teacher_map(teacher_CV) / o.teacher_temperature, -1)
             kd, kd_grad = _divergence_and_gradient(log_p, log_q, o.kind, o.beta)
         grad.add_(kd_grad, alpha=o.alpha * o.temperature)  # alpha * T^2 * (1 / T)
     if o.student_map != IDENTITY:
@@ -317,6 +325,7 @@ def kd_loss(
     student_map: LogitMap = IDENTITY,
     teacher_map: LogitMap = IDENTITY,
     compiled: bool = False,
+    teacher_temperature: float | None = None,
 ) -> LossSums:
     """The objective, summed over N response tokens, never holding more than a chunk of logits.
 
@@ -330,12 +339,13 @@ def kd_loss(
             or its top k (forward KL only, and then `teacher_head_VG` is None).
         teacher_head_VG: the teacher's output matrix cut to the shared vocabulary.
         labels_N: the response token ids.
-        temperature: T > 0, of both softmaxes.
+        temperature: T > 0, of both softmaxes; its square weighs the divergence.
         alpha: the weight of the divergence, in [0, 1].
         kind: one of `DIVERGENCES`.
         beta: see `divergence`.
         student_map: what the student does to its logits; `teacher_map` likewise.
         compiled: run what lies between the products as one compiled kernel; the caller has asked `compiler_works`.
+        teacher_temperature: of the teacher's softmax alone, where it is not T.
 
     Raises:
         ValueError: a top-k teacher with another divergence than the forward KL.
@@ -348,7 +358,9 @@ def kd_loss(
     device_type = student_hidden_NH.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else student_head_VH.dtype
-    objective = _Objective(temperature, alpha, kind, beta, student_map, teacher_map, dtype)
+    objective = _Objective(
+        temperature, teacher_temperature or temperature, alpha, kind, beta, student_map, teacher_map, dtype
+    )
     with torch.autocast(device_type, enabled=False):
         return LossSums(
             *_ChunkedKD.apply(

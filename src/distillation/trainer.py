@@ -125,6 +125,7 @@ class KDTrainer(Trainer):
             hidden, head_weight(inner, self.vocab_size).to(hidden.device), beliefs, head, labels,
             temperature=self.args.temperature, alpha=self.args.alpha, kind=self.args.divergence, beta=self.args.beta,
             student_map=self.logit_map, teacher_map=self.teacher.logit_map, compiled=self.compiled,
+            teacher_temperature=self.args.teacher_temperature,
         )  # fmt: skip
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,

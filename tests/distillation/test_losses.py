@@ -445,3 +445,65 @@ def test_topk_gives_the_forward_kl_only():
     case = make_case()
     with pytest.raises(ValueError, match="top-k"):
         kd_loss(case[0], case[1], top_k(case[2] @ case[3].T, 4, 1.0), None, case[4], temperature=1, alpha=1, kind="jsd")
+
+
+own_temperatures = pytest.mark.parametrize(("temperature", "own"), [(1.0, 0.2), (2.5, 1.0), (2.5, 4.0)])
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@own_temperatures
+def test_the_teachers_own_temperature(kind, temperature, own):
+    """Fast against plain, and both against a float64 formula with two temperatures."""
+    objective = {"kind": kind, "temperature": temperature, "alpha": 0.6, "beta": 0.3, "teacher_temperature": own}
+    fast_case, plain_case = make_case(), make_case()
+    fast, reference = kd_loss(*fast_case, **objective), plain(*plain_case, **objective)
+    student, teacher = (as_float64(make_case()[i] @ make_case()[i + 1].T) for i in (0, 2))
+    log_p, log_q = log_probabilities(teacher / own), log_probabilities(student / temperature)
+    assert fast.kd.item() == pytest.approx(numpy_divergence(log_p, log_q, kind, 0.3).sum(), rel=1e-5)
+    assert fast.loss.item() == pytest.approx(reference.loss.item(), rel=1e-6)
+    fast.loss.backward()
+    reference.loss.backward()
+    for ours, theirs in zip(fast_case[:2], plain_case[:2], strict=True):
+        assert distance(ours.grad, theirs.grad) < 2e-6
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_student_at_the_teachers_own_distribution_has_nothing_to_learn(kind):
+    """Student logits = teacher logits / 0.2 at T = 1: value and gradient are 0, which they are not without it."""
+    hidden, head, _, _, labels = make_case()
+    teacher = hidden.detach() * 0.2
+    objective = {"temperature": 1.0, "alpha": 1.0, "kind": kind}
+    sums = kd_loss(hidden, head, teacher, head.detach(), labels, **objective, teacher_temperature=0.2)
+    sums.loss.backward()
+    assert abs(sums.kd.item()) < 1e-4
+    assert hidden.grad.abs().max() < 1e-5
+    assert kd_loss(hidden, head, teacher, head.detach(), labels, **objective).kd > 1
+
+
+def test_equal_temperatures_are_the_default():
+    objective = {"temperature": 2.5, "alpha": 0.6}
+    cases = make_case(), make_case()
+    default = kd_loss(*cases[0], **objective)
+    said = kd_loss(*cases[1], **objective, teacher_temperature=2.5)
+    assert [value.item() for value in default] == [value.item() for value in said]
+    default.loss.backward()
+    said.loss.backward()
+    assert torch.equal(cases[0][0].grad, cases[1][0].grad)
+
+
+def test_a_top_k_teachers_own_temperature():
+    """All tokens but one kept: the exact objective with the teacher's temperature."""
+    case = make_case()
+    teacher = top_k(case[2] @ case[3].T, V - 1, 0.5)
+    objective = {"temperature": 1.0, "alpha": 0.6, "teacher_temperature": 0.5}
+    kept = kd_loss(case[0], case[1], teacher, None, case[4], **objective)
+    assert kept.loss.item() == pytest.approx(plain(*make_case(), **objective).loss.item(), rel=1e-4)
+
+
+@own_temperatures
+def test_compiled_with_the_teachers_own_temperature(temperature, own):
+    if not losses.compiler_works("cpu"):
+        pytest.skip("no compiler here")
+    objective = {"temperature": temperature, "alpha": 0.7, "teacher_temperature": own}
+    sums = [kd_loss(*make_case(), **objective, compiled=compiled).loss.item() for compiled in (True, False)]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
