@@ -20,9 +20,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from src.data.sources import question_of
 from src.evaluation.evaluator import SECTION, EvaluateConfig, run_evaluation, shipped_profile
 from src.evaluation.report import console_tables, make_console
-from src.utils.common import logger, read_jsonl, run_cli
+from src.utils.common import ROW_KEYS, logger, read_jsonl, run_cli
 from src.utils.config import build_config, profile_argument, read_profile, setting
 
 SHOWN = 6  # answers shown side by side
@@ -96,14 +97,15 @@ def _printable(text: str) -> str:
 def show(results: dict[str, Any]) -> None:
     """Answers side by side, then the tables and the verdict. Model-written text is shown as text, never as markup."""
     console = make_console()
+    data = Path(results["settings"]["data_dir"]) / "eval_dataset.jsonl"
+    questions = {row["id"]: question_of(row) for row in read_jsonl(data, ROW_KEYS)}
     answers: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in read_jsonl(Path(results["output_dir"]) / "samples.jsonl"):
         if row["sample_index"] == 0:
             answers.setdefault((row["temperature"], row["id"]), {})[row["arm"]] = row
     table = Table("T", "prompt", "base", "distilled", title="Answers side by side", show_lines=True, expand=True)
-    for (temperature, _), arms in list(answers.items())[:SHOWN]:
-        prompt = next(iter(arms.values()))["prompt"]
-        cells = [f"{temperature:g}", prompt.rpartition("\n\n")[0] or prompt]
+    for (temperature, row_id), arms in list(answers.items())[:SHOWN]:
+        cells = [f"{temperature:g}", questions[row_id]]
         cells += [f"[{arms[arm]['outcome']}] {arms[arm]['response']}" if arm in arms else "-" for arm in ("base", "kd")]
         table.add_row(*(Text(_printable(cell)) for cell in cells))
     console.print(table)

@@ -10,6 +10,7 @@ that cannot be had stops the stage. `--gsm8k_path`, `--humaneval_path` and `--mb
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,6 +20,7 @@ from collections import Counter
 
 from src.data.cleaning import drop_overlapping, near_duplicates
 from src.data.own_prompts import Columns, read_own_prompts, split_by_question
+from src.data.records import READ_FROM
 from src.data.sources import from_file, from_hub, gsm8k_rows, humaneval_from_package, humaneval_rows, mbpp_rows
 from src.data.synthesis import load_pack, names_of, render_rows
 from src.utils.common import (
@@ -37,6 +39,7 @@ from src.utils.common import (
     write_jsonl,
 )
 from src.utils.config import load_config, setting
+from src.utils.stages import hold
 
 
 @dataclass
@@ -53,12 +56,15 @@ class DownloadDatasetsConfig:
     domains: list[str] = setting([], "scenario packs, by the name of their file in data/domains")
     domain_train_rows: list[int] = setting([], "training rows, one number a pack")
     domain_eval_rows: list[int] = setting([], "evaluation rows, one number a pack")
-    prompts_file: str = setting("", "your own prompts: .jsonl, .csv, .parquet, or a hub id (owner/name[:subset])")
+    prompts_file: str = setting("", f"your own prompts: {READ_FROM}, or a hub id (owner/name[:subset])")
     prompts_eval_file: str = setting("", "the same, to evaluate on; without it a part of prompts_file is held out")
     prompts_eval_fraction: float = setting(0.1, "that part")
     prompts_hub_split: str = setting("train", "split of prompts_file on the hub; of prompts_eval_file it is `test`")
     prompts_domain: str = setting("own", "the domain that results name them under")
     prompts_licence: str = setting("not stated", "their licence, for the manifest")
+    prompts_grader: Literal["", "numeric", "python_tests", "rubric", "none"] = setting(
+        "", "the grader of those of your prompts that name none in their grader column"
+    )
     prompt_column: str = setting("prompt", "column of your prompts")
     messages_column: str = setting("messages", "column with conversations, where there is no prompt column")
     system_column: str = setting("system", "column with system messages, if there is one")
@@ -146,12 +152,13 @@ def own_prompts(config: DownloadDatasetsConfig) -> Source:
                       config.grader_column, config.grader_args_column)  # fmt: skip
     common = (columns, config.prompts_domain)
     train, origin, repeats = read_own_prompts(
-        config.prompts_file, *common, config.prompts_hub_split, config.hub_revision, "--prompts_file"
-    )
+        config.prompts_file, *common, config.prompts_hub_split, config.hub_revision, "--prompts_file",
+        config.prompts_grader,
+    )  # fmt: skip
     origins = {"train": origin, "eval": f"{origin}, {config.prompts_eval_fraction:.0%} by question"}
     if config.prompts_eval_file:
         found, origins["eval"], _ = read_own_prompts(
-            config.prompts_eval_file, *common, "test", config.hub_revision, "--prompts_eval_file"
+            config.prompts_eval_file, *common, "test", config.hub_revision, "--prompts_eval_file", config.prompts_grader
         )
         held = [row | {"split": "eval"} for row in found]
     else:
@@ -173,7 +180,8 @@ def choose(source: Source, split: str, seed: int, avoid: list, without: set[str]
     wanted = source.wanted.get(split, 0)
     if wanted == 0:
         return [], {}
-    candidates = [row for row in source.rows[split] if row["id"] not in without]
+    by_id = {row["id"]: row for row in source.rows[split]}  # a data set may say the same thing twice
+    candidates = [row for row in by_id.values() if row["id"] not in without]
     random.Random(f"{seed}/{source.name}/{split}").shuffle(candidates)
     kept, dropped = drop_overlapping(candidates, avoid) if avoid else (candidates, [])
     if wanted is not None and len(kept) < wanted:
@@ -189,6 +197,12 @@ def choose(source: Source, split: str, seed: int, avoid: list, without: set[str]
 
 def main() -> None:
     config = load_config(DownloadDatasetsConfig, "download_datasets")
+    with hold(Path(config.data_dir), "download_datasets"):
+        collect(config)
+
+
+def collect(config: DownloadDatasetsConfig) -> None:
+    """Collect the prompts in `data_dir`, which is held."""
     if not len(config.domains) == len(config.domain_train_rows) == len(config.domain_eval_rows):
         raise UserError("domains, domain_train_rows and domain_eval_rows must have one entry a pack each")
     folder = Path(config.data_dir)
@@ -197,6 +211,8 @@ def main() -> None:
         raise UserError(f"{negative[0]} must be at least 0")
     outputs = [folder / "train_dataset.jsonl", folder / "eval_dataset.jsonl", folder / "manifest.json"]
     fingerprint = {key: value for key, value in asdict(config).items() if key not in ("overwrite", "data_dir")}
+    if not config.prompts_grader:  # as in what was collected before there was this setting
+        del fingerprint["prompts_grader"]
     packs = [ROOT / "data" / "domains" / f"{name}.yaml" for name in config.domains]
     own = [Path(p) for p in (config.prompts_file, config.prompts_eval_file) if p]
     given = [Path(p) for p in (config.gsm8k_path, config.humaneval_path, config.mbpp_path) if Path(p).exists()]

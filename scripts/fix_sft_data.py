@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import contextlib
+
 from rich.table import Table
 
 from src.data.cleaning import clean
@@ -32,6 +34,7 @@ from src.utils.common import (
     write_jsonl,
 )
 from src.utils.config import load_config, setting
+from src.utils.stages import hold
 
 ANSWER_KEYS = ("id", "sample_index", "response", "finish_reason")
 
@@ -74,6 +77,15 @@ def print_stats(stats: dict[str, dict]) -> None:
 def main() -> None:
     config = load_config(FixSftDataConfig, "fix_sft_data")
     folder = Path(config.experiment_dir) / "sft"
+    with contextlib.ExitStack() as held:
+        for split in ("train", "eval"):  # the locks under which the answers are written: they are not read meanwhile
+            held.enter_context(hold(folder, "fix_sft_data", split, f".*_{split}*.tmp"))
+        held.enter_context(hold(folder, "fix_sft_data"))
+        fix(config, folder)
+
+
+def fix(config: FixSftDataConfig, folder: Path) -> None:
+    """Clean the answers in `folder`, which is held."""
     raw = {split: folder / f"sft_{split}_data.jsonl" for split in ("train", "eval")}
     clean_files = {split: folder / f"sft_{split}_data_clean.jsonl" for split in raw}
     marker = folder / "fix_sft_data.json"
@@ -82,7 +94,10 @@ def main() -> None:
         return
     data = {split: Path(config.data_dir) / f"{split}_dataset.jsonl" for split in raw}
     prompts_hint, answers_hint = "run scripts/download_datasets.py", "run scripts/generate_sft_data.py"
-    rows = {split: read_jsonl(path, ROW_KEYS, prompts_hint, check_dataset_row) for split, path in data.items()}
+    rows = {
+        split: read_jsonl(path, ROW_KEYS, prompts_hint, check_dataset_row, unique=("id",))
+        for split, path in data.items()
+    }
     answers = {split: read_jsonl(path, ANSWER_KEYS, answers_hint, check_answer) for split, path in raw.items()}
     fingerprint = {"select": config.select, "allow_unsafe_execution": config.allow_unsafe_execution}
     fingerprint |= {path.name: sha256_file(path) for path in (*data.values(), *raw.values())}

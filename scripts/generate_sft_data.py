@@ -14,6 +14,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -41,6 +42,7 @@ from src.utils.common import (
     start_stage,
 )
 from src.utils.config import load_config, setting
+from src.utils.stages import hold
 
 ANSWER_KEYS = ("id", "sample_index", "response", "finish_reason")
 
@@ -72,6 +74,9 @@ class GenerateSftDataConfig:
     concurrency: int = setting(32, "openai: requests under way at most")
     request_timeout: float = setting(600.0, "openai: seconds for one answer")
     tries: int = setting(8, "openai: times one request is sent before the run stops")
+    max_refused: float = setting(
+        0.02, "openai: share of the answers that the server may refuse (content, length) and the run goes on without"
+    )
     seed: int = setting(42, "every answer's seed is made from this and its row")
     overwrite: bool = setting(False, "throw away the answers there are")
 
@@ -90,11 +95,11 @@ def make_engine(config: GenerateSftDataConfig) -> Engine:
         raise UserError(f"vllm_arguments must be a JSON object, found {config.vllm_arguments}")
     server = Server(
         config.base_url, config.served_model_name or teacher, config.server, config.api_key_variable,
-        config.concurrency, config.request_timeout, config.tries,
+        config.concurrency, config.request_timeout, config.tries, config.max_refused,
     )  # fmt: skip
     devices = tuple(config.teacher_devices)
     return Engine(config.engine, teacher, config.batch_size, devices, config.gpu_memory_gb, config.enable_thinking,
-                  arguments, server)  # fmt: skip
+                  arguments, server, config.experiment_dir)  # fmt: skip
 
 
 def pending(
@@ -112,11 +117,12 @@ def pending(
         answers = read_jsonl(target, ANSWER_KEYS)
         logger.info("%s: %d answers brought ready-made; used as they are", target, len(answers))
         return None
-    rows = read_jsonl(source, ROW_KEYS, "run scripts/download_datasets.py first", check_dataset_row)
+    rows = read_jsonl(source, ROW_KEYS, "run scripts/download_datasets.py first", check_dataset_row, unique=("id",))
     requests = make_requests(rows, config.num_samples, config.seed, "sft")
     batch_size = None  # only the transformers engine has batches of a fixed make-up
     if engine.name == "transformers":
-        batch_size = engine.batch_size or rows_that_fit(engine, load_tokenizer(engine.model), requests, sampling)
+        tokenizer = load_tokenizer(engine.model, config.experiment_dir)
+        batch_size = engine.batch_size or rows_that_fit(engine, tokenizer, requests, sampling)
     fingerprint = {
         "prompts": sha256_file(source),
         "teacher": engine.server.model if engine.name == "openai" else model_fingerprint(engine.model),
@@ -143,29 +149,56 @@ def pending(
 def check_student(config: GenerateSftDataConfig) -> None:
     """Refuse a student that ends a turn otherwise, before any answer is made rather than after all are."""
     if config.model_name_or_path and config.teacher_model_name_or_path:
-        shared_end_of_turn(load_tokenizer(config.model_name_or_path), load_tokenizer(config.teacher_model_name_or_path))
+        names = (config.model_name_or_path, config.teacher_model_name_or_path)
+        shared_end_of_turn(*(load_tokenizer(name, config.experiment_dir) for name in names))
     else:
         logger.info("teacher and student are not both named: whether they end a turn alike is checked in training only")
 
 
-def summarise(target: Path, split: str, fingerprint: dict, tokens: int, seconds: float) -> None:
-    """The summary beside the answers; `tokens` and `seconds` are this session's."""
+def count_tokens(rows: list[dict]) -> tuple[int, int]:
+    """The tokens of those answers whose tokens were counted, and the number of those whose were not."""
+    counts = [row["num_tokens"] for row in rows]
+    return sum(count for count in counts if count is not None), counts.count(None)
+
+
+def summarise(target: Path, split: str, fingerprint: dict, tokens: int, seconds: float, uncounted: int = 0) -> None:
+    """The summary beside the answers; `tokens`, `seconds` and `uncounted` answers are this session's."""
     stored = read_jsonl(target, ANSWER_KEYS)
     reasons = Counter(row["finish_reason"] for row in stored)
+    all_tokens, all_uncounted = count_tokens(stored)
+    rate = None if uncounted else tokens / seconds
     finish_stage(
         target.with_name(f"generate_{split}.json"), fingerprint,
-        answers=len(stored), finish_reasons=dict(reasons), tokens=sum(row["num_tokens"] for row in stored),
-        last_session={"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds},
+        answers=len(stored), finish_reasons=dict(reasons), tokens=all_tokens,
+        answers_without_token_count=all_uncounted,
+        last_session={"seconds": seconds, "tokens": tokens, "tokens_per_second": rate},
         provenance=provenance(),
     )  # fmt: skip
+    speed = "an unknown number of tokens/s" if rate is None else f"{rate:.0f} tokens/s"
     print(
-        f"{split}: {len(stored)} answers in {target}, {tokens / seconds:.0f} tokens/s, {reasons['length']} cut at "
+        f"{split}: {len(stored)} answers in {target}, {speed}, {reasons['length']} cut at "
         f"{fingerprint['sampling']['max_new_tokens']} tokens ({reasons['length'] / len(stored):.1%})"
     )
+    if reasons["refused"]:
+        print(f"{split}: {reasons['refused']} of them refused by the server; their rows say why in `refusal`")
+    if all_uncounted:
+        print(
+            f"{split}: {all_uncounted} of them without a count of tokens, which the server does not give; name a "
+            "teacher_model_name_or_path whose tokenizer can be loaded to have them counted"
+        )
 
 
 def main() -> None:
     config = load_config(GenerateSftDataConfig, "generate_sft_data")
+    folder = Path(config.experiment_dir) / "sft"
+    with contextlib.ExitStack() as held:
+        for split in dict.fromkeys(config.splits):
+            held.enter_context(hold(folder, "generate_sft_data", split, f".*_{split}*.tmp"))
+        answer_prompts(config)
+
+
+def answer_prompts(config: GenerateSftDataConfig) -> None:
+    """Answer what is missing of the splits, whose files are held."""
     engine = make_engine(config)
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     work = {split: found for split in config.splits if (found := pending(config, split, sampling, engine))}
@@ -178,14 +211,16 @@ def main() -> None:
     with opened(engine, sampling) as generate:
         for split, (fingerprint, requests, done) in work.items():
             target = Path(config.experiment_dir) / "sft" / f"sft_{split}_data.jsonl"
-            started, tokens = time.monotonic(), 0
+            started, tokens, uncounted = time.monotonic(), 0, 0
             with Progress(len(requests), f"teacher answers ({split})") as progress:
                 progress.skip(len(done))
                 for rows in generate(requests, frozenset(done)):
                     append_jsonl(target, rows)
-                    tokens += sum(row["num_tokens"] for row in rows)
-                    progress.advance(len(rows), tokens_per_second=f"{tokens / (time.monotonic() - started):.0f}")
-            summarise(target, split, fingerprint, tokens, time.monotonic() - started)
+                    counted, without = count_tokens(rows)
+                    tokens, uncounted = tokens + counted, uncounted + without
+                    speed = "unknown" if uncounted else f"{tokens / (time.monotonic() - started):.0f}"
+                    progress.advance(len(rows), tokens_per_second=speed)
+            summarise(target, split, fingerprint, tokens, time.monotonic() - started, uncounted)
 
 
 if __name__ == "__main__":

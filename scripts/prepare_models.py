@@ -21,7 +21,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from src.data.sources import fetch_package_file
+from src.data.sources import Row, fetch_package_file
 from src.data.synthesis import load_pack, render_rows
 from src.distillation.base import (
     compute_dtype,
@@ -30,6 +30,7 @@ from src.distillation.base import (
     load_tokenizer,
     meta_model,
     model_fingerprint,
+    render_chat,
 )
 from src.distillation.pruning import block_influence, layers_to_keep, prune_layers
 from src.utils.common import (
@@ -44,6 +45,7 @@ from src.utils.common import (
     stage_state,
 )
 from src.utils.config import load_config, setting
+from src.utils.stages import hold
 
 
 @dataclass
@@ -59,6 +61,34 @@ class PrepareModelsConfig:
     calibration_rows: int = setting(16, "calibration texts")
     seed: int = setting(42, "seed of the calibration texts")
     overwrite: bool = setting(False, "make both models again")
+
+    def __post_init__(self) -> None:
+        if not self.student_layers:
+            return
+        domains = self.calibration_domains
+        if not domains or self.calibration_rows < len(domains):
+            raise UserError(
+                f"calibration_rows = {self.calibration_rows} for the calibration_domains {', '.join(domains) or 'none'}"
+                "; name at least one domain, and at least one row for each"
+            )
+        for domain in domains:
+            if not pack_path(domain).is_file():
+                known = ", ".join(sorted(path.stem for path in pack_path(domain).parent.glob("*.yaml")))
+                raise UserError(f"calibration_domains: {domain}: no such file in data/domains; there are {known}")
+
+
+def pack_path(domain: str) -> Path:
+    return ROOT / "data" / "domains" / f"{domain}.yaml"
+
+
+def calibration_rows(config: PrepareModelsConfig) -> list[Row]:
+    """The rows whose texts the layers are measured on, shared out among the packs; the first ones take the rest."""
+    count, rest = divmod(config.calibration_rows, len(config.calibration_domains))
+    rows = []
+    for number, domain in enumerate(config.calibration_domains):
+        wanted = count + 1 if number < rest else count
+        rows += render_rows(load_pack(pack_path(domain)), "train", wanted, config.seed)
+    return rows
 
 
 def restore_digits(tokenizer) -> None:
@@ -129,11 +159,9 @@ def make_student(config: PrepareModelsConfig) -> None:
     if not 1 <= config.student_layers < total:
         raise UserError(f"student_layers: {origin} has {total} layers, keep between 1 and {total - 1}")
     texts = []
-    for domain in config.calibration_domains:
-        pack = load_pack(ROOT / "data" / "domains" / f"{domain}.yaml")
-        for row in render_rows(pack, "train", config.calibration_rows // len(config.calibration_domains), config.seed):
-            messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["reference"]}]
-            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False))
+    for row in calibration_rows(config):
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["reference"]}]
+        texts.append(render_chat(tokenizer, messages, enable_thinking=False))
     influence = block_influence(model, tokenizer, texts)
     keep = layers_to_keep(influence, config.student_layers)
     dropped = [index for index in range(total) if index not in keep]
@@ -156,10 +184,14 @@ def main() -> None:
     for field in ("teacher_model_name_or_path", "model_name_or_path"):
         if not getattr(config, field):
             raise UserError(f"{field} is not set; name a profile with --config, or pass --{field}")
-    if config.teacher_package:
-        make_teacher(config)
-    if config.student_layers:
-        make_student(config)
+    for role, wanted, make, name in (
+        ("teacher", config.teacher_package, make_teacher, config.teacher_model_name_or_path),
+        ("student", config.student_layers, make_student, config.model_name_or_path),
+    ):
+        if wanted:  # the folder itself is replaced as a whole: the lock stands beside it
+            target = Path(name)
+            with hold(target.parent, f"prepare_models ({role})", target.name, f".{target.name}.*.tmp"):
+                make(config)
     for role, name in (("teacher", config.teacher_model_name_or_path), ("student", config.model_name_or_path)):
         load_tokenizer(name)
         print(f"{role}: {name}: {describe_size(meta_model(name))}")

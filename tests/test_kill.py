@@ -146,6 +146,40 @@ def test_killed_stages_end_as_uninterrupted_ones(profile, tmp_path, clean_rows, 
     assert sections[0] == sections[1]
 
 
+def two_at_once(file: Path, lines: int, script: str, *arguments: str) -> None:
+    """Start the script, and again once `file` has this many lines: the first ends well, the second is refused."""
+    first = start(script, *arguments)
+    while first.poll() is None and not (file.is_file() and file.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.005)
+    second = start(script, *arguments)
+    refusal = second.communicate(timeout=300)[0]
+    output = first.communicate(timeout=300)[0]
+    assert first.returncode == 0, output
+    assert second.returncode == 2, refusal
+    assert f"{script} (process {first.pid} on {os.uname().nodename}) is working on it" in refusal
+
+
+def test_two_at_once_do_not_mix(profile, tmp_path, clean_rows, write_sft):
+    """Two equal starts of a stage: one set of answers, one run, each as if it had been alone."""
+    arguments = profile("twice")
+    sft = tmp_path / "twice" / "tiny" / "sft"
+    finish("download_datasets", *arguments)
+    two_at_once(sft / "sft_train_data.jsonl", 1, "generate_sft_data", *arguments, "--max_new_tokens", "96")
+    assert len(by_key(sft / "sft_train_data.jsonl", "id", "sample_index")) == 240
+    write_sft(tmp_path / "twice" / "tiny", clean_rows(100), clean_rows(12, start=200))
+    training = [*arguments, "--teacher_signal", "online", "--max_steps", "200"]
+    root = tmp_path / "twice"
+    first = start("run_improved_kd", *training)
+    while first.poll() is None and not list(root.glob("gpu_optimized_kd_*/metrics.jsonl")):
+        time.sleep(0.005)
+    second = start("run_improved_kd", *training)
+    assert f"run_improved_kd (process {first.pid} on " in second.communicate(timeout=300)[0]
+    assert first.communicate(timeout=300)[0]
+    assert (first.returncode, second.returncode) == (0, 2)
+    [run] = root.glob("gpu_optimized_kd_*")
+    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row] == list(range(1, 201))
+
+
 def generate_here(*arguments: str) -> None:
     """The script's main in a process that has its libraries already, so that twenty starts take no minute each."""
     spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "generate_sft_data.py")

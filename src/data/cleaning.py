@@ -11,17 +11,18 @@ from src.data.code_overlap import function_trees
 from src.data.sources import Row, question_of
 from src.evaluation.graders import function_names, grade_all
 from src.evaluation.sandbox import CLOSED, Sandbox
+from src.utils.answers import END_WORDS, final_answer, finish_word, has_think_tag, without_code
 from src.utils.common import UNGRADED, UserError
 
 REASONS = (
-    "unknown_id", "duplicate_key", "empty", "truncated", "think_tag", "special_token", "refusal", "duplicate",
-    "eval_overlap", "wrong", "not_selected",
+    "unknown_id", "duplicate_key", "refused", "empty", "truncated", "special_token", "think_tag", "refusal",
+    "duplicate", "eval_overlap", "wrong", "not_selected",
 )  # fmt: skip
 SELECT = ("first_correct", "all_correct", "shortest_correct", "all")
 VERIFIED = {"correct": True, "wrong": False, "no_answer": False, "not_executed": None, "error": None}
 
-THINK_TAG = re.compile(r"</?think>", re.IGNORECASE)
-SPECIAL_TOKEN = re.compile(r"<[|｜][\w ▁]+[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")
+# "<|im_start|>", "<｜Assistant｜>", "<end_of_turn>", "<eos>", "[/INST]"
+SPECIAL_TOKEN = re.compile(r"<[|｜][\w ▁]+[|｜]>|<(?:start|end)_of_turn>|<(?:bos|eos)>|\[/?INST\]")
 CANNOT = r"i(?:'m| am)? (?:can'?t|cannot|can not|won'?t|(?:am )?(?:unable|not able) to)"
 REFUSAL = re.compile(
     rf"\W*(?:(?:i(?:'m| am) )?(?:(?:very|really|so) )?sorry,? (?:but )?{CANNOT}|i apologi[sz]e,? (?:but )?{CANNOT}|"
@@ -186,29 +187,35 @@ def drop_overlapping(train_rows: list[Row], eval_rows: list[Row]) -> tuple[list[
     return kept, dropped
 
 
-def without_thoughts(response: str) -> str:
-    """The answer behind `</think>`: what a model thinks before it answers never enters a row."""
-    return response.rpartition("</think>")[2].strip()
+def answer_text(answer: dict[str, Any]) -> str:
+    """What a raw answer says: the text that is filtered, graded and kept; empty where its thought has no end."""
+    return (final_answer(answer["response"]) or "").strip()
 
 
-def text_fault(answer: dict[str, Any]) -> str | None:
-    """The first reason to reject an answer that shows without knowing its question or its siblings."""
-    text = without_thoughts(answer["response"])
-    if not text:
+def text_fault(answer: dict[str, Any], prompt: str = "") -> str | None:
+    """The first reason to reject an answer that shows without knowing its siblings.
+
+    Control tokens that stand in code, or in the answer's own prompt, and think tags in code are text.
+    """
+    text, finish_reason = answer_text(answer), finish_word(answer["finish_reason"])
+    if finish_reason == "refused":
+        return "refused"
+    if not text and final_answer(answer["response"]) is not None:
         return "empty"
-    if answer["finish_reason"] != "stop":
+    if finish_reason != "stop":
         return "truncated"
-    if THINK_TAG.search(text):
-        return "think_tag"
-    if SPECIAL_TOKEN.search(text):
+    control_words = [match[0] for match in SPECIAL_TOKEN.finditer(without_code(text)) if match[0] not in prompt]
+    if control_words or END_WORDS.search(text):
         return "special_token"
+    if not text or has_think_tag(text):
+        return "think_tag"
     return "refusal" if REFUSAL.match(text[:200].lower().replace("’", "'")) else None
 
 
 def clean_row(row: Row, answer: dict[str, Any], verified: bool | None) -> dict[str, Any]:
     messages = [
         {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": without_thoughts(answer["response"])},
+        {"role": "assistant", "content": answer_text(answer)},
     ]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -228,9 +235,9 @@ def verify(answers: list[dict[str, Any]], by_id: dict[str, Row], sandbox: Sandbo
     judged = [
         number
         for number, answer in enumerate(answers)
-        if by_id.get(answer["id"], {}).get("grader", UNGRADED) != UNGRADED and text_fault(answer) is None
+        if (row := by_id.get(answer["id"])) and row["grader"] != UNGRADED and text_fault(answer, row["prompt"]) is None
     ]
-    tasks = [(by_id[answers[i]["id"]], without_thoughts(answers[i]["response"]), "stop") for i in judged]
+    tasks = [(by_id[answers[i]["id"]], answer_text(answers[i]), "stop") for i in judged]
     return {i: VERIFIED[grade.outcome] for i, grade in zip(judged, grade_all(tasks, sandbox), strict=True)}
 
 
@@ -285,16 +292,16 @@ def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], 
     for number, answer in enumerate(answers):
         row = by_id.get(answer["id"])
         key = (answer["id"], answer["sample_index"])
-        text = (answer["id"], " ".join(without_thoughts(answer["response"]).lower().split()))
+        text = (answer["id"], " ".join(answer_text(answer).lower().split()))
         verified = None
         if row is None:
             reason = "unknown_id"
         elif key in seen_keys:
             reason = "duplicate_key"
-        elif (reason := text_fault(answer)) is None:
+        elif (reason := text_fault(answer, row["prompt"])) is None:
             if text in kept_texts:
                 reason, verified = "duplicate", kept_texts[text]
-            elif overlaps(without_thoughts(answer["response"]), index, lengths, given=row["prompt"]):
+            elif overlaps(answer_text(answer), index, lengths, given=row["prompt"]):
                 reason = "eval_overlap"
             else:
                 verified = verdict_of.get(number)

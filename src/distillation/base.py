@@ -1,6 +1,10 @@
 """Models and rows, the same way for every stage: loading, LoRA, placement on devices, encoding, hidden states."""
 
+import copy
+import datetime
+import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from src.distillation.losses import LogitMap
-from src.utils.common import UserError
+from src.utils.answers import OPENS
+from src.utils.common import UserError, read_json
+from src.utils.stages import experiment_date
 
 IGNORED = -100  # the label of a position that is not a response token
+ANY_DAY = datetime.date(2025, 1, 1)  # what a template that asks for the day reads outside an experiment
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -42,16 +50,41 @@ def _cannot_load(what: str, name: str, error: Exception) -> UserError:
     return UserError(f"{what} {name!r} cannot be loaded: {reason}; name a local folder or a hub id that can be reached")
 
 
+def refuse_adapter(name: str) -> None:
+    """Refuse an adapter where a model is wanted: transformers would load what it was trained on, with it or without.
+
+    Raises:
+        UserError: the folder or hub id holds an adapter.
+    """
+    try:
+        found = find_adapter_config_file(name)
+    except (OSError, ValueError):  # no such place; loading the model will say so
+        return
+    if found is not None:
+        base = read_json(found).get("base_model_name_or_path")
+        raise UserError(
+            f"{name!r} is an adapter of {base!r}, not a model; merge it into that (peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()), save both model and tokenizer to a "
+            "folder, and name that"
+        )
+
+
 def load_model_config(name: str) -> PreTrainedConfig:
-    """A model's configuration; one that cannot be had is a UserError."""
+    """A model's configuration; one that cannot be had, or is an adapter's, is a UserError."""
+    refuse_adapter(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load("model", name, error) from error
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, experiment_dir: str | Path = "") -> PreTrainedTokenizerBase:
     """A tokenizer with a chat template.
+
+    Args:
+        name: folder or hub id.
+        experiment_dir: where it is used. A template that asks for the day reads the experiment's (see
+            `experiment_date`); without an experiment always the same one.
 
     Raises:
         UserError: it cannot be loaded, or has no chat template.
@@ -64,6 +97,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer {name!r} has no chat template; use an instruct model, or add chat_template.jinja")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if "strftime_now" in tokenizer.chat_template:
+        tokenizer.prompt_date = experiment_date(experiment_dir) if experiment_dir else ANY_DAY
     return tokenizer
 
 
@@ -76,8 +111,9 @@ def load_model(name: str, dtype: torch.dtype, device_map: dict[str, Any] | None 
         device_map: module -> device, as `layer_device_map` gives it; None for the default device.
 
     Raises:
-        UserError: it cannot be loaded, or has a bias on its output layer.
+        UserError: it cannot be loaded, is an adapter, or has a bias on its output layer.
     """
+    refuse_adapter(name)
     if Path(name).is_dir():
         name = str(Path(name).resolve())  # an adapter remembers it and must find it from anywhere
     try:
@@ -250,17 +286,43 @@ class EncodedRow:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def prompt_text(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], enable_thinking: bool = False
-) -> str:
-    """The prompt as the model reads it, up to where its answer begins; hybrid models are asked not to think.
+# "<think>\n" or "[THINK]" at the end of a prompt, or nothing
+OPENED_THOUGHT = re.compile(rf"(?:{OPENS}\s*)?\Z", re.IGNORECASE)
+ANSWER = "answer-goes-here"  # stands for any answer where a template is asked what it writes around one
+FIRST_WORDS = (ANSWER, "42", "`", "数")  # beginnings of answers; a tokenizer may join a blank before to some of them
+
+# "<think>\n\n</think>\n\n", "[THINK][/THINK]": a thought that is closed before it began
+CLOSED_THOUGHT = re.compile(r"\s*(?:<([\w:]+)>\s*</\1>|\[(\w+)\]\s*\[/\2\])\s*")
+
+
+DIRECTIVES = "aAbBcdeFGHIjmMpSuUVwWxXyYzZ"  # of strftime: "%d %b %Y" is "01 Jan 2025"
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template. One that asks for the day gets a macro of that name before it, which says the experiment's.
+
+    transformers lets no function of ours into a template, so that the macro writes each directive's value itself.
+    """
+    template = tokenizer.chat_template
+    if "strftime_now" not in template:
+        return template
+    day = getattr(tokenizer, "prompt_date", None) or datetime.date.today()
+    filters = ""
+    for letter in DIRECTIVES:
+        for directive in (f"%{letter}", f"%-{letter}"):  # "%-d" is "1"
+            filters += f" | replace({directive!r}, {day.strftime(directive)!r})"
+    return "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}" + template
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: Any) -> str:
+    """The chat template's text for these messages. A date that it asks for is the experiment's, see `load_tokenizer`.
 
     Raises:
         UserError: the template refuses the messages, as some do a system message.
     """
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+            messages, chat_template=_template_of(tokenizer), tokenize=False, **settings
         )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -270,35 +332,188 @@ def prompt_text(
         ) from None
 
 
+def _refused(tokenizer: PreTrainedTokenizerBase, why: str) -> UserError:
+    return UserError(
+        f"tokenizer {tokenizer.name_or_path!r}: its chat template {why}; take an instruct model of the family, or "
+        "mend its chat_template.jinja"
+    )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a chat template writes around an assistant's answer.
+
+    prompt: all text before it. What stands between the generation prompt and the answer (a channel header, a closed
+        think block) is in it.
+    gap: blanks between the answer and the end of the turn, which the model has to say.
+    end: the token that ends the turn.
+    before: all text before the answer where the conversation is over; `prompt`, but for a closed think block.
+    after: all text behind it there.
+    """
+
+    prompt: str
+    gap: str
+    end: str
+    before: str
+    after: str
+
+
+def answer_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Turn:
+    """The text around an answer to these messages, not thought about before.
+
+    It is read off the conversation as the template renders it once it is over, and off the generation prompt; the two
+    must agree, or the model would be trained on one prompt and asked with another.
+
+    Raises:
+        UserError: the template refuses the messages, leaves an answer out, ends it with no special token, or opens a
+            thought in the generation prompt that the finished conversation does not have.
+    """
+    asked = render_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
+    finished = render_chat(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], enable_thinking=False)
+    before, found, after = finished.rpartition(ANSWER)
+    if not found:
+        raise _refused(tokenizer, "does not write what the assistant said")
+    if before.startswith(asked):
+        prompt = (
+            before  # "<|start|>assistant" is asked with, "<|start|>assistant<|channel|>final<|message|>" is answered
+        )
+    elif asked.startswith(before) and CLOSED_THOUGHT.fullmatch(asked[len(before) :]):
+        prompt = asked  # a hybrid model asked not to think: its finished conversation need not show the empty thought
+    else:
+        common = len(_common_start(asked, before))
+        raise _refused(
+            tokenizer,
+            f"asks for an answer with {asked[common:][-60:]!r} where a finished conversation has "
+            f"{before[common:][-60:]!r}, so that an answer would be read inside what it opens",
+        )
+    gap, end = _end_of_turn(tokenizer, after)
+    return Turn(prompt, gap, end, before, after)
+
+
+def _common_start(one: Sequence[Any], other: Sequence[Any]) -> Sequence[Any]:
+    """The longest beginning that both have."""
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return one[:length]
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str]:
+    """The blanks and the token that a template writes behind an answer."""
+    words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    gap = after[: len(after) - len(after.lstrip())]
+    ends = [word for word in words if after.startswith(word, len(gap))]
+    if not ends:
+        raise _refused(tokenizer, "ends an answer with no special token")
+    return gap, max(ends, key=len)
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], enable_thinking: bool = False
+) -> str:
+    """The prompt as the model reads it, up to where its answer begins, or its thought where it is asked to think.
+
+    Raises:
+        UserError: the template refuses the messages, or cannot be answered without a thought; see `answer_turn`.
+    """
+    if enable_thinking:
+        return render_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=True)
+    return answer_turn(tokenizer, messages).prompt
+
+
+def opened_thought(prompt: str) -> str:
+    """What a prompt opens for the model to think in, "<think>\\n" at its end; empty where it opens nothing.
+
+    It is stored before the answer, which says by itself then that it begins with a thought.
+    """
+    return OPENED_THOUGHT.search(prompt)[0]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts: those that stay what they are whatever the answer begins with.
+
+    Many tokenizers join a blank at the end of a prompt to the answer's first word ("[/INST] Four" is "[/INST]",
+    "▁Four"). Such a blank is the answer's: a prompt that ended with it would be one that the model has never read.
+    """
+    prompts = []
+    for text in texts:
+        # only what follows the last control token can be joined to the answer
+        cut = max((text.rfind(word) for word in _control_words(tokenizer)), default=-1)
+        head, tail = text[: max(cut, 0)], text[max(cut, 0) :]
+        begun = tokenizer([tail + word for word in FIRST_WORDS], add_special_tokens=False)["input_ids"]
+        stable = functools.reduce(_common_start, begun)
+        start = tokenizer(head, add_special_tokens=False)["input_ids"] if head else []
+        prompts.append([*start, *stable])
+    return prompts
+
+
+def _control_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an assistant's turn, read off the chat template.
 
     Raises:
         UserError: the template puts no special token behind an answer.
     """
-    mark = "answer-goes-here"
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": mark}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
-    tail = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    if not tail or tail[0] not in special:
-        raise UserError(f"tokenizer {tokenizer.name_or_path!r}: its chat template ends an answer with no special token")
-    return tail[0]
+    return tokenizer.convert_tokens_to_ids(answer_turn(tokenizer, [{"role": "user", "content": "hello"}]).end)
+
+
+def ending_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy whose `eos_token` is the end of turn, for those who stop at that (a base model's is the end of a text);
+    an equal one where the chat template would then read otherwise."""
+    ending = copy.deepcopy(tokenizer)
+    hello = [{"role": "user", "content": "hello"}]
+    turn = answer_turn(tokenizer, hello)
+    ending.eos_token = turn.end
+    return ending if answer_turn(ending, hello) == turn else copy.deepcopy(tokenizer)
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], end_id: int) -> EncodedRow:
-    """One clean row (`id`, `messages` ending with the assistant's) -> token ids."""
-    *prompt, answer = row["messages"]
-    return EncodedRow(
-        id=row["id"],
-        prompt_ids=tuple(tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]),
-        response_ids=(*response_ids(tokenizer, answer["content"]), end_id),
-        sample_index=row.get("sample_index", 0),
-    )
+    """One clean row (`id`, `messages` ending with the assistant's) -> token ids.
+
+    Prompt ids and response ids together are what the model reads where its own template renders the conversation, up to
+    and with the end of the turn.
+
+    Raises:
+        UserError: the template cannot be answered, see `answer_turn`.
+    """
+    turn = answer_turn(tokenizer, row["messages"][:-1])
+    text = _as_rendered(tokenizer, turn, row["messages"])
+    [start] = prompt_ids(tokenizer, [turn.prompt])
+    if any(word in text for word in _control_words(tokenizer)):
+        response = response_ids(tokenizer, text + turn.gap)
+    else:
+        *whole, _ = tokenizer(turn.prompt + text + turn.gap + turn.end, add_special_tokens=False)["input_ids"]
+        start = _common_start(start, whole)  # an answer that begins with a line break may take the prompt's along
+        response = whole[len(start) :]
+    return EncodedRow(row["id"], tuple(start), (*response, end_id), row.get("sample_index", 0))
+
+
+def _as_rendered(tokenizer: PreTrainedTokenizerBase, turn: Turn, messages: list[dict[str, str]]) -> str:
+    """The answer without those blanks at its ends that the template drops.
+
+    What else a template would do to an answer (many cut it at `</think>`, also where that is spelt in code) is not
+    done: text stays text.
+    """
+    answer = messages[-1]["content"]
+    if answer == answer.strip():
+        return answer
+    rendered = render_chat(tokenizer, messages, enable_thinking=False)
+    said = rendered.removeprefix(turn.before).removesuffix(turn.after)
+    return said if said.strip() == answer.strip() else answer
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of an answer as stored, without special tokens: `<|im_end|>` written out in it is text, not an end."""
+    """Ids of a text inside a turn, without special tokens: `<|im_end|>` written out in it is text, not an end.
+
+    It is read behind a line break, which is then taken off: some tokenizers put a blank before a text that begins.
+    """
+    line = tokenizer("\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = tokenizer(f"\n{text}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if ids[: len(line)] == line:
+        return ids[len(line) :]
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 

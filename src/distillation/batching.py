@@ -9,9 +9,11 @@ import torch
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from src.distillation.base import EncodedRow, encode_row, end_of_turn_id
+from src.distillation.base import EncodedRow, answer_turn, encode_row, end_of_turn_id
 from src.distillation.packing import MULTIPLE, batch_of, segments
 from src.utils.common import UserError, read_jsonl, sha256_file, sha256_text
+
+ROLES = ("system", "developer", "user", "assistant", "tool")  # whose words a chat template may know
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,21 @@ def shared_end_of_turn(student_tokenizer: PreTrainedTokenizerBase, teacher_token
     """The token both end a turn with.
 
     Raises:
-        UserError: they end it with different ones; the student would learn never to stop.
+        UserError: they end it differently; the student would learn never to stop.
     """
-    ends = [end_of_turn_id(tokenizer) for tokenizer in (student_tokenizer, teacher_tokenizer)]
-    words = [t.convert_ids_to_tokens(e) for t, e in zip((student_tokenizer, teacher_tokenizer), ends, strict=True)]
-    if ends[0] != ends[1] or words[0] != words[1]:
+    hello = [{"role": "user", "content": "hello"}]
+    student, teacher = answer_turn(student_tokenizer, hello), answer_turn(teacher_tokenizer, hello)
+    ids = [end_of_turn_id(tokenizer) for tokenizer in (student_tokenizer, teacher_tokenizer)]
+    if ids[0] != ids[1] or student.end != teacher.end:
         raise UserError(
-            f"the student ends a turn with {words[0]}, the teacher with {words[1]}; choose models of one family"
+            f"the student ends a turn with {student.end}, the teacher with {teacher.end}; choose models of one family"
         )
-    return ends[0]
+    if student.gap != teacher.gap:
+        raise UserError(
+            f"before the end of a turn the student's chat template writes {student.gap!r}, the teacher's "
+            f"{teacher.gap!r}; choose models of one family, or give both one chat_template.jinja"
+        )
+    return ids[0]
 
 
 def encode_pairs(
@@ -78,12 +86,38 @@ def _conversation(row: dict[str, Any]) -> str | None:
     )
     if not good or len(messages) < 2 or messages[-1]["role"] != "assistant":
         return "messages must be a list of {role, content} that ends with the assistant's"
+    roles = [message["role"] for message in messages]
+    unknown = [role for role in roles if role not in ROLES]
+    if unknown:
+        return f"unknown role {unknown[0]!r} in messages; known are {', '.join(ROLES)}"
+    if "system" in roles[1:]:
+        return f"a system message stands first and once, the roles are {', '.join(roles)}; join or delete the others"
+    if "user" not in roles:
+        return f"nobody asks anything in messages, the roles are {', '.join(roles)}"
     return None if messages[-1]["content"].strip() else "the assistant's answer is empty"
 
 
+def _clean_fault(row: dict[str, Any]) -> str | None:
+    """What is wrong with a clean row, or None."""
+    row_id, index = row["id"], row.get("sample_index", 0)
+    if not isinstance(row_id, str):
+        return f"id must be text, found {type(row_id).__name__}; put it in quotes"
+    if not isinstance(index, int) or isinstance(index, bool):
+        return f"sample_index must be a whole number, found {type(index).__name__}; leave it out for 0"
+    return _conversation(row)
+
+
 def read_clean(path: Path) -> list[dict[str, Any]]:
-    """The rows of a clean file; a broken one is a UserError that names file and line."""
-    return read_jsonl(path, ("id", "messages"), "run scripts/fix_sft_data.py first, or bring the file", _conversation)
+    """The rows of a clean file.
+
+    Raises:
+        UserError: it is missing or broken, or a row is no conversation with an answer, or has another's id and
+            sample_index; names file and line.
+    """
+    return read_jsonl(
+        path, ("id", "messages"), "run scripts/fix_sft_data.py first, or bring the file", _clean_fault,
+        unique=("id", "sample_index"), twice="two clean rows share an id and a sample_index; remove one",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ from src.distillation.base import (
     load_model_config,
     load_tokenizer,
     meta_model,
+    opened_thought,
     place,
+    prompt_ids,
     prompt_text,
 )
 from src.distillation.openai_engine import Server
 from src.distillation.sft import Request, Sampling
-from src.utils.common import logger
+from src.utils.common import UserError, logger
 
 # vLLM 0.32 on a CPU dies of a prompt that is split between two batches if its request has a seed
 CPU_BATCHED_TOKENS = 16_384
@@ -37,12 +39,13 @@ class Engine:
     """What answers, and on what.
 
     name: `transformers`, `vllm` or `openai`.
-    model: folder or hub id of the teacher. The openai engine needs it for its tokenizer alone, and may do without.
+    model: folder or hub id of the teacher. The openai engine wants it for its tokenizer alone, and may do without.
     batch_size: rows in one forward pass of the transformers engine; 0 for `rows_that_fit`.
     devices: GPUs; none on a machine without.
     gpu_memory_gb: weights one GPU may hold, 1e9 bytes.
     enable_thinking: asked of hybrid models by their template.
     vllm_arguments: further arguments of `vllm.LLM`, over the derived ones.
+    experiment_dir: whose date a template reads that asks for one.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Engine:
     enable_thinking: bool = False
     vllm_arguments: dict[str, Any] = field(default_factory=dict)
     server: Server | None = None
+    experiment_dir: str = ""
 
 
 def rows_that_fit(
@@ -64,7 +68,7 @@ def rows_that_fit(
     else:
         memory = psutil.virtual_memory().total
     texts = [prompt_text(tokenizer, request.messages, engine.enable_thinking) for request in requests]
-    longest = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) + sampling.max_new_tokens
+    longest = max(map(len, prompt_ids(tokenizer, texts))) + sampling.max_new_tokens
     dtype = compute_dtype()
     weights = count_parameters(meta_model(engine.model)) * dtype.itemsize
     return sft.fitting_batch_size(load_model_config(engine.model).get_text_config(), weights, memory, longest, dtype)
@@ -77,6 +81,24 @@ def end_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     except OSError:  # it has no generation_config.json
         own = load_model_config(model).eos_token_id
     return sft.end_token_ids(tokenizer, own)
+
+
+def served_teacher(engine: Engine) -> tuple[PreTrainedTokenizerBase | None, list[int]]:
+    """The tokenizer of a teacher behind a server, None where it cannot be had, and the ids that end its answers.
+
+    Raises:
+        UserError: it cannot be had, and the server needs those ids.
+    """
+    if engine.server.kind == "transformers":
+        tokenizer = load_tokenizer(engine.model)
+        return tokenizer, end_ids(engine.model, tokenizer)
+    if not engine.model:
+        return None, []
+    try:
+        return load_tokenizer(engine.model), []
+    except UserError as error:
+        logger.info("%s; without it only the server can count tokens", error)
+        return None, []
 
 
 def vllm_plan(engine: Engine) -> tuple[dict[str, Any], list[list[int]]]:
@@ -111,17 +133,19 @@ def opened(engine: Engine, sampling: Sampling) -> Iterator[Generate]:
     """
     if engine.name == "openai":
         assert engine.server is not None
-        ends = end_ids(engine.model, load_tokenizer(engine.model)) if engine.server.kind == "transformers" else []
+        tokenizer, ends = served_teacher(engine)
 
         def answer(requests: Sequence[Request], done: Done) -> Iterator[list[dict[str, Any]]]:
             missing = [r for r in requests if (r.id, r.sample_index) not in done]
             thinking = engine.enable_thinking
-            return openai_engine.generate_from_server(engine.server, missing, sampling, thinking, ends)
+            return openai_engine.generate_from_server(
+                engine.server, missing, sampling, thinking, ends, tokenizer, len(requests)
+            )
 
         yield answer
         return
 
-    tokenizer = load_tokenizer(engine.model)
+    tokenizer = load_tokenizer(engine.model, engine.experiment_dir)
     if engine.name == "transformers":
         dtype = compute_dtype()
         device_map = place(engine.model, engine.devices, dtype, engine.gpu_memory_gb)
@@ -143,7 +167,10 @@ def opened(engine: Engine, sampling: Sampling) -> Iterator[Generate]:
         def answer(requests: Sequence[Request], done: Done) -> Iterator[list[dict[str, Any]]]:
             missing = [r for r in requests if (r.id, r.sample_index) not in done]
             texts = [prompt_text(tokenizer, r.messages, engine.enable_thinking) for r in missing]
-            prompts = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-            return answer_prompts(missing, prompts)
+            thoughts = {(r.id, r.sample_index): opened_thought(t) for r, t in zip(missing, texts, strict=True)}
+            for rows in answer_prompts(missing, prompt_ids(tokenizer, texts)):
+                for row in rows:
+                    row["response"] = thoughts[row["id"], row["sample_index"]] + row["response"]
+                yield rows
 
         yield answer

@@ -9,21 +9,26 @@ import copy
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from src.distillation.base import (
+    causal_lm,
     compile_layers,
     count_parameters,
     describe_size,
+    end_of_turn_id,
+    ending_tokenizer,
     load_model,
     load_tokenizer,
     model_fingerprint,
     place,
+    refuse_adapter,
     shared_vocabulary,
 )
 from src.distillation.batching import TrainingData, load_training_data, micro_batches, waste
@@ -41,7 +46,8 @@ from src.distillation.runs import (
     newest_complete_checkpoint,
     training_facts,
 )
-from src.distillation.teacher_cache import open_cache, read_index
+from src.distillation.sft import end_token_ids
+from src.distillation.teacher_cache import cached_tokenizer, open_cache, read_index
 from src.distillation.teacher_signal import TeacherSignal, online_signal
 from src.distillation.trainer import KDTrainer
 from src.utils.common import (
@@ -56,6 +62,9 @@ from src.utils.common import (
     write_text,
 )
 from src.utils.config import build_config, read_profile
+from src.utils.stages import hold, locked
+
+Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]  # the student's and the teacher's
 
 
 def _sharding() -> str:
@@ -63,13 +72,16 @@ def _sharding() -> str:
     return next((k for k in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{k.upper()}") == "true"), "")
 
 
-def _fingerprint(config: KDConfig, data: TrainingData, teacher: str) -> dict[str, Any]:
+def _fingerprint(config: KDConfig, data: TrainingData, teacher: str, tokenizers: Tokenizers) -> dict[str, Any]:
     settings = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_FINGERPRINT}
     settings["rows_per_step"] = config.rows_per_step
     settings["student"] = model_fingerprint(config.model_name_or_path)
     settings["teacher"] = teacher
     if sharding := _sharding():  # whose checkpoints no other launch can read
         settings["sharding"] = sharding
+    dates = [tokenizer.prompt_date for tokenizer in tokenizers if hasattr(tokenizer, "prompt_date")]
+    if dates:  # only where a chat template asks for the day
+        settings["prompt_date"] = dates[0].isoformat()
     return json.loads(json.dumps(settings | data.hashes))
 
 
@@ -85,10 +97,10 @@ def _micro_batches(config: KDConfig, data: TrainingData) -> int:
                          math.ceil(epochs), config.data_seed)  # fmt: skip
 
 
-def _choose_folder(config: KDConfig, fingerprint: dict[str, Any]) -> Path:
+def _find_folder(config: KDConfig, fingerprint: dict[str, Any]) -> Path:
     """The run's folder: named by the user, the one to go on with, a finished one of the same settings, or a new one."""
     if config.output_dir:
-        return claim_folder(Path(config.output_dir), fingerprint, config.resume, config.overwrite)
+        return Path(config.output_dir)
     root = Path(config.experiment_dir).parent
     prefix = "gpu_optimized_kd" if config.alpha > 0 else "sft_control"
     finished, unfinished = find_runs(root, prefix, fingerprint)
@@ -97,6 +109,30 @@ def _choose_folder(config: KDConfig, fingerprint: dict[str, Any]) -> Path:
     if unfinished and config.resume and not config.overwrite:
         return unfinished
     return new_run_folder(root, prefix)
+
+
+@contextlib.contextmanager
+def _own_folder(config: KDConfig, fingerprint: dict[str, Any], data: TrainingData) -> Iterator[Path]:
+    """The run's folder, kept from other processes as long as this one trains in it. One rank picks it for all.
+
+    Raises:
+        UserError: another process trains in it, or it belongs to another run.
+    """
+    with contextlib.ExitStack() as held:
+        chosen: list[Path | None] = [None]
+        if config.process_index == 0:
+            root = Path(config.experiment_dir).parent
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root / ".choosing.lock"):  # two that start together must not both find the same folder free
+                folder = _find_folder(config, fingerprint)
+                held.enter_context(hold(folder, SECTION))
+            if config.output_dir:
+                claim_folder(folder, fingerprint, config.resume, config.overwrite)
+            if not (folder / "kd_config.json").is_file():
+                _write_kd_config(folder, config, fingerprint, data)
+            chosen = [folder]
+        [folder] = broadcast_object_list(chosen)
+        yield folder
 
 
 def _write_kd_config(folder: Path, config: KDConfig, fingerprint: dict[str, Any], data: TrainingData) -> None:
@@ -153,35 +189,47 @@ def _train(trainer: KDTrainer, folder: Path) -> None:
 
 MODEL_CARD = """---
 library_name: peft
-base_model: {student}
-tags: [knowledge-distillation, lora]
+{base_model}tags: [knowledge-distillation, lora]
 ---
 # {experiment}: {arm}
 
 LoRA adapter of `{student}`, rank {rank}, trained on {rows} answers of `{teacher}` in {steps} steps of {rows_per_step}
-rows.
-Objective: {alpha} x T^2 x {divergence}(teacher, student) at T = {temperature}, plus {ce} x cross-entropy; seed {seed}.
+rows. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
+Objective: {alpha} x T^2 x {divergence}(teacher, student) at T = {temperature}{own}, plus {ce} x cross-entropy; seed
+{seed}.
 
 Every setting is in `kd_config.json` of the run, every measured number in `kd_results.json`.
 """
 
 
-def _save_final(trainer: KDTrainer, folder: Path, tokenizer: Any, rows: int) -> None:
-    config = trainer.args
+def _model_card(config: KDConfig, rows: int, steps: int, end: str) -> str:
+    student = config.model_name_or_path
+    # a hub id, or nothing: the hub refuses a card that names a path
+    base_model = "" if Path(student).exists() else f"base_model: {student}\n"
+    own = "" if config.teacher_temperature is None else f" (the teacher at {config.teacher_temperature})"
+    return MODEL_CARD.format(
+        base_model=base_model, student=student, teacher=config.teacher_model_name_or_path, rows=rows,
+        experiment=Path(config.experiment_dir).name, arm="kd" if config.alpha > 0 else "sft control",
+        steps=steps, rows_per_step=config.rows_per_step, alpha=config.alpha, divergence=config.divergence,
+        temperature=config.temperature, ce=round(1 - config.alpha, 6), rank=config.lora_r, seed=config.seed, end=end,
+        own=own,
+    )  # fmt: skip
+
+
+def _save_final(trainer: KDTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None  # on every rank
     if not trainer.is_world_process_zero():
         return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    ends = end_token_ids(tokenizer, causal_lm(model).generation_config.eos_token_id)
     with atomic_path(folder / "final_model") as made:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(made, state_dict=weights)
-        tokenizer.save_pretrained(made)
-        card = MODEL_CARD.format(
-            student=config.model_name_or_path, teacher=config.teacher_model_name_or_path, rows=rows,
-            experiment=Path(config.experiment_dir).name, arm="kd" if config.alpha > 0 else "sft control",
-            steps=trainer.state.global_step or config.max_steps, rows_per_step=config.rows_per_step, alpha=config.alpha,
-            divergence=config.divergence, temperature=config.temperature, ce=round(1 - config.alpha, 6),
-            rank=config.lora_r, seed=config.seed,
-        )  # fmt: skip
-        write_text(made / "README.md", card)
+        model.save_pretrained(made, state_dict=weights)
+        # a base model's own settings stop at the end of a text only: engines must hear of the end of turn it has learnt
+        ending = ending_tokenizer(tokenizer)
+        ending.save_pretrained(made)
+        GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(made)
+        steps, end = training_facts(folder)["steps"], tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+        write_text(made / "README.md", _model_card(trainer.args, rows, steps, end))
 
 
 def _heldout(trainer: KDTrainer, data: TrainingData) -> dict[str, Any]:
@@ -212,6 +260,7 @@ def _read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
     for field in ("model_name_or_path", "teacher_model_name_or_path"):
         if not getattr(config, field):
             raise UserError(f"{field} is not set; name a profile with --config, or pass --{field}")
+        refuse_adapter(getattr(config, field))
     if config.gradient_accumulation_steps % config.world_size:
         raise UserError(
             f"gradient_accumulation_steps = {config.gradient_accumulation_steps} does not divide among "
@@ -234,7 +283,7 @@ def _teacher_tokenizer(config: KDConfig) -> tuple[PreTrainedTokenizerBase, str]:
     """
     name = config.teacher_model_name_or_path
     if config.teacher_signal == "online":
-        return load_tokenizer(name), model_fingerprint(name)
+        return load_tokenizer(name, config.experiment_dir), model_fingerprint(name)
     folder = Path(config.experiment_dir) / "teacher_cache"
     index = read_index(folder)
     same = model_fingerprint(name) == index["teacher"] if Path(name).is_dir() else (
@@ -242,7 +291,7 @@ def _teacher_tokenizer(config: KDConfig) -> tuple[PreTrainedTokenizerBase, str]:
     if not same:
         raise UserError(f"{folder} is of the teacher {index['teacher_model_name_or_path']!r}, this run names {name!r}; "
                         "run scripts/cache_teacher.py --overwrite")  # fmt: skip
-    return load_tokenizer(str(folder / "tokenizer")), index["teacher"]
+    return cached_tokenizer(folder, index, config.experiment_dir), index["teacher"]
 
 
 def _open_teacher(
@@ -253,7 +302,8 @@ def _open_teacher(
         train, measured = data.train, data.validation + data.heldout
         return open_cache(
             Path(config.experiment_dir) / "teacher_cache", config.teacher_signal, data.hashes,
-            [pair.teacher for pair in train], [pair.teacher for pair in measured], vocabulary, config.temperature,
+            [pair.teacher for pair in train], [pair.teacher for pair in measured], vocabulary,
+            config.teacher_temperature or config.temperature,
         )  # fmt: skip
     name, devices = config.teacher_model_name_or_path, config.teacher_devices
     teacher = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
@@ -266,7 +316,7 @@ def _open_teacher(
     return online_signal(teacher, pad_id, config.packing)
 
 
-def _make_trainer(config: KDConfig, data: TrainingData, tokenizers: tuple[Any, Any], folder: Path) -> KDTrainer:
+def _make_trainer(config: KDConfig, data: TrainingData, tokenizers: Tokenizers, folder: Path) -> KDTrainer:
     """Load both models and say what follows from the settings."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     set_seed(config.seed)
@@ -324,26 +374,25 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
     """
     config = _read_config(config)
     teacher_tokenizer, teacher_fingerprint = _teacher_tokenizer(config)
-    tokenizers = load_tokenizer(config.model_name_or_path), teacher_tokenizer
+    tokenizers = load_tokenizer(config.model_name_or_path, config.experiment_dir), teacher_tokenizer
     data = load_training_data(
         Path(config.experiment_dir) / "sft", *tokenizers, config.max_length, config.validation_fraction,
         config.rows_per_step,
     )  # fmt: skip
-    fingerprint = _fingerprint(config, data, teacher_fingerprint)
+    fingerprint = _fingerprint(config, data, teacher_fingerprint, tokenizers)
     config.gradient_accumulation_steps = _micro_batches(config, data) // config.world_size
-    chosen: list[Path | None] = [None]
-    if config.process_index == 0:
-        chosen = [_choose_folder(config, fingerprint)]
-        if not (chosen[0] / "kd_config.json").is_file():
-            _write_kd_config(chosen[0], config, fingerprint, data)
-    [folder] = broadcast_object_list(chosen)
-    results_path = folder / "kd_results.json"
-    paths = {"run_dir": str(folder), "final_model": str(folder / "final_model")}
-    if results_path.is_file():
-        logger.info("%s is finished; nothing to do (--overwrite trains again)", folder)
-        return read_json(results_path) | paths
-    config.output_dir = str(folder)
+    with _own_folder(config, fingerprint, data) as folder:
+        paths = {"run_dir": str(folder), "final_model": str(folder / "final_model")}
+        results_path = folder / "kd_results.json"
+        if results_path.is_file():
+            logger.info("%s is finished; nothing to do (--overwrite trains again)", folder)
+            return read_json(results_path) | paths
+        config.output_dir = str(folder)
+        return _run(config, data, tokenizers, folder) | paths
 
+
+def _run(config: KDConfig, data: TrainingData, tokenizers: Tokenizers, folder: Path) -> dict[str, Any]:
+    """Train in `folder`, save the model, measure it once; what kd_results.json then holds."""
     trainer = _make_trainer(config, data, tokenizers, folder)
     if (folder / "final_model").is_dir():
         _load_adapter(trainer, folder / "final_model")
@@ -360,8 +409,8 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
         "total_parameters": count_parameters(trainer.model),
     }
     if trainer.is_world_process_zero():
-        write_json(results_path, results)
-    return results | paths
+        write_json(folder / "kd_results.json", results)
+    return results
 
 
 def _say_sizes(config: KDConfig, data: TrainingData, trainer: KDTrainer, trainable: int) -> None:
@@ -384,9 +433,11 @@ def _say_sizes(config: KDConfig, data: TrainingData, trainer: KDTrainer, trainab
     reason = f"max_steps wins over {config.num_train_epochs:g} epochs" if config.max_steps > 0 else "from epochs"
     logger.info("%d steps (%s), %.2f epochs", steps, reason, steps / steps_per_epoch)
     logger.info(
-        "loss: %g x %g^2 x %s + %g x CE over %d shared tokens, the teacher's %s; %s trainable parameters; "
+        "loss: %g x %g^2 x %s%s + %g x CE over %d shared tokens, the teacher's %s; %s trainable parameters; "
         "products in %s%s",
-        config.alpha, config.temperature, config.divergence, 1 - config.alpha, trainer.vocab_size,
+        config.alpha, config.temperature, config.divergence,
+        f" (teacher at {config.teacher_temperature:g})" if config.teacher_temperature else "",
+        1 - config.alpha, trainer.vocab_size,
         {"online": "model", "hidden": "cached hidden states", "topk": "cached top k"}[config.teacher_signal],
         f"{trainable:,}", "bf16 autocast" if config.bf16 else "fp32", ", compiled loss" if trainer.compiled else "",
     )  # fmt: skip

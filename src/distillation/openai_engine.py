@@ -5,23 +5,66 @@ The client's own retries are off. They cover 429, 5xx and cut connections, but n
 """
 
 import asyncio
+import gzip
 import heapq
 import itertools
 import json
 import os
 import random
+import re
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from src.distillation.base import end_of_turn_id, opened_thought, prompt_text, response_ids
 from src.distillation.sft import Request, Sampling, answer_row
+from src.utils.answers import CLOSE, END_WORDS, OPENED, THINK_TAG, finish_word, without_code
 from src.utils.common import UserError, logger
 
 ENGINE = "openai"
 SERVERS = ("vllm", "sglang", "llama_cpp", "transformers", "plain")
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between two tries
+LONGEST_WORDS = 300  # characters of a server's words that are shown
+
+REFUSED = (400, 413, 422, 451)  # this question, for its content or length or for a setting
+AGAIN = (408, 409, 425, 429)  # and everything from 500 on
+BUSY = (429, 503, 529)
+WAYS_OUT = {
+    402: "see to the account",
+    404: "set base_url to the server's address and served_model_name to a model it has",
+}
+
+# Keys under which servers put the words and the codes of an error, in the order in which they are read
+WORD_KEYS = ("error", "errors", "message", "msg", "error_msg", "detail", "metadata", "raw")
+CODE_KEYS = ("code", "status", "status_code", "error_code", "type")
+
+# What servers call an error, letters only, and the HTTP status that it amounts to; the first that is found counts:
+# "rate_limit_exceeded" is "ratelimitexceeded", in which 429 finds "ratelimit"
+FILTERED = (
+    "contentfilter|contentpolicy|contentmanagement|filteringpolicy|moderation|inspection|flagged|prohibitedcontent|"
+    "safety|sensitive"
+)
+TOO_LONG = "contextlength|contextwindow|toolong|toolarge|abovemax"
+STATUS_OF_WORDS = {
+    429: "ratelimit|toomanyrequests|throttl|quota|exhausted",
+    503: "overload|unavailable|capacity|busy",
+    400: f"{FILTERED}|{TOO_LONG}",
+    401: "apikey|authentication|unauthorized|unauthenticated",
+    402: "insufficientbalance|paymentrequired",
+    403: "permission|forbidden|accessdenied",
+    404: "notfound",
+    422: "badrequest|invalidrequest|invalidargument|invalidprompt|unprocessable",
+    500: "timeout|servererror|internal",
+}
+
+THOUGHTS = ("thinking", "redacted_thinking", "reasoning")  # types of a content's parts that are not the answer
 
 
 @dataclass(frozen=True)
@@ -34,6 +77,7 @@ class Server:
     concurrency: requests under way at most. A 429 halves it, successes let it grow again.
     timeout: seconds without an answer after which a request is given up and sent again.
     tries: of one request before the run stops.
+    max_refused: share of all answers that the server may refuse before the run stops; one it always may, unless 0.
     """
 
     base_url: str
@@ -43,6 +87,27 @@ class Server:
     concurrency: int = 32
     timeout: float = 600.0
     tries: int = 8
+    max_refused: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_refused <= 1:
+            raise UserError(f"max_refused must be a share from 0 (none) to 1 (all), got {self.max_refused}")
+
+    @property
+    def key(self) -> str:
+        """The key, without the line end that a file may have left on it; empty if there is none.
+
+        Raises:
+            UserError: it cannot be sent.
+        """
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"the key in {self.key_variable} holds characters that no key has; set it again")
+        return key
+
+    def refused_at_most(self, answers: int) -> int:
+        """How many of so many answers may be refused."""
+        return max(1, int(self.max_refused * answers + 1e-9)) if self.max_refused else 0
 
 
 def extra_body(kind: str, sampling: Sampling, enable_thinking: bool, ends: Sequence[int] = ()) -> dict[str, Any]:
@@ -69,6 +134,339 @@ def extra_body(kind: str, sampling: Sampling, enable_thinking: bool, ends: Seque
     return {"top_k": sampling.top_k or -1, "min_p": 0.0, penalty: 1.0} | thinking
 
 
+@dataclass(frozen=True)
+class Reply:
+    """An answer as a server gave it.
+
+    reason: why it ended, in the server's own word; None where it does not say.
+    tokens: the server's own count; None where it has none.
+    thought: what the model thought, where the server keeps that apart.
+    """
+
+    text: str
+    reason: str | None
+    tokens: int | None
+    thought: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A reply that is no answer.
+
+    status: HTTP's, or that which its words amount to; 0 where it is not a chat completion at all.
+    words: the server's own, or what was found instead of an answer.
+    """
+
+    status: int
+    words: str
+
+
+class _Unreadable(Exception):
+    """Not a chat completion; the text says what was found."""
+
+
+def read_reply(body: bytes, status: int = 200) -> Reply | Failure:
+    """What a server's reply says.
+
+    Args:
+        body: as it came.
+        status: HTTP's. Below 300 the body decides: many servers put their errors there.
+    """
+    try:
+        said = _parsed(body)
+        if status >= 300:
+            return _failure(said, status)
+        error = _error_in(said)
+        return _answer_in(said) if error is None else _failure(error, status)
+    except _Unreadable as found:
+        return _failure(str(found), status) if status >= 300 else Failure(0, f"not a chat completion: {found}")
+    except RecursionError:
+        return Failure(status if status >= 300 else 0, "not a chat completion: nested too deeply")
+
+
+def _parsed(body: bytes) -> Any:
+    """The JSON of a body. A byte order mark is none of it; bytes that are no UTF-8 become U+FFFD.
+
+    Raises:
+        _Unreadable: it is not JSON.
+    """
+    try:
+        if body.startswith(b"\x1f\x8b"):  # packed, and its header does not say so
+            body = gzip.decompress(body)
+        try:
+            return json.loads(body)
+        except UnicodeDecodeError:
+            return json.loads(body.decode("utf-8-sig", "replace"))
+    except (ValueError, EOFError, OSError, zlib.error):
+        start = body.decode("utf-8", "replace").strip()
+    if start.startswith(("data:", "event:", ": ")):
+        raise _Unreadable(f"a stream, though none was asked for: {start}")
+    raise _Unreadable(start or "an empty body")
+
+
+def _error_in(said: Any) -> Any:
+    """The error that a body of status 200 holds in place of an answer, or with it; None where it holds none."""
+    if isinstance(said, list) and len(said) == 1:  # as Google wraps it
+        said = said[0]
+    if not isinstance(said, dict):
+        return None
+    if _is_error(said.get("error")):
+        return said
+    choices = said.get("choices")
+    if isinstance(choices, list) and choices:
+        choice = choices[0]
+        error = choice.get("error") if isinstance(choice, dict) else None
+        return error if _is_error(error) else None
+    tells = _words_in(said) or any(status_of(code) for code in _codes_in(said))
+    return said if tells else None
+
+
+def _is_error(error: Any) -> bool:
+    """Whether the field `error` holds one; some servers always send it, empty."""
+    return any(error.values()) if isinstance(error, dict) else bool(error)
+
+
+def _failure(error: Any, status: int) -> Failure:
+    """An error's words, and the HTTP status that it amounts to.
+
+    Args:
+        error: its text, or JSON in any of the shapes that servers have.
+        status: HTTP's. Below 300 the error's own codes decide; where it has none, the server is taken to be busy.
+    """
+    codes = _codes_in(error)
+    words = list(dict.fromkeys(_words_in(error)))  # several wrappers may repeat them
+    text = ": ".join(words) or _shown(error)
+    named = next(filter(None, map(status_of, codes)), None)
+    spelt = _letters(f"{codes} {words}")
+    is_filter = re.search(FILTERED, spelt) is not None
+    if status >= 300:
+        text = f"Error code: {status} - {text}"
+        if status == 400 and named in BUSY:
+            status = named
+    elif named is not None:
+        status = named
+    else:
+        status = 400 if is_filter or re.search(TOO_LONG, spelt) else 503
+    if status == 403 and is_filter:
+        status = 400
+    return Failure(status, text)
+
+
+def _words_in(error: Any) -> list[str]:
+    """The texts of an error, whatever its shape."""
+    if isinstance(error, str):
+        return [error] if error.strip() else []
+    if isinstance(error, dict):
+        error = [error[key] for key in WORD_KEYS if key in error]
+    found = []
+    for part in error if isinstance(error, list) else ():
+        found += _words_in(part)
+    return found
+
+
+def _codes_in(error: Any) -> list[Any]:
+    """The codes of an error, the outer ones first."""
+    found, inner = [], []
+    if isinstance(error, dict):
+        found = [error[key] for key in CODE_KEYS if isinstance(error.get(key), str | int | float)]
+        inner = [error[key] for key in WORD_KEYS if key in error]
+    elif isinstance(error, list):
+        inner = error
+    for part in inner:
+        found += _codes_in(part)
+    return found
+
+
+def _letters(text: str) -> str:
+    """Lower-case letters alone.
+
+    >>> _letters("rate_limit_exceeded"), _letters("BadRequestError")
+    ('ratelimitexceeded', 'badrequesterror')
+    """
+    return re.sub(r"[\W\d_]", "", text.lower())  # all but letters: blanks, "-", "4", "_"
+
+
+def status_of(code: str | int | float) -> int | None:
+    """The HTTP status that an error's code or type amounts to; None where it is not known.
+
+    >>> status_of(429), status_of("429"), status_of("overloaded_error"), status_of("AuthenticationError"), status_of(1)
+    (429, 429, 503, 401, None)
+    """
+    number = re.search(r"(?<!\d)[45]\d\d(?!\d)", str(code))  # "429", "http_429"; not "4290"
+    if number:
+        return int(number[0])
+    spelt = _letters(str(code))
+    for status, words in STATUS_OF_WORDS.items():
+        if re.search(words, spelt):
+            return status
+    return None
+
+
+def _answer_in(said: Any) -> Reply | Failure:
+    """The answer in a chat completion; a Failure where the server says that it refused or broke off.
+
+    Raises:
+        _Unreadable: it is not a chat completion.
+    """
+    choices = said.get("choices") if isinstance(said, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        raise _Unreadable(f"no choices in {_shown(said)}")
+    message, reason = choice.get("message"), choice.get("finish_reason")
+    if not (reason is None or isinstance(reason, str)):
+        raise _Unreadable(f"finish_reason is {_shown(reason)}")
+    if reason and reason.strip().lower() in ("", "null", "none"):
+        reason = None
+    refusal = _text_under(message, "refusal")
+    if finish_word(reason) == "refused":
+        return Failure(400, f"finish_reason {reason} {refusal}")
+    if reason and reason.strip().lower() == "error":
+        return Failure(500, f"finish_reason {reason} {refusal}")
+    if not isinstance(message, dict):
+        raise _Unreadable(f"message is {_shown(message)}")
+    text = _text_in(message.get("content"))
+    if refusal and not text:
+        return Failure(400, refusal)
+    thought = _text_under(message, "reasoning_content") or _text_under(message, "reasoning")
+    return Reply(text, reason, _tokens_in(said.get("usage"), text), thought)
+
+
+def _text_under(message: Any, key: str) -> str:
+    """The text that a message has under a key; empty where it has none."""
+    text = message.get(key) if isinstance(message, dict) else None
+    return text if isinstance(text, str) else ""
+
+
+def _text_in(content: Any) -> str:
+    """The text of a message: its content, or the texts of its parts but for thoughts; empty where it has none.
+
+    Raises:
+        _Unreadable: it is of another type.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    if isinstance(content, list):
+        for part in content:
+            if isinstance(part, dict):
+                part = "" if part.get("type") in THOUGHTS else part.get("text") or ""
+            texts.append(part)
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in texts):
+        raise _Unreadable(f"content is {_shown(content)}")
+    return "".join(texts)
+
+
+def _tokens_in(usage: Any, text: str) -> int | None:
+    """The server's count of the answer's tokens; None where it has none, or none that can be."""
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    is_count = isinstance(count, int) and not isinstance(count, bool) and count >= bool(text)
+    return count if is_count else None
+
+
+def _shown(value: Any) -> str:
+    """A JSON value as text. `one_line` cuts it, once the key is out of it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD for every half of a character (a lone surrogate), so that it can be written as UTF-8."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def one_line(words: str, key: str = "") -> str:
+    """A server's words for a message of ours: one line, not too long, without the key."""
+    shown = _whole(words.replace(key, "***") if key else words)
+    blank = "".join(letter if letter.isprintable() else " " for letter in shown)
+    line = " ".join(blank.split())
+    return line if len(line) <= LONGEST_WORDS else f"{line[: LONGEST_WORDS - 4]} ..."
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the teacher's tokenizer tells of its answers; nothing, where the teacher is known by a server's name alone.
+
+    end_words: how its end of turn is spelt.
+    opens_thought: whether its template opens a thought in the prompt, where it is asked to think.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    end_words: tuple[str, ...] = ()
+    opens_thought: bool = False
+
+
+def known_teacher(tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int] = ()) -> Teacher:
+    """What is known of a teacher by its tokenizer and the token ids that end its answers."""
+    if tokenizer is None:
+        return Teacher()
+    ids = [*ends, tokenizer.eos_token_id]
+    thought = ""
+    try:
+        thought = opened_thought(prompt_text(tokenizer, [{"role": "user", "content": "hello"}], enable_thinking=True))
+        ids.append(end_of_turn_id(tokenizer))
+    except UserError as error:  # a template that we could not train on; the server only answers with it
+        logger.info("%s; the server's answers are taken as they are", error)
+    added = tokenizer.added_tokens_decoder
+    words = {added[own].content for own in ids if own in added and added[own].content.strip()}
+    return Teacher(tokenizer, tuple(sorted(words)), bool(thought))
+
+
+def without_end_words(text: str, own: Sequence[str] = ()) -> str:
+    """The text without the words at its end that only end a turn: those of `END_WORDS` and the teacher's own.
+
+    >>> without_end_words("It is 4.</s>"), without_end_words("It is 4. [END] </s>", ["[END]"])
+    ('It is 4.', 'It is 4.')
+    """
+    while True:
+        rest = END_WORDS.sub("", text)
+        for word in own:
+            if rest.rstrip().endswith(word):
+                rest = rest.rstrip().removesuffix(word).rstrip()
+        if rest == text:
+            return text
+        text = rest
+
+
+def closes_a_thought(text: str, opens_thought: bool = False) -> bool:
+    """Whether the text goes on with a thought that was opened in the prompt: its first tag closes one.
+
+    Args:
+        opens_thought: whether the prompt is known to open one. If so, a thought may spell the tag in code as well, or
+            leave the code open that hides its end.
+    """
+    if OPENED.match(text):
+        return False
+    if opens_thought:
+        return CLOSE.search(text) is not None
+    tag = THINK_TAG.search(without_code(text))
+    return tag is not None and CLOSE.fullmatch(tag[0]) is not None
+
+
+def reply_row(
+    request: Request, sampling: Sampling, reply: Reply, teacher: Teacher, enable_thinking: bool = False
+) -> dict[str, Any]:
+    """The stored row of a server's answer: its text as our own decoding would give it, and why it ended.
+
+    `num_tokens` is the server's count. Where it has none the teacher's tokenizer counts (the text, a thought that the
+    server keeps apart, and the end of turn); without that it is None.
+    """
+    whole = _whole(reply.text)
+    text = without_end_words(whole, teacher.end_words)
+    reason, tokens, limit = reply.reason, reply.tokens, sampling.max_new_tokens
+    if not reason and text != whole:
+        reason = "stop"
+    if tokens is not None:
+        word = finish_word(reason, tokens, limit)
+    elif teacher.tokenizer is not None:
+        tokens = len(response_ids(teacher.tokenizer, _whole(reply.thought) + text))
+        word = finish_word(reason, tokens, limit)
+        tokens += word == "stop"
+    else:
+        word = finish_word(reason)
+    if enable_thinking and not reply.thought and closes_a_thought(text, teacher.opens_thought):
+        text = f"<think>\n{text}"
+    return answer_row(request, sampling, ENGINE, text, _whole(word), tokens)
+
+
 class _Again(Exception):
     """A try that failed and may be repeated; `slow_down` where the server has more to do than it can."""
 
@@ -77,44 +475,178 @@ class _Again(Exception):
         self.slow_down, self.retry_after = slow_down, retry_after
 
 
+class _Refused(Exception):
+    """The server answers this one question with a refusal, as it would again."""
+
+
+def seconds_asked_for(retry_after: str | None) -> float:
+    """The seconds that a Retry-After header asks for, as a number or an HTTP date; 0 if it says nothing, or the past.
+
+    >>> seconds_asked_for("7"), seconds_asked_for("Wed, 21 Oct 2015 07:28:00 GMT"), seconds_asked_for("soon")
+    (7.0, 0.0, 0.0)
+    """
+    try:
+        seconds = float(retry_after or 0)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(retry_after)
+        except ValueError:
+            return 0.0
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)
+        seconds = (date - datetime.now(UTC)).total_seconds()
+    return seconds if seconds > 0 else 0.0
+
+
 def wait_before(attempt: int, retry_after: str | None) -> float:
     """Seconds before try number `attempt` + 1: doubling, with jitter, but at least what the server asks for."""
-    asked = float(retry_after) if retry_after and retry_after.replace(".", "", 1).isdigit() else 0.0
-    return max(min(asked, LONGEST_WAIT), random.uniform(0.5, 1) * min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT))
+    own = random.uniform(0.5, 1) * min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
+    return max(min(seconds_asked_for(retry_after), LONGEST_WAIT), own)
 
 
-async def _ask(client: Any, server: Server, request: Request, sampling: Sampling, body: dict[str, Any]) -> dict:
-    """One try. Raises `_Again`, or a UserError where another try would end the same way."""
-    import openai
+@dataclass(frozen=True)
+class _Asking:
+    """What all requests of a run have in common."""
 
-    key = os.environ.get(server.key_variable)
-    try:
-        async with asyncio.timeout(server.timeout):  # of the whole answer: a read time-out is reset by every byte
-            reply = await client.chat.completions.with_raw_response.create(
-                model=server.model, messages=request.messages, temperature=sampling.temperature, top_p=sampling.top_p,
-                max_tokens=sampling.max_new_tokens, frequency_penalty=0, presence_penalty=0, n=1,
-                seed=request.seed & 0x7FFFFFFF, extra_body=body,
-            )  # fmt: skip
-        answer = json.loads(reply.http_response.content)
-        choice, tokens = answer["choices"][0], answer["usage"]["completion_tokens"]
-        text, reason = choice["message"]["content"] or "", choice["finish_reason"]
-        if not (isinstance(text, str) and isinstance(reason, str) and isinstance(tokens, int)):
-            raise TypeError("content, finish_reason or completion_tokens")
-    except (TimeoutError, openai.APITimeoutError):
-        raise _Again(f"no answer within {server.timeout:g} s", slow_down=True) from None
-    except openai.APIConnectionError as error:
-        raise _Again(f"connection: {error.__cause__ or error}") from None
-    except openai.AuthenticationError:
-        raise UserError(f"{server.base_url} refuses the key in {server.key_variable}; set it to one it takes") from None
-    except openai.APIStatusError as error:
-        words = " ".join((error.message.replace(key, "***") if key else error.message).split())[:300]
-        if error.status_code in (408, 409, 429) or error.status_code >= 500:
-            busy = error.status_code in (429, 503)
-            raise _Again(words, busy, error.response.headers.get("retry-after")) from None
-        raise UserError(f"{server.base_url} refuses row {request.id}: {words}") from None
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise _Again(f"not a chat completion: {type(error).__name__} {error}"[:200]) from None
-    return answer_row(request, sampling, ENGINE, text, reason, tokens)
+    client: Any
+    server: Server
+    sampling: Sampling
+    body: dict[str, Any]
+    teacher: Teacher
+    enable_thinking: bool
+
+    async def send(self, request: Request) -> Any:
+        """The HTTP response, of whatever status. Raises `_Again` where there is none."""
+        import openai
+
+        server, sampling = self.server, self.sampling
+        try:
+            async with asyncio.timeout(server.timeout):  # of the whole answer: a read time-out is reset by every byte
+                reply = await self.client.chat.completions.with_raw_response.create(
+                    model=server.model, messages=request.messages, temperature=sampling.temperature,
+                    top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, frequency_penalty=0, presence_penalty=0,
+                    n=1, seed=request.seed & 0x7FFFFFFF, extra_body=self.body,
+                )  # fmt: skip
+            return reply.http_response
+        except (TimeoutError, openai.APITimeoutError):
+            raise _Again(f"no answer within {server.timeout:g} s", slow_down=True) from None
+        except openai.APIConnectionError as error:
+            raise _Again(one_line(f"connection: {error.__cause__ or error}", server.key)) from None
+        except openai.APIStatusError as error:
+            return error.response
+
+    async def ask(self, request: Request) -> dict[str, Any]:
+        """The row of one try. Raises `_Again` or `_Refused`, or a UserError where every other try would end so too."""
+        response = await self.send(request)
+        server = self.server
+        if response.history and response.request.method != "POST":
+            raise UserError(
+                f"{server.base_url} redirects to {response.url}, and the question is lost on the way; set base_url to "
+                "where it leads"
+            )
+        reply = read_reply(response.content, response.status_code)
+        if isinstance(reply, Reply):
+            return reply_row(request, self.sampling, reply, self.teacher, self.enable_thinking)
+        words, status = one_line(reply.words, server.key), reply.status
+        if status in (401, 403):
+            raise UserError(
+                f"{server.base_url} refuses the key in {server.key_variable}: {words}; set it to one it takes"
+            )
+        if status in REFUSED:
+            raise _Refused(words)
+        if status == 0 or status in AGAIN or status >= 500:
+            raise _Again(words, status in BUSY, response.headers.get("retry-after"))
+        way_out = WAYS_OUT.get(status, "see what the server wants, and that base_url is its address")
+        raise UserError(f"{server.base_url} refuses row {request.id}: {words}; {way_out}")
+
+
+class _Run:
+    """The requests of a run: those that wait, those under way and how many these may be, and what came of them."""
+
+    def __init__(self, asking: _Asking, requests: Sequence[Request], total: int) -> None:
+        self.asking, self.server, self.total = asking, asking.server, total
+        self.fresh = deque(requests)
+        self.again: list[tuple[float, int, int, Request]] = []  # a heap of (when, order, attempt, request)
+        self.running: dict[asyncio.Task, tuple[Request, int, float]] = {}
+        self.limit, self.cut, self.order = float(self.server.concurrency), 0.0, itertools.count()
+        self.refused: list[dict[str, Any]] = []
+        self.fatal: list[UserError] = []
+
+    def is_over(self) -> bool:
+        return not (self.fresh or self.again or self.running)
+
+    async def turn(self) -> list[dict[str, Any]]:
+        """Fill the free places, wait for something to happen, return the rows that are complete; or set `fatal`."""
+        now = time.monotonic()
+        while len(self.running) < int(self.limit) and (self.fresh or (self.again and self.again[0][0] <= now)):
+            is_due = self.again and self.again[0][0] <= now
+            attempt, request = heapq.heappop(self.again)[2:] if is_due else (1, self.fresh.popleft())
+            self.running[asyncio.create_task(self.asking.ask(request))] = (request, attempt, now)
+        pause = self.again[0][0] - now if self.again and len(self.running) < int(self.limit) else None
+        if not self.running:
+            await asyncio.sleep(pause or 0)
+            return []
+        finished, _ = await asyncio.wait(self.running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+        rows = []
+        for task in finished:
+            request, attempt, started = self.running.pop(task)
+            try:
+                rows.append(task.result())
+                self.limit = min(self.limit + 1 / self.limit, self.server.concurrency)
+            except _Again as failure:
+                self.repeat(request, attempt, started, failure)
+            except _Refused as refusal:
+                self.pass_over(request, str(refusal))
+            except UserError as error:
+                self.fatal.append(error)
+        return rows
+
+    def repeat(self, request: Request, attempt: int, started: float, failure: _Again) -> None:
+        """Ask again later, and less at a time if that is what is wrong; or give up after the last try."""
+        if attempt == self.server.tries:
+            words = f"{self.server.base_url}: no answer to row {request.id} in {attempt} tries, the last: {failure}"
+            self.fatal.append(UserError(f"{words}; run the same command again later, what was answered is kept"))
+            return
+        if failure.slow_down and started >= self.cut:  # one cut for all that were under way together
+            self.limit, self.cut = max(self.limit / 2, 1.0), time.monotonic()
+            logger.info("%s: %s; %d requests at a time from now on", self.server.base_url, failure, int(self.limit))
+        when = time.monotonic() + wait_before(attempt, failure.retry_after)
+        heapq.heappush(self.again, (when, next(self.order), attempt + 1, request))
+
+    def pass_over(self, request: Request, words: str) -> None:
+        """Note a refused request; one too many of them is a wrong setting rather than so many wrong prompts."""
+        row = answer_row(request, self.asking.sampling, ENGINE, "", "refused", 0)
+        self.refused.append(row | {"refusal": words})
+        allowed, share = self.server.refused_at_most(self.total), self.server.max_refused
+        if len(self.refused) <= allowed:
+            logger.info("%s refuses row %s: %s", self.server.base_url, request.id, words)
+            return
+        self.fatal.append(UserError(
+            f"{self.server.base_url} refuses row {request.id}: {words}; {len(self.refused)} of {self.total} answers "
+            f"refused, max_refused {share:g} allows {allowed}: mend the setting or prompts it names, or raise "
+            "max_refused; what was answered is kept"
+        ))  # fmt: skip
+
+    async def close(self) -> None:
+        for task in self.running:
+            task.cancel()
+        await asyncio.gather(*self.running, return_exceptions=True)
+        await self.asking.client.close()
+
+
+def refuse_half_characters(requests: Sequence[Request]) -> None:
+    """Refuse prompts that cannot be sent.
+
+    Raises:
+        UserError: half a character (a lone surrogate) in a prompt or a system message; names the row.
+    """
+    for request in requests:
+        for name in ("system", "prompt"):
+            text = getattr(request, name) or ""
+            if _whole(text) != text:
+                raise UserError(
+                    f"row {request.id}: half a character (a lone surrogate) in its {name}, which cannot be "
+                    "sent; mend it in the dataset file"
+                )
 
 
 def generate_from_server(
@@ -123,76 +655,47 @@ def generate_from_server(
     sampling: Sampling,
     enable_thinking: bool = False,
     ends: Sequence[int] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    total: int | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Answer every request; yields rows (see `answer_row`) as they are complete, in any order.
+    """Answer every request; yields rows (see `reply_row`) as they are complete, in any order.
 
-    The server applies the teacher's chat template. `num_tokens` is the server's own count; the seed it is sent is the
-    lowest 31 bits of the request's, which every server takes.
+    The server applies the teacher's chat template; it is sent the lowest 31 bits of a request's seed, which every
+    server takes. Rows of what it refuses to answer come last, say why in `refusal`, and come only if they are no more
+    than `server.max_refused` allows.
+
+    Args:
+        ends: token ids that end an answer.
+        tokenizer: the teacher's, where it is known.
+        total: answers that the run wants in all, those of earlier sessions too; `max_refused` is a share of them.
 
     Raises:
-        UserError: the client is not installed, the server refuses a request, or `tries` were in vain.
+        UserError: no client, a prompt that cannot be sent, too much refused, a wrong key, or `tries` in vain.
     """
     try:
         import openai
     except ImportError:
         raise UserError("the openai engine needs the package openai; pip install -e '.[openai]'") from None
+    refuse_half_characters(requests)
     body = extra_body(server.kind, sampling, enable_thinking, ends)
-    fresh, again = deque(requests), []  # again: a heap of (when, order, attempt, request)
-    running: dict[asyncio.Task, tuple[Request, int, float]] = {}
-    limit, cut, order = float(server.concurrency), 0.0, itertools.count()
-    fatal: list[UserError] = []
-
-    async def turn(client: Any) -> list[dict[str, Any]]:
-        """Fill the free places, wait for something to happen, return the rows that are complete; or set `fatal`."""
-        nonlocal limit, cut
-        now = time.monotonic()
-        while len(running) < int(limit) and (fresh or (again and again[0][0] <= now)):
-            due = again and again[0][0] <= now
-            attempt, request = heapq.heappop(again)[2:] if due else (1, fresh.popleft())
-            running[asyncio.create_task(_ask(client, server, request, sampling, body))] = (request, attempt, now)
-        pause = again[0][0] - now if again and len(running) < int(limit) else None
-        if not running:
-            await asyncio.sleep(pause or 0)
-            return []
-        finished, _ = await asyncio.wait(running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-        rows = []
-        for task in finished:
-            request, attempt, started = running.pop(task)
-            try:
-                rows.append(task.result())
-                limit = min(limit + 1 / limit, server.concurrency)
-            except _Again as failure:
-                if attempt == server.tries:
-                    words = f"{server.base_url}: no answer to row {request.id} in {attempt} tries, the last: {failure}"
-                    fatal.append(UserError(f"{words}; run the same command again later, what was answered is kept"))
-                    continue
-                if failure.slow_down and started >= cut:  # one cut for all that were under way together
-                    limit, cut = max(limit / 2, 1.0), time.monotonic()
-                    logger.info("%s: %s; %d requests at a time from now on", server.base_url, failure, int(limit))
-                when = time.monotonic() + wait_before(attempt, failure.retry_after)
-                heapq.heappush(again, (when, next(order), attempt + 1, request))
-            except UserError as error:
-                fatal.append(error)
-        return rows
-
-    async def close(client: Any) -> None:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        await client.close()
-
+    teacher = known_teacher(tokenizer, ends)
     with asyncio.Runner() as runner:
         client = openai.AsyncOpenAI(
             base_url=server.base_url,
-            api_key=os.environ.get(server.key_variable) or "none",
+            api_key=server.key or "none",
             timeout=openai.Timeout(server.timeout, connect=10.0),
             max_retries=0,
         )
+        asking = _Asking(client, server, sampling, body, teacher, enable_thinking)
+        run = _Run(asking, requests, len(requests) if total is None else total)
         try:
-            while fresh or again or running:
-                if rows := runner.run(turn(client)):
+            while not run.is_over():
+                if rows := runner.run(run.turn()):
                     yield rows
-                if fatal:
-                    raise fatal[0]
+                if run.fatal:
+                    raise run.fatal[0]
         finally:
-            runner.run(close(client))
+            runner.run(run.close())
+    if run.refused:
+        logger.info("%s refused %d of %d answers; they are recorded so", server.base_url, len(run.refused), run.total)
+        yield run.refused

@@ -1,6 +1,7 @@
 """A student cut out of the teacher: whole decoder layers are dropped, the least influential ones first."""
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,12 @@ def block_influence(
     Args:
         texts: calibration texts as the model reads them (with the chat template in).
         batch_size: texts in one forward pass.
+
+    Raises:
+        UserError: there is no text, an empty one, or a layer's states are not finite.
     """
+    if not texts or not all(texts):
+        raise UserError("the influence of layers is measured on calibration texts: name some, none of them empty")
     layers = causal_lm(model).get_decoder().layers
     sums = torch.zeros(len(layers), dtype=torch.float64)
     tokens = 0
@@ -49,7 +55,11 @@ def block_influence(
     finally:
         for handle in handles:
             handle.remove()
-    return (sums / tokens).tolist()
+    influence = (sums / tokens).tolist()
+    for index, value in enumerate(influence):
+        if not math.isfinite(value):
+            raise UserError(f"layer {index}: its influence is {value}, for its states are not finite; check the model")
+    return influence
 
 
 def layers_to_keep(influence: Sequence[float], keep: int) -> list[int]:

@@ -2,25 +2,30 @@
 
 import math
 import resource
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from src.utils.common import (
     Progress,
     UserError,
     append_jsonl,
+    logger,
     read_json,
     read_jsonl,
     refuse_mismatch,
     repair_jsonl_tail,
+    sha256_file,
     write_json,
     write_jsonl,
 )
+from src.utils.stages import clear, is_empty
 
 COMPLETE = "complete.json"  # written into a checkpoint once all of it is on the disk
 
@@ -58,12 +63,12 @@ def claim_folder(folder: Path, fingerprint: dict[str, Any], resume: bool, overwr
     """
     stored = folder / "kd_config.json"
     if stored.is_file() and overwrite:
-        shutil.rmtree(folder)
+        clear(folder)
     elif stored.is_file():
         refuse_mismatch(folder, read_json(stored).get("fingerprint", {}), fingerprint)
         if not resume and not (folder / "kd_results.json").is_file():
             raise UserError(f"{folder} holds an unfinished run; let it --resume, or pass --overwrite")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and not is_empty(folder):
         raise UserError(
             f"{folder} holds files but no kd_config.json, so it is no training run; name another --output_dir"
         )
@@ -72,9 +77,24 @@ def claim_folder(folder: Path, fingerprint: dict[str, Any], resume: bool, overwr
 
 
 def newest_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; Trainer's own finder takes a half-written one."""
+    """The newest checkpoint that was written to its end and is still what was written; Trainer's own finder takes a
+    half-written one."""
     complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    for path in sorted(complete, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        broken = _broken_file(path)
+        if broken is None:
+            return path
+        logger.warning("%s is not as it was written; going on from the checkpoint before", broken)
+    return None
+
+
+def _broken_file(checkpoint: Path) -> Path | None:
+    """The first file of a complete checkpoint that is missing or has other bytes than when it was written."""
+    for name, written in read_json(checkpoint / COMPLETE).get("sha256", {}).items():
+        path = checkpoint / name
+        if not path.is_file() or sha256_file(path) != written:
+            return path
+    return None
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -149,6 +169,19 @@ class RunRecorder(TrainerCallback):
         if self.progress:
             self.progress.advance()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        for name, parameter in model.named_parameters():  # a step between two log lines may have broken them
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if parameter.requires_grad and not own.isfinite().all():
+                raise UserError(
+                    f"{self.folder}: step {state.global_step}: {name} is not a number; lower --learning_rate or raise "
+                    "--warmup_steps (checkpoints before this one are kept)"
+                )
+        PartialState().wait_for_everyone()  # each rank has written its random state by then
         if state.is_world_process_zero:
-            write_json(self.folder / f"checkpoint-{state.global_step}" / COMPLETE, {"step": state.global_step})
+            folder = self.folder / f"checkpoint-{state.global_step}"
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            hashes = {str(path.relative_to(folder)): sha256_file(path) for path in files}
+            write_json(folder / COMPLETE, {"step": state.global_step, "sha256": hashes})

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from src.distillation.base import end_of_turn_id, prompt_text
+from src.distillation.base import end_of_turn_id, opened_thought, prompt_ids, prompt_text
 from src.utils.common import UserError
 
 ENGINE = "transformers"
@@ -85,12 +85,12 @@ def make_requests(rows: Sequence[dict[str, Any]], num_samples: int, seed: int, s
 
 
 def answer_row(
-    request: Request, sampling: Sampling, engine: str, response: str, finish_reason: str, num_tokens: int
+    request: Request, sampling: Sampling, engine: str, response: str, finish_reason: str, num_tokens: int | None
 ) -> dict[str, Any]:
     """The stored row, the same from every engine.
 
-    `finish_reason` is `stop` (the model ended its turn), `length`, or a server's own word; `num_tokens` counts the
-    end-of-turn token.
+    `finish_reason` is `stop` (the model ended its turn), `length` (it was cut), `refused` (the server would not have
+    it answered), or a server's own word; `num_tokens` counts the end-of-turn token, and is None where nobody counted.
     """
     return {
         "id": request.id,
@@ -319,7 +319,7 @@ def generate(
     ends = end_token_ids(tokenizer, model.generation_config.eos_token_id)
     end_ids = torch.tensor(ends)
     texts = [prompt_text(tokenizer, request.messages, enable_thinking) for request in requests]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    encoded = prompt_ids(tokenizer, texts)
     order = sorted(range(len(requests)), key=lambda i: (len(encoded[i]), requests[i].id, requests[i].sample_index))
     kept_config, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -333,7 +333,8 @@ def generate(
             yield [
                 answer_row(
                     requests[i], samplings[i], ENGINE,
-                    tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+                    opened_thought(texts[i])
+                    + tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
                     "stop" if ids[-1] in ends else "length", len(ids),
                 )
                 for i, ids, wanted in zip(part, answers, missing, strict=True)

@@ -5,7 +5,7 @@ divergence at every temperature, follow exactly; a token costs 2 x width bytes, 
 vocabulary. `topk` keeps the K most probable tokens, their log-probabilities at T = 1 and, for a list of temperatures,
 the sum that says how much of the softened distribution lies outside them.
 
-    index.json           what it was made of, and where each row is
+    index.json           what it was made of, where each row is, and the hashes of the files below
     head.safetensors     the output matrix
     shard_00000.safetensors ...    [tokens, width] or [tokens, K], the rows' response positions end to end
     tokenizer/           the teacher's tokenizer, so that training needs nothing else of the teacher
@@ -54,11 +54,14 @@ from src.utils.common import (
     write_json,
 )
 from src.utils.config import setting
+from src.utils.stages import hold
 
-FORMAT = 1
+FORMAT = 2
 SAMPLED = 256  # positions of a file of hidden states on which the share outside the top k is measured
 NOT_IN_FINGERPRINT = ("teacher_model_name_or_path", "experiment_dir", "overwrite", "teacher_devices", "gpu_memory_gb")
 MADE_BY = "run scripts/cache_teacher.py"
+HEAD = "head.safetensors"
+NOTICED = 3.0  # seconds from which on hashing is worth a line
 
 
 @dataclass
@@ -100,7 +103,10 @@ def _token_hash(row: EncodedRow) -> str:
 
 def _template_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return {"tokenizer": sha256_text(str(vocabulary))[:16], "template": sha256_text(tokenizer.chat_template)[:16]}
+    hashes = {"tokenizer": sha256_text(str(vocabulary))[:16], "template": sha256_text(tokenizer.chat_template)[:16]}
+    if hasattr(tokenizer, "prompt_date"):  # the template asks for the day
+        hashes["prompt_date"] = tokenizer.prompt_date.isoformat()
+    return hashes
 
 
 class _Shard(NamedTuple):
@@ -175,8 +181,8 @@ def _read_rows(
             rows.append(encode_row(tokenizer, row, end_id))
             if split == "eval" or is_validation(row["id"], config.validation_fraction):
                 measuring.add(_key(rows[-1]))
-    if len({_key(row) for row in rows}) < len(rows):
-        raise UserError(f"{folder}: two clean rows share an id and a sample_index; remove one")
+    if len({_key(row) for row in rows}) < len(rows):  # `read_clean` has looked at each file by itself
+        raise UserError(f"{folder}: two clean rows share an id and a sample_index, one in each split; remove one")
     return [row for row in rows if len(row) <= config.max_length], measuring, hashes
 
 
@@ -192,7 +198,13 @@ def make_cache(config: CacheTeacherConfig) -> dict[str, Any]:
     name, folder = config.teacher_model_name_or_path, Path(config.experiment_dir) / "teacher_cache"
     if not name:
         raise UserError("teacher_model_name_or_path is not set; name a profile with --config, or pass the flag")
-    tokenizer = load_tokenizer(name)
+    with hold(folder, "cache_teacher"):
+        return _make_cache(config, name, folder)
+
+
+def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str, Any]:
+    """`make_cache` in a folder that is held."""
+    tokenizer = load_tokenizer(name, config.experiment_dir)
     rows, measuring, hashes = _read_rows(config, tokenizer)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     made_of = {
@@ -218,7 +230,7 @@ def make_cache(config: CacheTeacherConfig) -> dict[str, Any]:
         check_packing(model, rows, tokenizer.pad_token_id)
     signal = online_signal(model, tokenizer.pad_token_id, config.packing).cut(vocab_size)
     tokenizer.save_pretrained(folder / "tokenizer")
-    with atomic_path(folder / "head.safetensors") as made:
+    with atomic_path(folder / HEAD) as made:
         save_file({"head": signal.head_VG.cpu().contiguous()}, made)
     seconds, passed = 0.0, 0
     with Progress(len(rows), "teacher cache") as progress:
@@ -234,17 +246,18 @@ def make_cache(config: CacheTeacherConfig) -> dict[str, Any]:
 
     measured = [[_tensor(folder / s.file, name) for s in shards] for name in ("outside", "looked_at")]
     outside = sum(measured[0]) / sum(measured[1])
-    sizes = {shard.file: (folder / shard.file).stat().st_size for shard in shards}
+    written = {shard.file: _written(folder / shard.file) for shard in shards}
     index = {
         **made_of,
         "teacher_model_name_or_path": name,
         "logit_map": list(signal.logit_map),
         "vocab_size": vocab_size,
         "tokens": tokens,
-        "bytes_per_token": sum(sizes.values()) / tokens,
+        "bytes_per_token": sum(facts["bytes"] for facts in written.values()) / tokens,
         "tokens_per_second": passed / seconds if seconds else None,
         "share_outside_top_k": dict(zip(map(str, config.temperatures), outside.tolist(), strict=True)),
-        "shards": sizes,
+        "shards": written,
+        "head": _written(folder / HEAD),
         "rows": _places(shards),
         "provenance": provenance(),
     }
@@ -270,6 +283,52 @@ def _tensor(path: Path, name: str) -> Tensor:
             return file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and {MADE_BY} again") from None
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """What index.json says of a file: by this it is known again."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _check_files(folder: Path, index: dict[str, Any]) -> None:
+    """Hash every file that will be trusted: a shard of zeros would train without a word.
+
+    Raises:
+        UserError: a file is missing, or has another size or other bytes than when it was written.
+    """
+    files = {**index["shards"], HEAD: index["head"]}
+    for name, facts in files.items():  # what costs nothing first
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            raise UserError(f"{path}: missing or not as it was written; {MADE_BY} --overwrite")
+    started = time.monotonic()
+    for name, facts in files.items():
+        if sha256_file(folder / name) != facts["sha256"]:
+            raise UserError(f"{folder / name}: not as it was written, its hash is another; {MADE_BY} --overwrite")
+    seconds = time.monotonic() - started
+    if seconds > NOTICED:
+        size = sum(facts["bytes"] for facts in files.values())
+        logger.info("%s: %.1f GB are as they were written, hashed in %.0f s", folder, size / 1e9, seconds)
+
+
+def cached_tokenizer(folder: Path, index: dict[str, Any], experiment_dir: str | Path = "") -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer out of its cache, known to be the one that the cache was made with.
+
+    Args:
+        folder: the cache.
+        index: from `read_index`.
+        experiment_dir: see `load_tokenizer`.
+
+    Raises:
+        UserError: it cannot be loaded, or its vocabulary, its chat template or the day that this reads is another.
+    """
+    path = folder / "tokenizer"
+    tokenizer = load_tokenizer(str(path), experiment_dir)
+    found = _template_hashes(tokenizer)
+    for name in ("tokenizer", "template", "prompt_date"):
+        if found.get(name) != index.get(name):
+            raise UserError(f"{path}: not as it was written, its {name} is another; {MADE_BY} --overwrite")
+    return tokenizer
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -299,7 +358,7 @@ def open_cache(folder: Path, signal: str, data_hashes: dict[str, str], train: Ro
         temperature: that of the loss; a top-k cache knows the softened rest for its own temperatures only.
 
     Raises:
-        UserError: the cache was made of something else, lacks a row, or a file is missing or of another size.
+        UserError: the cache was made of something else, lacks a row, or a file is not as it was written.
     """
     index = read_index(folder)
     remedy = f"{MADE_BY} --overwrite"
@@ -312,14 +371,12 @@ def open_cache(folder: Path, signal: str, data_hashes: dict[str, str], train: Ro
     if signal == "topk" and temperature not in index["temperatures"]:
         known = ", ".join(f"{t:g}" for t in index["temperatures"])
         raise UserError(f"{folder} keeps the top k for T = {known}, not {temperature:g}; {remedy} --temperatures ...")
-    for file, size in index["shards"].items():
-        if not (folder / file).is_file() or (folder / file).stat().st_size != size:
-            raise UserError(f"{folder / file}: missing or not as it was written; {remedy}")
     for row in (*train, *measured):
         place = index["rows"].get(_key(row))
         if place is None or place[3] != _token_hash(row):
             why = "is not in it" if place is None else "has other tokens there (data, tokenizer or template changed)"
             raise UserError(f"{folder}: row {_key(row)} {why}; {remedy}")
+    _check_files(folder, index)
 
     @functools.cache
     def shard(file: str) -> Any:
@@ -343,7 +400,7 @@ def open_cache(folder: Path, signal: str, data_hashes: dict[str, str], train: Ro
 
     return TeacherSignal(
         lambda rows: read(rows, "hidden"),
-        _tensor(folder / "head.safetensors", "head"),
+        _tensor(folder / HEAD, "head"),
         LogitMap(*index["logit_map"]),
         topk if signal == "topk" else None,
     )

@@ -19,7 +19,7 @@ from src.distillation.base import (
     prompt_text,
     shared_vocabulary,
 )
-from src.distillation.batching import encode_pairs
+from src.distillation.batching import encode_pairs, read_clean
 from src.distillation.heldout import score_heldout
 from src.distillation.lora import load_adapters
 from src.distillation.packing import check_packing
@@ -51,6 +51,7 @@ from src.utils.common import (
     start_stage,
 )
 from src.utils.config import read_profile, setting
+from src.utils.stages import hold
 
 SECTION = "evaluate_distillation"
 MODES = {"quick": 10, "medium": 50, "full": 350}
@@ -143,11 +144,11 @@ def load_models(config: EvaluateConfig, arms: Arms) -> Models:
     """
     dtype, models, base = compute_dtype(), Models(), arms.base
     if arms.found.keys() != {"teacher"}:
-        models.student_tokenizer = load_tokenizer(base)
+        models.student_tokenizer = load_tokenizer(base, config.experiment_dir)
         student = load_model(base, dtype, place(base, config.student_devices, dtype, config.gpu_memory_gb))
         models.student = load_adapters(student, {arm: arms.found[arm] for arm in ("kd", "sft") if arm in arms.found})
     if name := arms.found.get("teacher"):
-        models.teacher_tokenizer = load_tokenizer(name)
+        models.teacher_tokenizer = load_tokenizer(name, config.experiment_dir)
         models.teacher = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
     return models
 
@@ -261,19 +262,25 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     where it was; called again when finished, it returns what is there.
 
     Raises:
-        UserError: something the user must put right; the text says what and how.
+        UserError: something the user must put right, or another process works on `output_dir`; the text says what.
     """
     _check(config)
     arms = resolve_arms(config)
+    with hold(Path(config.output_dir), SECTION):
+        return _evaluate(config, arms)
+
+
+def _evaluate(config: EvaluateConfig, arms: Arms) -> dict[str, Any]:
+    """`run_evaluation` of these arms, in a folder that is held."""
     data = Path(config.data_dir) / "eval_dataset.jsonl"
-    rows = read_jsonl(data, ROW_KEYS, "run scripts/download_datasets.py", check_dataset_row)
+    rows = read_jsonl(data, ROW_KEYS, "run scripts/download_datasets.py", check_dataset_row, unique=("id",))
     gradeable = [row for row in rows if row["grader"] != UNGRADED]
     if len(gradeable) < len(rows):
         logger.info("%s: %d rows have no grader; they count as held-out text only", data, len(rows) - len(gradeable))
     chosen = select_rows(gradeable, MODES[config.mode])
     heldout_file = Path(config.experiment_dir) / "sft" / "sft_eval_data_clean.jsonl"
     with_heldout = config.heldout and "teacher" in arms.found and len(arms.found) > 1
-    heldout_rows = read_jsonl(heldout_file, ("id", "messages"), "run scripts/fix_sft_data.py") if with_heldout else []
+    heldout_rows = read_clean(heldout_file) if with_heldout else []
 
     ignored = {
         "overwrite", "output_dir", "data_dir", "experiment_dir", "model_path", "sft_model_path", "base", "teacher",

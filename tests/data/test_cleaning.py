@@ -76,7 +76,20 @@ def test_kept_row_is_conversational():
         ("well </think> #### 72 <|im_end|>", "stop", "special_token"),
         ("<think>surely 71 #### 71</think>\n\n#### 72", "stop", None),
         ("surely 72 #### 72</think>\n\n#### 71", "stop", "wrong"),
+        ("surely 72 #### 72\n</think>\n#### 72", "stop", None),
+        ("<think>It says #### 72", "length", "truncated"),
         ("#### 72<|im_end|>", "stop", "special_token"),
+        ("#### 72</s>", "stop", "special_token"),
+        ("#### 72 <eos>\n", "stop", "special_token"),
+        ("<s>71</s> no:\n#### 72", "stop", None),
+        ("It ends with `<|im_end|>`.\n#### 72", "stop", None),
+        ("The tag </think> is said.\n#### 72", "stop", "think_tag"),
+        ("The tag `</think>` is spelt.\n#### 72", "stop", None),
+        ("#### 72", "eos", None),
+        ("#### 72", "END_TURN", None),
+        ("#### 72", "max_tokens", "truncated"),
+        ("", "refused", "refused"),
+        ("", "content_filter", "refused"),
         ("<|im_start|>assistant\n#### 72", "stop", "special_token"),
         ("[INST] #### 72", "stop", "special_token"),
         ("I'm sorry, but I can't help with that. #### 72", "stop", "refusal"),
@@ -418,3 +431,20 @@ def test_near_duplicates_are_those_of_comparing_all_pairs():
                 if any(len(grams[i] & grams[j]) / len(grams[i] | grams[j]) >= ALIKE for j in range(i))]  # fmt: skip
     assert near_duplicates(rows) == expected
     assert 10 < len(expected) < 150
+
+
+def test_code_about_control_words_is_kept_whole():
+    """What a template or a filter would take for a thought or an end is text in it."""
+    code = '```python\ndef f(s):\n    return s.split("</think>")[-1].replace("<|im_end|>", "")\n```'
+    row = make_row(grader="none")
+    for response in (code, f"<think>Easy: `</think>`.</think>\n\n{code}", f"Easy.\n</think>\n\n{code}"):
+        [kept], rejected, _ = clean([make_answer(row, response)], [row], [], "all")
+        assert (kept["messages"][-1]["content"], rejected) == (code, [])
+
+
+def test_a_control_word_that_the_question_names_is_text():
+    row = make_row("What does <|im_end|> mean?", grader="none")
+    answers = [make_answer(row, "<|im_end|> ends a turn."), make_answer(row, "<|im_start|> too.", sample_index=1)]
+    kept, rejected, _ = clean(answers, [row], [], "all")
+    assert [r["messages"][-1]["content"] for r in kept] == ["<|im_end|> ends a turn."]
+    assert [r["reason"] for r in rejected] == ["special_token"]

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from src.distillation.batching import (
     encode_pairs,
     is_validation,
     micro_batches,
+    read_clean,
     waste,
 )
 from src.utils.common import UserError
@@ -179,6 +182,60 @@ def test_too_many_overlong_rows_stop_the_run(tokenizers, short, long):
         encode_pairs(sized_rows([10] * short + [500] * long), *tokenizers, 100, "data.jsonl")
     longest = len(encode_pairs(sized_rows([500]), *tokenizers, 1000, "here")[0][0].student)
     assert f"the longest has {longest}" in str(caught.value)
+
+
+ASKED, ANSWERED = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+TOLD = {"role": "system", "content": "Be brief."}
+NO_CONVERSATION = "messages must be a list of {role, content} that ends with the assistant's"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": []}, NO_CONVERSATION),
+        ({"messages": "2 + 2?"}, NO_CONVERSATION),
+        ({"messages": None}, NO_CONVERSATION),
+        ({"messages": [ASKED]}, NO_CONVERSATION),
+        ({"messages": [ANSWERED]}, NO_CONVERSATION),
+        ({"messages": [ASKED, ANSWERED, ASKED]}, NO_CONVERSATION),
+        ({"messages": [ASKED, {"role": "assistant", "content": None}]}, NO_CONVERSATION),
+        ({"messages": [ASKED, {"role": "assistant", "content": [{"type": "text", "text": "4"}]}]}, NO_CONVERSATION),
+        ({"messages": [ASKED, {"content": "4"}]}, NO_CONVERSATION),
+        ({"messages": [ASKED, "4"]}, NO_CONVERSATION),
+        ({"messages": [{"role": "human", "content": "2 + 2?"}, ANSWERED]}, "unknown role 'human' in messages"),
+        ({"messages": [TOLD, TOLD, ASKED, ANSWERED]}, "a system message stands first and once"),
+        ({"messages": [ASKED, TOLD, ANSWERED]}, "a system message stands first and once"),
+        ({"messages": [TOLD, ANSWERED]}, "nobody asks anything in messages, the roles are system, assistant"),
+        ({"messages": [ASKED, {"role": "assistant", "content": " \n"}]}, "the assistant's answer is empty"),
+        ({"id": 7}, "id must be text, found int"),
+        ({"id": None}, "id must be text, found NoneType"),
+        ({"sample_index": "0"}, "sample_index must be a whole number, found str"),
+        ({"sample_index": 0.0}, "sample_index must be a whole number, found float"),
+        ({"sample_index": True}, "sample_index must be a whole number, found bool"),
+        ({"sample_index": None}, "sample_index must be a whole number, found NoneType"),
+        ({"id": "first"}, "id first, sample_index 0 stands in line 1 too; two clean rows share an id"),
+        ({"id": "first", "sample_index": 0}, "id first, sample_index 0 stands in line 1 too; two clean rows share"),
+    ],
+    ids=str,
+)
+def test_a_clean_row_that_is_no_answered_question_is_named(tmp_path, row, words):
+    path = tmp_path / "clean.jsonl"
+    fine = {"id": "first", "messages": [TOLD, ASKED, ANSWERED]}
+    path.write_text("".join(json.dumps(one) + "\n" for one in (fine, {"id": "z", "messages": [ASKED, ANSWERED]} | row)))
+    with pytest.raises(UserError) as caught:
+        read_clean(path)
+    assert str(caught.value).startswith(f"{path}:2: {words}")
+
+
+def test_conversations_that_a_template_may_take_are_read(tmp_path):
+    """Several turns, a question in two parts, what a tool said, and two answers to one question."""
+    tool = {"role": "tool", "content": "4"}
+    talks = [[TOLD, ASKED, ANSWERED, ASKED, ANSWERED], [ASKED, ASKED, ANSWERED], [ASKED, ANSWERED, tool, ANSWERED]]
+    rows = [{"id": str(number), "messages": talk} for number, talk in enumerate(talks)]
+    rows += [rows[0] | {"sample_index": 1}]
+    path = tmp_path / "clean.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_clean(path) == rows
 
 
 def test_different_ends_of_turn_are_refused(make_tokenizer):

@@ -1,5 +1,6 @@
 """Training runs with tiny models: what is learned does not depend on how the work is cut, and nothing is lost."""
 
+import datetime
 import json
 import re
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, load_peft_weights
-from transformers import set_seed
+from transformers import AutoTokenizer, GenerationConfig, set_seed
+from transformers.utils import chat_template_utils
 
 from src.distillation import kd, runs
 from src.distillation.base import collate, encode_row, load_model, load_tokenizer
@@ -252,6 +254,7 @@ def refused(settings: dict, words: str) -> None:
     ("change", "words"),
     [
         ({"temperature": 0}, "temperature must be above 0"),
+        ({"teacher_temperature": 0}, "teacher_temperature must be above 0"),
         ({"alpha": 1.5}, "alpha must be between 0 and 1"),
         ({"divergence": "jsd", "beta": 1e-9}, "beta must be at least 1e-6 and at most"),
         ({"divergence": "jsd", "beta": 1.0}, "beta must be at least 1e-6 and at most"),
@@ -269,6 +272,9 @@ def refused(settings: dict, words: str) -> None:
         ),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor of transformers' TrainingArguments has no meaning"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end of transformers' TrainingArguments has no meaning"),
+        ({"save_only_model": True}, "save_only_model of transformers' TrainingArguments has no meaning"),
+        ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint of transformers' TrainingArguments has no meaning"),
+        ({"use_liger_kernel": True}, "use_liger_kernel of transformers' TrainingArguments has no meaning"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type must follow from the step alone"),
         ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
         ({"learning_rate": 1e30, "max_grad_norm": 0}, r"step \d: (loss|grad_norm) is (nan|inf); lower --learning_rate"),
@@ -357,3 +363,127 @@ def test_the_last_step_is_always_logged(settings):
     rows = [row["step"] for row in read_jsonl(Path(results["run_dir"]) / "metrics.jsonl") if "loss" in row]
     assert (rows, results["steps"]) == ([2, 3], 3)
     assert run_kd_pipeline(settings | {"max_steps": 3, "logging_strategy": "no", "seed": 5})["steps"] == 3
+
+
+def test_an_adapter_is_no_model(settings, tmp_path):
+    """It would be thrown away: transformers loads what it was trained on, and a fresh adapter would take its place."""
+    first = run_kd_pipeline(settings)
+    before = set(Path(settings["experiment_dir"]).parent.iterdir())
+    for field in ("model_name_or_path", "teacher_model_name_or_path"):
+        with pytest.raises(UserError, match=r"is an adapter of .*, not a model; merge it into that") as refused:
+            run_kd_pipeline(settings | {field: first["final_model"], "alpha": 0.5})
+        assert first["final_model"] in str(refused.value)
+    assert set(Path(settings["experiment_dir"]).parent.iterdir()) == before, "nothing is begun"
+    with pytest.raises(UserError, match="is an adapter"):
+        load_model(first["final_model"], torch.float32)
+    with pytest.raises(UserError, match="is an adapter"):
+        make_cache(CacheTeacherConfig(first["final_model"], settings["experiment_dir"]))
+
+
+def test_a_base_student_is_saved_with_the_end_of_turn_it_learnt(
+    settings, make_model, make_tokenizer, save_model, tmp_path
+):
+    """A base model stops at the end of a text; an engine that reads the saved model must stop at the end of a turn."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    base = save_model(tmp_path / "base", make_model(seed=2, eos_token_id=256), tokenizer)
+    final = run_kd_pipeline(settings | {"model_name_or_path": base})["final_model"]
+    assert GenerationConfig.from_pretrained(final).eos_token_id == [256, 258]
+    saved = AutoTokenizer.from_pretrained(final)
+    assert (saved.eos_token, saved.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert saved.chat_template == tokenizer.chat_template
+    assert "ends a turn with `<|im_end|>`" in Path(final, "README.md").read_text()
+
+
+def test_the_model_card_names_no_path_and_the_steps_taken(settings, monkeypatch):
+    """The hub refuses a card with a path as base_model; a run killed after its last step knows how many it took."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    by_epochs = settings | {"max_steps": -1, "epochs": 1, "save_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(kd, "_save_final", kill)
+        with pytest.raises(Killed):
+            run_kd_pipeline(by_epochs)
+    results = run_kd_pipeline(by_epochs)
+    card = Path(results["final_model"], "README.md").read_text()
+    assert "base_model" not in card
+    assert results["steps"] == 2
+    assert "in 2 steps of 16" in card
+    monkeypatch.chdir(Path(settings["model_name_or_path"]).parent)
+    with_hub_id = kd._model_card(build_config(KDConfig, settings | {"model_name_or_path": "Qwen/Qwen3-8B"}), 1, 1, "x")
+    assert "\nbase_model: Qwen/Qwen3-8B\n" in with_hub_id
+
+
+def test_the_day_does_not_change_what_is_read(settings, tmp_path, make_model, make_tokenizer, save_model, monkeypatch):
+    """A template with a date: cached today, trained on another day, the rows are the same, and so are the control's."""
+    dated = make_tokenizer()
+    dated.chat_template = "{{ 'Today: ' + strftime_now('%d %b %Y') }}" + dated.chat_template
+    names = {
+        "model_name_or_path": save_model(tmp_path / "student", make_model(seed=2), dated),
+        "teacher_model_name_or_path": save_model(tmp_path / "teacher", make_model(seed=1), dated),
+    }
+    make_cache(CacheTeacherConfig(names["teacher_model_name_or_path"], settings["experiment_dir"], bf16=False))
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, *_):
+            return cls(2031, 3, 9)
+
+    cached = settings | names | {"teacher_signal": "hidden"}
+    run = run_kd_pipeline(cached)
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert run_kd_pipeline(cached)["run_dir"] == run["run_dir"], "the same run"
+    control = run_kd_pipeline(cached | {"alpha": 0})
+    fingerprints = [read_json(Path(r["run_dir"], "kd_config.json"))["fingerprint"] for r in (run, control)]
+    assert [f["prompt_date"] for f in fingerprints] == [datetime.date.today().isoformat()] * 2
+
+
+def test_a_checkpoint_with_other_bytes_is_passed_over(settings, tmp_path, monkeypatch, caplog):
+    """Zeroed at its size, it would train on without a word; the one before it leads to the same adapter."""
+    whole = run_kd_pipeline(settings | {"save_steps": 1, "output_dir": str(tmp_path / "whole")})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    cut = settings | {"save_steps": 1, "output_dir": str(tmp_path / "cut")}
+    with monkeypatch.context() as patch:
+        patch.setattr(kd, "_save_final", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_kd_pipeline(cut)
+    broken = tmp_path / "cut" / "checkpoint-3" / "adapter_model.safetensors"
+    broken.write_bytes(bytes(broken.stat().st_size))
+    results = run_kd_pipeline(cut)
+    assert f"{broken} is not as it was written; going on from the checkpoint before" in caplog.text
+    assert_same(weights(results), weights(whole), atol=0, rtol=0)
+    assert losses(results) == losses(whole)
+
+
+def test_the_teachers_own_temperature_is_a_setting_of_the_run(settings):
+    """It changes what is learned and is recorded; at T it is the default, bit for bit; a cache gives it too."""
+    default = run_kd_pipeline(settings)
+    same = run_kd_pipeline(settings | {"teacher_temperature": 2.5})
+    assert_same(weights(default), weights(same), atol=0, rtol=0)
+    sharper = settings | {"temperature": 1.0, "teacher_temperature": 0.2}
+    online = run_kd_pipeline(sharper)
+    assert read_json(Path(online["run_dir"]) / "kd_config.json")["teacher_temperature"] == 0.2
+    assert losses(online)[0][2] > 1.2 * losses(run_kd_pipeline(settings | {"temperature": 1.0}))[0][2]
+    cached(settings, temperatures=[0.2], signal="hidden")
+    hidden = run_kd_pipeline(sharper | {"teacher_signal": "hidden"})
+    for ours, theirs in zip(losses(hidden), losses(online), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert "(the teacher at 0.2)" in Path(online["final_model"], "README.md").read_text()
+
+
+def test_a_broken_adapter_is_no_complete_checkpoint(settings, tmp_path):
+    """Between two log lines nobody looks at the loss; a run must not go on from weights that are not numbers."""
+    broken = settings | {"learning_rate": 1e38, "max_grad_norm": 0, "logging_steps": 50, "save_steps": 1}
+    refused(
+        broken | {"max_steps": 5, "output_dir": str(tmp_path / "run")},
+        r"step \d: .*lora_.* is not a number; lower --learning_rate",
+    )
+    assert not list((tmp_path / "run").glob("checkpoint-*/complete.json"))

@@ -3,6 +3,7 @@ import torch
 
 from src.distillation.base import load_model
 from src.distillation.pruning import block_influence, layers_to_keep, prune_layers
+from src.utils.common import UserError
 
 TEXTS = ["short", "a text that is a good deal longer than the others", "middling, this one", "naïve"]
 IDLE = 1  # the layer that passes its input on
@@ -50,6 +51,20 @@ def test_influence_is_the_mean_over_real_tokens(model, make_tokenizer):
     for batch_size in (1, 3, 8):
         influence = block_influence(model, tokenizer, TEXTS, batch_size)
         assert influence[:3] == pytest.approx([1 - sum(found) / len(found) for found in cosines], abs=1e-5)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a text", ""]], ids=str)
+def test_no_text_has_no_influence_on_it(model, make_tokenizer, texts):
+    """The mean over no token is no number, by which the first layers would be kept."""
+    with pytest.raises(UserError, match="measured on calibration texts: name some, none of them empty"):
+        block_influence(model, make_tokenizer(), texts)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_are_refused(model, make_tokenizer, value):
+    model.model.layers[2].post_attention_layernorm.weight.data.fill_(value)
+    with pytest.raises(UserError, match=r"layer 2: its influence is nan, for its states are not finite"):
+        block_influence(model, make_tokenizer(), TEXTS)
 
 
 def test_block_influence_leaves_no_hooks(model, make_tokenizer):

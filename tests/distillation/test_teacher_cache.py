@@ -1,6 +1,7 @@
 """The cache gives what the teacher gives, goes on where it was killed, and is refused where it is of something else."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from src.distillation import teacher_cache
 from src.distillation.base import collate, encode_row, head_weight, load_model, load_tokenizer, response_hidden
-from src.distillation.teacher_cache import CacheTeacherConfig, make_cache, open_cache
+from src.distillation.teacher_cache import CacheTeacherConfig, cached_tokenizer, make_cache, open_cache
 from src.utils.common import UserError, read_json, read_jsonl
 
 VOCABULARY = 261
@@ -157,14 +158,82 @@ def test_a_cache_of_something_else_is_refused(config, clean_rows, write_sft):
         opened(config)
     index = read_json(folder / "index.json")
     (folder / "index.json").write_text(json.dumps(index | {"format": 0}))
-    with pytest.raises(UserError, match="format 0, this version reads 1"):
+    with pytest.raises(UserError, match=r"format 0, this version reads 2; run scripts/cache_teacher.py --overwrite"):
         opened(config)
+
+
+def _zero_the_tensors(path):
+    """Zeros where the numbers are, under the header that was written: the file has its size and can be read."""
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start:] = bytes(len(data) - start)
+    path.write_bytes(data)
+
+
+def _flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_zero_the_tensors, _flip_a_byte])
+@pytest.mark.parametrize("name", ["shard_00001.safetensors", "head.safetensors"])
+def test_a_file_of_the_right_size_and_other_bytes_is_refused(config, name, damage):
+    """It would train without a word, and a held-out KL to zeros is easily small."""
+    config = config()
+    index = make_cache(config)
+    path = Path(config.experiment_dir) / "teacher_cache" / name
+    size = path.stat().st_size
+    assert {**index["shards"], "head.safetensors": index["head"]}[name]["bytes"] == size
+    damage(path)
+    assert path.stat().st_size == size
+    with pytest.raises(UserError, match=rf"{name}: not as it was written, its hash is another; run scripts/cache_t"):
+        opened(config)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{name}: missing or not as it was written"):
+        opened(config)
+    config.overwrite = True
+    make_cache(config)
+    opened(config)
+
+
+def test_a_long_hashing_is_said(config, monkeypatch, caplog):
+    config = config()
+    make_cache(config)
+    monkeypatch.setattr(teacher_cache.logger, "propagate", True)
+    with caplog.at_level("INFO", logger="kd"):
+        opened(config)
+        assert "hashed" not in caplog.text
+        monkeypatch.setattr(teacher_cache, "NOTICED", -1)
+        opened(config)
+    assert re.search(r"teacher_cache: 0\.0 GB are as they were written, hashed in 0 s", caplog.text)
+
+
+def test_the_tokenizer_of_a_cache_is_the_one_it_was_made_with(config):
+    config = config()
+    index = make_cache(config)
+    folder = Path(config.experiment_dir) / "teacher_cache"
+    tokenizer = cached_tokenizer(folder, index, config.experiment_dir)
+    assert tokenizer.get_vocab() == load_tokenizer(config.teacher_model_name_or_path).get_vocab()
+    kept = tokenizer.chat_template
+    tokenizer.chat_template = "Be kind." + kept
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with pytest.raises(UserError, match=r"teacher_cache/tokenizer: not as it was written, its template is another"):
+        cached_tokenizer(folder, index)
+    tokenizer.chat_template = kept
+    tokenizer.add_tokens(["one_more"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with pytest.raises(UserError, match="its tokenizer is another"):
+        cached_tokenizer(folder, index)
 
 
 def test_two_rows_of_one_name_and_a_full_disk(config, clean_rows, write_sft, monkeypatch):
     config = config()
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"GB free, the teacher cache needs"):
+        make_cache(config)
+    write_sft(config.experiment_dir, clean_rows(3), clean_rows(2, start=2))
+    with pytest.raises(UserError, match="two clean rows share an id and a sample_index, one in each split"):
         make_cache(config)
     write_sft(config.experiment_dir, clean_rows(3) + clean_rows(1), clean_rows(2, start=50))
     with pytest.raises(UserError, match="two clean rows share an id and a sample_index"):

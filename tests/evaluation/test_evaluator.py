@@ -1,6 +1,8 @@
 """Four arms of tiny models: the numbers come from the stored rows, scripted answers are graded right."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from src.evaluation.results import ARMS, CONTEXT, heldout_section, make_results,
 from src.evaluation.sandbox import Sandbox
 from src.evaluation.schema import SCHEMA_VERSION, write_results
 from src.evaluation.verdict import NO_CONTROL
-from src.utils.common import read_json, read_jsonl, write_jsonl
+from src.utils.common import ROOT, read_json, read_jsonl, write_jsonl
 from tests.evaluation.tiny import config_for, refused, run_of, stored
 
 SAMPLE_FIELDS = {
@@ -264,3 +266,57 @@ def test_a_cell_named_twice_is_refused(trained, tmp_path, change):
 )
 def test_sizes_below_one_are_refused(trained, tmp_path, change):
     refused(config_for(trained, tmp_path / "out", **({"heldout": False} | change)), next(iter(change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"messages": []}, r"sft_eval_data_clean\.jsonl:2: messages must be a list of"),
+        ({"id": 7}, r"sft_eval_data_clean\.jsonl:2: id must be text, found int"),
+        ({"id": "sum-00100"}, r"sft_eval_data_clean\.jsonl:2: id sum-00100, sample_index 0 stands in line 1 too"),
+    ],
+    ids=str,
+)
+def test_a_broken_held_out_row_is_named_before_anything_is_loaded(copied, tmp_path, monkeypatch, change, words):
+    path = copied / "tiny" / "sft" / "sft_eval_data_clean.jsonl"
+    first, second, *rest = read_jsonl(path)
+    write_jsonl(path, [first, second | change, *rest])
+    monkeypatch.setattr(evaluator, "load_models", lambda *_: pytest.fail("loaded"))
+    refused(config_for(copied, tmp_path / "out"), words)
+
+
+def test_an_id_that_stands_twice_among_the_prompts_is_refused(copied, tmp_path):
+    """Uninterrupted its row would be answered twice, gone on with once."""
+    data = copied / "data" / "eval_dataset.jsonl"
+    rows = read_jsonl(data)
+    write_jsonl(data, [*rows, rows[4] | {"prompt": "What is 5 + 0?"}])
+    refused(config_for(copied, tmp_path / "out", heldout=False),
+            rf"eval_dataset\.jsonl:13: id {rows[4]['id']} stands in line 5 too")  # fmt: skip
+
+
+def comparison(monkeypatch):
+    """The script test_kd_inference_v2.py, loaded by its path."""
+    spec = importlib.util.spec_from_file_location("comparison", ROOT / "test_kd_inference_v2.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # dataclasses look there
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_questions_shown_are_whole(copied, tmp_path, scripted, capsys, monkeypatch):
+    """A prompt that stands as it is keeps its last paragraph; an instruction is left out."""
+    data = copied / "data" / "eval_dataset.jsonl"
+    rows = []
+    for row in read_jsonl(data):
+        if row["source"] == "sums":
+            whole = int(row["id"].removeprefix("sums-")) % 4 == 0
+            flagged = {"prompt": "Whole.\n\nLast.", "grader_args": '{"no_instruction":true}'}
+            rows.append(row | (flagged if whole else {"prompt": "Asked.\n\nForm."}))
+    write_jsonl(data, rows)
+    results = run_evaluation(config_for(copied, tmp_path / "out", heldout=False, arms=["base", "kd"]))
+    comparison(monkeypatch).show(results | {"output_dir": str(tmp_path / "out")})
+    shown = capsys.readouterr().out
+    assert "Whole." in shown
+    assert "Last." in shown
+    assert "Asked." in shown
+    assert "Form." not in shown

@@ -7,6 +7,7 @@ import pytest
 
 from src.data.cleaning import REASONS
 from src.utils.common import read_json, read_jsonl, write_jsonl
+from tests.distillation.test_openai_engine import Body, FaultServer, completion
 from tests.reading import as_set, content
 
 ANSWER_FIELDS = {
@@ -186,6 +187,19 @@ def test_a_broken_line_of_answers_is_named(answered, fails):
     )
 
 
+@pytest.mark.parametrize("name", ["generate_sft_data", "fix_sft_data"])
+def test_an_id_that_stands_twice_is_named_with_both_lines(answered, fails, tmp_path, name):
+    """Uninterrupted such a row would be answered twice, gone on with once."""
+    path, sft = answered
+    data = tmp_path / "data" / "train_dataset.jsonl"
+    rows = read_jsonl(data)
+    write_jsonl(data, [*rows, rows[2] | {"prompt": "Why?"}])
+    before = content(sft)
+    line = fails(name, "--config", path)
+    assert f"{data}:{len(rows) + 1}: id {rows[2]['id']} stands in line 3 too; give each row its own, or delete" in line
+    assert content(sft) == before
+
+
 def test_each_stage_names_the_one_before_it(fails, succeeds, profile):
     path = profile()
     assert "train_dataset.jsonl: no such file; run scripts/download_datasets.py" in fails(
@@ -308,3 +322,71 @@ def test_an_answer_of_the_wrong_type_is_named(answered, fails, change):
     rows = read_jsonl(target)
     write_jsonl(target, [rows[0], rows[1] | change, *rows[2:]])
     assert f"{target}:2: " in fails("fix_sft_data", "--config", path)
+
+
+@pytest.fixture
+def ask_server(succeeds, profile):
+    """`ask_server(faults)`: a FaultServer, and the arguments with which stage 2 asks it the profile's prompts."""
+    pytest.importorskip("openai")
+    servers = []
+
+    def start(faults):
+        path = profile(domains=["maths"], domain_train_rows=[9], domain_eval_rows=[3])
+        succeeds("download_datasets", "--config", path)
+        servers.append(FaultServer(faults))
+        return servers[-1], ["--config", path, "--engine", "openai", "--base_url", servers[-1].url]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_prompt_that_the_server_refuses_is_recorded_and_passed_over(ask_server, succeeds, fails, tmp_path):
+    refused = []
+
+    def faults(prompt, number):
+        if not refused:
+            refused.append(prompt)
+        return Body({"error": {"message": "Your question is not allowed."}}, 400) if prompt in refused else None
+
+    server, arguments = ask_server(faults)
+    line = fails("generate_sft_data", *arguments, "--max_refused", "0", "--concurrency", "1")
+    assert "Your question is not allowed.; 1 of 9 answers refused, max_refused 0 allows 0" in line
+    assert "1 of them refused by the server" in succeeds("generate_sft_data", *arguments)
+    sft = tmp_path / "experiment" / "tiny" / "sft"
+    *answers, last = read_jsonl(sft / "sft_train_data.jsonl")
+    assert len(answers) == 8
+    assert (last["prompt"], last["response"], last["finish_reason"]) == (refused[0], "", "refused")
+    assert last["refusal"] == "Error code: 400 - Your question is not allowed."
+    marker = sft / "generate_train.json"
+    assert read_json(marker)["finish_reasons"] == {"stop": 8, "refused": 1}
+
+    marker.write_text(json.dumps(read_json(marker) | {"finished": False}))
+    asked = sum(server.tries.values())
+    succeeds("generate_sft_data", *arguments)
+    assert sum(server.tries.values()) == asked, "a recorded refusal is done"
+    assert read_json(marker)["finished"] is True
+    succeeds("fix_sft_data", *arguments[:2])
+    assert read_json(sft / "stats.json")["train"]["by_reason"]["refused"] == 1
+
+
+def test_answers_whose_tokens_nobody_counts(ask_server, succeeds, tmp_path, teacher_that_ends):
+    _, arguments = ask_server(lambda *_: Body(completion("It is 4.")))
+    printed = succeeds("generate_sft_data", *arguments, "--teacher_model", "", "--served_model_name", teacher_that_ends)
+    assert "9 answers in" in printed
+    assert "an unknown number of tokens/s" in printed
+    assert "9 of them without a count of tokens, which the server does not give" in printed
+    facts = read_json(tmp_path / "experiment" / "tiny" / "sft" / "generate_train.json")
+    assert (facts["tokens"], facts["answers_without_token_count"]) == (0, 9)
+    assert facts["last_session"]["tokens_per_second"] is None
+    printed = succeeds("generate_sft_data", *arguments, "--overwrite")
+    assert "without a count" not in printed
+    facts = read_json(tmp_path / "experiment" / "tiny" / "sft" / "generate_train.json")
+    assert (facts["tokens"], facts["answers_without_token_count"]) == (9 * 9, 0)
+
+
+def test_a_share_of_refusals_is_a_share(fails, profile):
+    assert "max_refused must be a share from 0 (none) to 1 (all), got 2.0" in fails(
+        "generate_sft_data", "--config", profile(), "--max_refused", "2"
+    )

@@ -97,6 +97,45 @@ def test_wrong_requests_for_prompts(fails, profile, humaneval_file, tmp_path, se
     assert not list((tmp_path / "data").glob("*_dataset.jsonl"))
 
 
+def test_a_grader_for_all_of_your_prompts(succeeds, fails, profile, tmp_path):
+    """A published JSON list, whose numbers are numbers; stages that were finished without the setting stay finished."""
+    names = ("cats", "dogs", "hens", "cows", "owls", "pigs")
+    records = [{"Question": f"How many legs have {i + 2} {name}?", "Answer": 4.0 * i} for i, name in enumerate(names)]
+    (tmp_path / "svamp.json").write_text(json.dumps({"version": 1, "Instances": records[:4]}))
+    (tmp_path / "held.csv").write_text("Question;Answer\n" + "".join(f"{r['Question']};8\n" for r in records[4:]))
+    settings = {"prompts_file": str(tmp_path / "svamp.json"), "prompts_eval_file": str(tmp_path / "held.csv"),
+                "prompt_column": "Question", "reference_column": "Answer"}  # fmt: skip
+    path = profile(**settings)
+    assert "its records are the list 'Instances'" in succeeds("download_datasets", "--config", path)
+    stored = read_json(tmp_path / "data" / "download_datasets.json")["fingerprint"]
+    assert "prompts_grader" not in stored
+    assert "nothing to do" in succeeds("download_datasets", "--config", path)
+    assert "was made with prompts_grader = None" in fails(
+        "download_datasets", "--config", path, "--prompts_grader", "numeric"
+    )
+    succeeds("download_datasets", "--config", path, "--prompts_grader", "numeric", "--overwrite")
+    for split, references in (("train", {"0.0", "4.0", "8.0", "12.0"}), ("eval", {"8"})):
+        rows = read_jsonl(tmp_path / "data" / f"{split}_dataset.jsonl")
+        assert {row["grader"] for row in rows} == {"numeric"}
+        assert {row["reference"] for row in rows} == references
+    assert "invalid choice: 'vibes'" in fails("download_datasets", "--config", path, "--prompts_grader", "vibes")
+
+
+def test_what_a_source_says_twice_is_taken_once(succeeds, fails, profile, tmp_path):
+    """Two rows of one id would be answered once where the answers are gone on with."""
+    rows = [{"question": f"How many legs have {i} dogs?", "answer": f"#### {4 * i}"} for i in (1, 2, 2, 3)]
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [{"question": "Who has five eyes?", "answer": "#### 0"}])
+    settings = {"gsm8k_path": str(tmp_path / "gsm8k"), "gsm8k_train_rows": 3, "gsm8k_eval_rows": 1}
+    path = profile(**settings)
+    succeeds("download_datasets", "--config", path)
+    ids = [row["id"] for row in read_jsonl(tmp_path / "data" / "train_dataset.jsonl")]
+    assert len(set(ids)) == len(ids) == 3
+    assert "4 train rows are asked for, 3 can be had" in fails(
+        "download_datasets", "--config", path, "--gsm8k_train_rows", "4", "--data_dir", tmp_path / "more"
+    )
+
+
 def test_rows_that_overlap_only_among_the_chosen_are_passed_over(succeeds, profile, tmp_path):
     """An ending in 12 of 200 candidates is a template's wording; in the few that are chosen it is a leak."""
     draw = random.Random(0)
