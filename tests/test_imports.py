@@ -1,4 +1,4 @@
-"""Imports point one way: scripts, tests -> evaluation, data -> distillation -> utils."""
+"""Imports point one way: scripts, tests -> evaluation, data -> grading, distillation -> utils."""
 
 import ast
 from pathlib import Path
@@ -13,16 +13,18 @@ ALLOWED = {
     "src.utils": {"src.utils"},
     "src.distillation": {"src.distillation", "src.utils"},
     "src.distillation.losses": set(),  # pure tensors in, tensors out
-    "src.data": {"src.data", "src.distillation", "src.utils"},
+    "src.grading": {"src.grading", "src.utils"},
+    "src.data": {"src.data", "src.distillation", "src.grading", "src.utils"},
     "src.data.cleaning": {
-        "src.data", "src.distillation", "src.utils", "src.evaluation.graders", "src.evaluation.sandbox",
+        "src.data", "src.distillation", "src.grading", "src.utils", "src.evaluation.graders", "src.evaluation.sandbox",
     },
     "src.data.own_prompts": {"src.data", "src.utils", "src.evaluation.graders"},
-    "src.evaluation": {"src.evaluation", "src.utils"} | {
+    "src.evaluation": {"src.evaluation", "src.grading", "src.utils"} | {
         f"src.distillation.{name}"
         for name in ("base", "sft", "losses", "lora", "heldout", "batching", "packing", "teacher_signal")
     },
     "scripts": {"src"},
+    "examples": {"src"},
     "tests": {"src", "benchmarks", "tests"},
     "benchmarks": {"src"} | {
         f"benchmarks.{name}" for name in ("harness", "kd_reference", "step_parts", "train_job", "train_peers")
@@ -55,7 +57,7 @@ def wrong_imports(source: str, module: str, scripts: set[str]) -> list[str]:
     allowed = ALLOWED[max((key for key in ALLOWED if within(module, key)), key=len)]
     wrong = []
     for name in sorted(imported_modules(source, module)):
-        ours = any(within(name, package) for package in ("src", "scripts", "tests", "benchmarks", *scripts))
+        ours = any(within(name, top) for top in ("src", "scripts", "examples", "tests", "benchmarks", *scripts))
         if ours and not any(within(name, package) for package in allowed):
             wrong.append(name)
     return wrong
@@ -64,7 +66,7 @@ def wrong_imports(source: str, module: str, scripts: set[str]) -> list[str]:
 def python_files() -> dict[str, Path]:
     """Dotted name -> file, of the whole house; a script at the root counts as one of scripts/."""
     found = {}
-    for top in ("src", "scripts", "tests", "benchmarks"):
+    for top in ("src", "scripts", "examples", "tests", "benchmarks"):
         for path in (ROOT / top).rglob("*.py"):
             found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
     return found | {f"scripts.{path.stem}": path for path in ROOT.glob("*.py")}
@@ -96,6 +98,9 @@ def test_all_folders_are_walked():
         ("src.distillation.kd", "from ..evaluation import report"),
         ("src.distillation.losses", "from src.utils.common import UserError"),
         ("src.data.sources", "from src.evaluation.graders import grade"),
+        ("src.grading.code", "from src.evaluation.graders import grade"),
+        ("src.grading.code", "from src.data.sources import dataset_row"),
+        ("src.distillation.kd", "from src.grading.numeric import find_number"),
         ("src.data.cleaning", "from src.evaluation.report import write_markdown"),
         ("src.evaluation.report", "from src.distillation.kd import run_kd_pipeline"),
         ("src.evaluation.report", "from src.data.cleaning import clean"),
@@ -122,6 +127,7 @@ def test_the_walk_can_fail(module, source):
         ("src.data.cleaning", "from src.evaluation.graders import grade\nfrom src.evaluation import sandbox"),
         ("src.data.sources", "from src.distillation.base import load_tokenizer"),
         ("src.evaluation.evaluator", "from src.distillation.sft import generate\nfrom src.distillation import base"),
+        ("src.evaluation.graders", "from src.grading.numeric import find_number"),
         ("scripts.one", "import torch\nfrom src.distillation.kd import KDConfig\nimport twofold"),
         ("tests.test_it", "from src.evaluation.report import write_markdown"),
         ("benchmarks.kd_loss", "from benchmarks import harness\nfrom src.distillation.losses import kd_loss"),

@@ -4,15 +4,36 @@
 """
 
 import json
+import math
 import re
-import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from src.evaluation.sandbox import Sandbox, Task, run_tasks
-from src.utils.common import ROW_KEYS, UserError, logger
+from src.grading.code import as_body, defined_names, extract_code, function_names, is_only_block
+from src.grading.numeric import (
+    ANSWER_IS,
+    BOXED,
+    MARKED,
+    MAX_DIGITS,
+    NUMBER,
+    find_number,
+    gold_number,
+    leading_number,
+    number_value,
+    plain_numbers,
+)
+from src.utils.answers import final_answer, finish_word
+from src.utils.common import ROW_KEYS, UserError, logger, parse_json
+
+__all__ = [  # what graders are made of is had from here too
+    "ANSWER_IS", "BOXED", "MARKED", "MAX_DIGITS", "NUMBER", "OUTCOMES", "Grade", "check_dataset_row", "code_task",
+    "defined_names", "extract_code", "find_number", "function_names", "gold_number", "grade", "grade_all",
+    "grade_numeric", "grade_python", "grade_rubric", "is_rubric", "labelled_sections", "leading_number", "mentions",
+    "number_value", "plain_numbers", "rubric_text", "without_prompt",
+]  # fmt: skip
 
 OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "error", "not_executed")
 
@@ -40,7 +61,7 @@ def check_dataset_row(row: dict[str, Any]) -> str | None:
         if not isinstance(row.get(key, ""), str):
             return f"{key} must be text, found {type(row[key]).__name__}"
     try:
-        arguments = json.loads(row["grader_args"] or "{}")
+        arguments = parse_json(row["grader_args"] or "{}")
     except json.JSONDecodeError as error:
         return f"grader_args is not JSON ({error.msg})"
     if not isinstance(arguments, dict):
@@ -52,94 +73,33 @@ def check_dataset_row(row: dict[str, Any]) -> str | None:
         if not all(isinstance(part, str) for part in parts) or not parts[0].strip():
             return "python_tests needs tests, as text, in grader_args; setup and entry_point are text too"
     if row["grader"] == "rubric" and not is_rubric(arguments):
-        return "a rubric needs a pass_mark and groups, each with a name and phrases in 'any'"
+        return NO_RUBRIC
     return None
 
 
 def grade(row: dict[str, str], response: str, finish_reason: str = "stop") -> Grade:
-    """Grade one response to a dataset row; code is only extracted, `not_executed`. A response that was cut
-    (`finish_reason` "length") is `truncated` with strict False and score 0, whatever it says; `extracted` still holds
-    what it had said so far.
+    """Grade one response to a dataset row; code is only extracted, `not_executed`.
+
+    What is judged stands behind the response's thought (see `final_answer`); a thought that does not end is no answer.
+    A response that was cut (`finish_reason` "length", in any server's words) is `truncated` with strict False and score
+    0, whatever it says; `extracted` still holds what it had said so far.
 
     Raises:
         UserError: an unknown grader, a malformed reference or a malformed rubric; names the row id.
     """
+    answer = final_answer(response) or ""
     if row["grader"] == "numeric":
-        result = grade_numeric(row, response)
+        result = grade_numeric(row, answer)
     elif row["grader"] == "python_tests":
-        result = grade_python(row, response)
+        result = grade_python(row, answer)
     elif row["grader"] == "rubric":
-        result = grade_rubric(row, response)
+        result = grade_rubric(row, answer)
     else:
         raise UserError(f"row {row['id']}: unknown grader {row['grader']!r}; known are numeric, python_tests, rubric")
-    return Grade("truncated", result.extracted, False, 0.0) if finish_reason == "length" else result
+    return Grade("truncated", result.extracted, False, 0.0) if finish_word(finish_reason) == "length" else result
 
 
 TOLERANCE = Fraction(1, 10**9)
-MAX_DIGITS = 60  # a longer run of digits is a model in a loop, not an answer
-# Not inside a word, an index or a power ("H2", "cm^2"); a minus after a digit or bracket is an operator.
-NUMBER = re.compile(
-    r"(?<![A-Za-z0-9_^])(?P<sign>(?<![)\]}%])-)?(?:[$€£¥₹]\s?(?P<inner_sign>-)?)?"
-    r"(?P<body>[0-9]+ [0-9]+/[0-9]+|[0-9]+/[0-9]+|(?<![\w.])\.[0-9]+|"
-    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}(?![0-9A-Za-z]))?)"
-)
-MARKED = re.compile(r"(?<!#)####(?!#)([^\n#]*)")
-BOXED = re.compile(r"\\f?box(?:ed)?\{((?:[^{}]|\{[^{}]*\})*)\}")
-ANSWER_IS = re.compile(r"\banswer\b[*_ \t]*(?:is|:|=)[\s:*]*([^\n]*)", re.IGNORECASE)
-# "3 + 4 =", "2 x 3 =", "6 months * $5 ="
-TIMES = r"(?<=[0-9)] )x(?= [$0-9(])|(?<=[A-Za-z] )x(?= [$0-9(])"
-UNIT = r"(?<=[0-9)] )[A-Za-z]+(?: [A-Za-z]+)?(?= ?[-+*/×÷=)]| x [$0-9(])"
-SUM_BEFORE = re.compile(
-    rf"(?:\s*[a-z]\s*=)?(?:(?:[^A-Za-z\n=+*/×÷-]|{UNIT})*(?:[+*/×÷-]|{TIMES})(?:[^A-Za-z\n=]|{UNIT}|{TIMES})*(?<!\()=)*"
-)
-DECORATION = re.compile(r"(?:\\text\{|[\s*`~≈:<\[({\\+])*")
-HEADING = re.compile(r"[.):]\s+\S")  # "#### 2. Then we add" is a heading, not an answer
-
-
-def plain_numbers(text: str) -> str:
-    """Rewrite unicode minus signs, thin-space thousands and the LaTeX of numbers as plain ASCII."""
-    text = re.sub("[\u2212\ufe63\uff0d]", "-", text)
-    text = re.sub("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3})", "", text)
-    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac\{)", " ", text)
-    text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
-    text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", re.sub(r"\\div(?![A-Za-z])", "/", text))
-    text = re.sub(r"\\[,!;]", "", text.replace("{,}", ","))
-    return re.sub(r"\\([$%])", r"\1", text)
-
-
-def number_value(match: re.Match[str] | None) -> tuple[str, Fraction] | None:
-    """Text (without commas and currency) and exact value of a NUMBER match; None for a/0 or absurd length."""
-    body = match["body"].replace(",", "") if match else ""
-    if not match or len(body) > MAX_DIGITS or re.search(r"/0+$", body):
-        return None
-    whole, _, part = body.rpartition(" ")
-    value = int(whole or 0) + Fraction(part)
-    negative = bool(match["sign"] or match["inner_sign"])
-    return ("-" if negative else "") + body, -value if negative else value
-
-
-def leading_number(span: str) -> tuple[str, Fraction] | None:
-    """The number a span starts with, after emphasis, brackets and a sum that leads to it."""
-    match = NUMBER.match(span, DECORATION.match(span, SUM_BEFORE.match(span).end()).end())
-    return None if match and HEADING.match(span, match.end()) else number_value(match)
-
-
-def find_number(response: str) -> tuple[str, Fraction, bool] | None:
-    """The final answer as (text, value, in the asked-for format: a last line that starts with `#### x`), by the first
-    of these that holds a number: the last `#### x`, the last box, the last "answer is x", the last number of all.
-    A percent sign and units are dropped: 25 % is 25."""
-    text = plain_numbers(response)
-    for pattern in (MARKED, BOXED, ANSWER_IS):
-        for span in reversed(pattern.findall(text)):
-            if found := leading_number(span):
-                return *found, pattern is MARKED and text.strip().splitlines()[-1].lstrip().startswith("####")
-    found = [number for match in NUMBER.finditer(text) if (number := number_value(match))]
-    return (*found[-1], False) if found else None
-
-
-def gold_number(row: dict[str, str]) -> tuple[str, Fraction] | None:
-    """The reference as text and value; None if it is not a number."""
-    return number_value(NUMBER.fullmatch(plain_numbers(row["reference"]).strip().removesuffix("%").rstrip()))
 
 
 def grade_numeric(row: dict[str, str], response: str) -> Grade:
@@ -154,81 +114,6 @@ def grade_numeric(row: dict[str, str], response: str) -> Grade:
         return Grade("no_answer", "", False, 0.0)
     right = abs(found[1] - gold[1]) <= TOLERANCE
     return Grade("correct" if right else "wrong", found[0], right and found[2], float(right))
-
-
-FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
-FENCE_LINE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
-RETURNS = re.compile(r"^[ \t]*(?:return|yield)\b", re.MULTILINE)
-CODE_START = re.compile(r"(?:async )?def \w+ ?\(|class \w+ ?[(:]|[A-Z_][A-Z0-9_]* = |import \w|from [\w.]+ import |@\w")
-CODE_LINE = re.compile(
-    r"\s|$|(?:if|for|while|with|elif|except)\b.*:|(?:else|try|finally):|[#)\]}]|assert |[A-Za-z_][\w.]*\(|"
-    r"[A-Za-z_][\w.,\[\] ]*(?::[^=]+)?[-+*/%|&^]?=[^=]"
-)
-BODY_LINE = re.compile(rf"(?:return|yield|raise)\b|{CODE_LINE.pattern}")
-
-
-def defined_names(code: str) -> set[str]:
-    """Names of the functions and classes a text defines at its outer level."""
-    found = re.findall(r"^(?:(?:async def|def|class) +(\w+)|(\w+) *= *lambda\b)", code, re.MULTILINE)
-    return {defined or assigned for defined, assigned in found}
-
-
-def function_names(row: dict[str, str]) -> set[str]:
-    """What a code row asks for: its entry point, else the functions of its reference that its tests name."""
-    arguments = json.loads(row["grader_args"])
-    if arguments.get("entry_point"):
-        return {arguments["entry_point"]}
-    return defined_names(row["reference"]) & set(re.findall(r"\w+", arguments.get("tests", "")))
-
-
-def offered_names(code: str) -> set[str]:
-    """What a block has for others: functions, classes, imports, and constants in capitals."""
-    imports = ",".join(re.findall(r"^(?:from [\w.]+ )?import +(.+)$", code, re.MULTILINE)).split(",")
-    imported = {re.split(r"\s+as\s+", part.strip(" ()"))[-1].partition(".")[0] for part in imports}
-    return defined_names(code) | imported | set(re.findall(r"^([A-Z][A-Z0-9_]*) *=(?!=)", code, re.MULTILINE))
-
-
-def with_helpers(code: str, earlier: list[str]) -> str:
-    """Code, after those of the earlier blocks that offer something it uses and does not have itself."""
-    for block in reversed(earlier):
-        if (offered_names(block) - offered_names(code)) & set(re.findall(r"\w+", code)):
-            code = f"{block}\n\n{code}"
-    return code
-
-
-def indentation(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-def as_body(code: str) -> str:
-    """The lines of a function's body, indented by four. In a continued prompt only the first may lack them."""
-    first, *rest = [line for line in code.splitlines() if line.strip()]
-    expected = 4 if first.rstrip().endswith(":") else 0
-    continued = rest and min(map(indentation, rest)) > 0 and indentation(rest[0]) >= expected + 4
-    return f"    {code}" if continued else textwrap.indent(code, "    ")
-
-
-def extract_code(response: str, names: Collection[str] = ()) -> str:
-    """The Python code of a chat answer, empty if there is none. Of several fenced blocks: the last that defines one of
-    `names`, else the last that defines anything, else the last, after earlier ones that it needs; one in another
-    language only where it defines something and none is Python. A fence left open runs to the end. Without a fence:
-    from the first line that must be code on, or the whole of it if it reads like the body of a function."""
-    fenced = [(tag.lower(), textwrap.dedent(code).strip("\n`").rstrip()) for _, tag, code in FENCE.findall(response)]
-    blocks = [code for tag, code in fenced if code.strip() and tag in ("", "python", "python3", "py")]
-    blocks = blocks or [code for _, code in fenced if defined_names(code)]
-    if blocks:
-        last = len(blocks) - 1
-        ranks = [(bool(defined_names(code) & {*names}), bool(defined_names(code))) for code in blocks]
-        chosen = last - ranks[::-1].index(max(ranks))
-        return with_helpers(blocks[chosen], blocks[:chosen])
-    lines = [] if fenced else response.splitlines()
-    first = last = next((number for number, line in enumerate(lines) if CODE_START.match(line)), len(lines))
-    while last < len(lines) and (CODE_START.match(lines[last]) or CODE_LINE.match(lines[last])):
-        last += 1
-    code = "\n".join(lines[first:last]).rstrip()
-    bare = textwrap.dedent(response).strip("\n").rstrip()
-    is_body = RETURNS.search(bare) and all(BODY_LINE.match(line) for line in bare.splitlines())
-    return bare if is_body and not fenced and not code else code
 
 
 def grade_python(row: dict[str, str], response: str) -> Grade:
@@ -252,6 +137,9 @@ def code_task(row: dict[str, str], code: str) -> Task:
     return Task(sources, setup, arguments.get("tests", ""), tuple(sorted(function_names(row))), entry_point)
 
 
+NO_RUBRIC = (
+    "a rubric needs a pass_mark and groups, each with a name and phrases in 'any'; the mark is above 0, at most 1"
+)
 JUDGED = {"passed": "correct", "failed": "wrong", "timeout": "wrong", "error": "error"}
 
 
@@ -271,7 +159,7 @@ def grade_all(answers: Sequence[tuple[dict[str, str], str, str]], sandbox: Sandb
         if verdict.kind == "error":
             logger.warning("row %s: its tests judge no answer: %s", row["id"], verdict.detail)
         right = verdict.kind == "passed"
-        in_format = len(FENCE_LINE.findall(response)) == 2 and bool(defined_names(code) & {*task.names})
+        in_format = is_only_block(final_answer(response) or "") and bool(defined_names(code) & {*task.names})
         grades[i] = Grade(JUDGED[verdict.kind], code, right and in_format, float(right))
     return grades
 
@@ -344,7 +232,8 @@ def is_rubric(arguments: dict[str, Any]) -> bool:
         return len(texts) > 1 and all(isinstance(text, str) and text for text in texts)
 
     groups = arguments.get("groups")
-    marked = type(arguments.get("pass_mark")) in (int, float)
+    mark = arguments.get("pass_mark")
+    marked = type(mark) in (int, float) and math.isfinite(mark) and 0 < mark <= 1
     return marked and isinstance(groups, list) and bool(groups) and all(map(is_group, groups))
 
 
@@ -359,9 +248,7 @@ def grade_rubric(row: dict[str, str], response: str) -> Grade:
     """
     arguments = json.loads(row["grader_args"])
     if not is_rubric(arguments):
-        raise UserError(
-            f"row {row['id']}: a rubric needs a pass_mark and groups, each with a name and phrases in 'any'"
-        )
+        raise UserError(f"row {row['id']}: {NO_RUBRIC}")
     groups, pass_mark = arguments["groups"], arguments["pass_mark"]
     if not response.strip():
         return Grade("no_answer", "", False, 0.0)

@@ -1,0 +1,190 @@
+"""The code that an answer proposes: fenced blocks, which of them is meant, and what it needs of the others.
+
+Nothing is parsed by Python's own parser here: the text is a model's, and a parser can be brought down by it.
+"""
+
+import json
+import re
+import textwrap
+from collections.abc import Collection
+from dataclasses import dataclass
+
+# "```python", "~~~", "   ````" at the start of a line; backticks may not have backticks behind them
+OPENING = re.compile(r"^[ \t]*(?:(?P<ticks>```+)[ \t]*(?P<word>[\w+-]*)[^`\n]*|(?P<tildes>~~~+)[ \t]*([\w+-]*).*)$")
+# What a string or comment of Python may be: `# it's`, `"""a\nb"""`, `'a'`; only those of three quotes span lines
+LITERAL = re.compile(
+    r'#[^\n]*|(?P<long>"""(?:\\.|[^\\])*?"""|\'\'\'(?:\\.|[^\\])*?\'\'\')|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'',
+    re.DOTALL,
+)
+PYTHON_TAGS = ("", "python", "python3", "py")
+
+RETURNS = re.compile(r"^[ \t]*(?:return|yield)\b", re.MULTILINE)  # "    return x"
+# "def f(", "class A:", "LIMIT = 3", "import re", "from re import", "@cache"
+CODE_START = re.compile(r"(?:async )?def \w+ ?\(|class \w+ ?[(:]|[A-Z_][A-Z0-9_]* = |import \w|from [\w.]+ import |@\w")
+# "    x", "", "if x:", "else:", "]", "assert x", "print(", "x.y += 1", "x: int = 1"
+CODE_LINE = re.compile(
+    r"\s|$|(?:if|for|while|with|elif|except)\b.*:|(?:else|try|finally):|[#)\]}]|assert |[A-Za-z_][\w.]*\(|"
+    r"[A-Za-z_][\w.,\[\] ]*(?::[^=]+)?[-+*/%|&^]?=[^=]"
+)
+BODY_LINE = re.compile(rf"(?:return|yield|raise)\b|{CODE_LINE.pattern}")  # "return x", and the above
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. tag: the word behind its opening fence, lower case; closed: it has a closing fence of its own."""
+
+    tag: str
+    code: str
+    closed: bool
+
+
+def fenced_blocks(response: str) -> list[Block]:
+    """The fenced blocks of an answer, by the rules of CommonMark with three exceptions.
+
+    A fence inside a string of three quotes (an example in a docstring) closes nothing; the fence may also stand at the
+    end of the last line of code; a block that is left open runs to the end.
+    """
+    lines = response.split("\n")
+    in_string = _lines_in_strings(lines, 0)
+    blocks: list[Block] = []
+    number = 0
+    while number < len(lines):
+        opening = OPENING.match(lines[number])
+        number += 1
+        if not opening:
+            continue
+        bare = not blocks and any(CODE_START.match(line) for line in lines[:number])
+        if bare and number - 1 in in_string:  # an example in the docstring of code that has no fence of its own
+            continue
+        fence, tag = opening["ticks"] or opening["tildes"], (opening["word"] or opening[4] or "").lower()
+        end, closed = _closing_line(lines, number, fence, tag in PYTHON_TAGS)
+        body = lines[number:end]
+        if end < len(lines) and not closed:  # "    return x```"
+            body.append(lines[end].rstrip().rstrip(fence[0]))
+        blocks.append(Block(tag, textwrap.dedent("\n".join(body)).strip("\n").rstrip(), closed))
+        number = end + 1
+    return blocks
+
+
+def _closing_line(lines: list[str], start: int, fence: str, is_python: bool) -> tuple[int, bool]:
+    """The line at which a block ends, and whether it is a closing fence; the number of lines where none ends it."""
+    in_string = _lines_in_strings(lines, start) if is_python else set()
+    open_end = len(lines)
+    for number in range(start, len(lines)):
+        line = lines[number].strip()
+        rest = line.lstrip(fence[0])
+        if number in in_string:
+            continue
+        if len(line) - len(rest) >= len(fence) and not re.match(r"[ \t]*\w", rest):  # "```", "```.", not "```python"
+            return number, True
+        if line.endswith(fence) and open_end == len(lines):
+            open_end = number
+    return open_end, False
+
+
+def _lines_in_strings(lines: list[str], start: int) -> set[int]:
+    """The lines from `start` on that begin inside a string of three quotes.
+
+    Such a string holds whole examples: of its fences each second one is bare. Else it is one that was left open, and
+    the fences are the blocks' own.
+    """
+    text = "\n".join(lines[start:])
+    found: set[int] = set()
+    for match in LITERAL.finditer(text):
+        if not match["long"]:
+            continue
+        first = start + text.count("\n", 0, match.start()) + 1
+        inside = range(first, start + text.count("\n", 0, match.end()) + 1)
+        fences = [lines[number].strip() for number in inside if OPENING.match(lines[number])]
+        if all(fence.strip("`~") == "" for fence in fences[1::2]):
+            found.update(inside)
+    return found
+
+
+def defined_names(code: str) -> set[str]:
+    """Names of the functions and classes a text defines at its outer level."""
+    # "def f(", "class A", "f = lambda"
+    found = re.findall(r"^(?:(?:async def|def|class) +(\w+)|(\w+) *= *lambda\b)", code, re.MULTILINE)
+    return {defined or assigned for defined, assigned in found}
+
+
+def function_names(row: dict[str, str]) -> set[str]:
+    """What a code row asks for: its entry point, else the functions of its reference that its tests name."""
+    arguments = json.loads(row["grader_args"])
+    if arguments.get("entry_point"):
+        return {arguments["entry_point"]}
+    return defined_names(row["reference"]) & set(re.findall(r"\w+", arguments.get("tests", "")))
+
+
+def offered_names(code: str) -> set[str]:
+    """What a block has for others: functions, classes, imports, and constants in capitals."""
+    # "import re, os as o" -> "re, os as o"; "from re import sub" -> "sub"
+    imports = ",".join(re.findall(r"^(?:from [\w.]+ )?import +(.+)$", code, re.MULTILINE)).split(",")
+    imported = {re.split(r"\s+as\s+", part.strip(" ()"))[-1].partition(".")[0] for part in imports}
+    constants = set(re.findall(r"^([A-Z][A-Z0-9_]*) *=(?!=)", code, re.MULTILINE))  # "LIMIT = 3"
+    return defined_names(code) | imported | constants
+
+
+def with_helpers(code: str, earlier: list[str]) -> str:
+    """Code, after those of the earlier blocks that offer something it uses and does not have itself."""
+    for block in reversed(earlier):
+        if (offered_names(block) - offered_names(code)) & set(re.findall(r"\w+", code)):
+            code = f"{block}\n\n{code}"
+    return code
+
+
+def indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def as_body(code: str) -> str:
+    """The lines of a function's body, indented by four. In a continued prompt only the first may lack them."""
+    first, *rest = [line for line in code.splitlines() if line.strip()]
+    expected = 4 if first.rstrip().endswith(":") else 0
+    continued = rest and min(map(indentation, rest)) > 0 and indentation(rest[0]) >= expected + 4
+    return f"    {code}" if continued else textwrap.indent(code, "    ")
+
+
+def extract_code(response: str, names: Collection[str] = ()) -> str:
+    """The Python code of a chat answer, empty if there is none.
+
+    Of several fenced blocks: the last that defines one of `names`, else the last that defines anything, else the last,
+    after earlier ones that it needs; one in another language only where it defines something and none is Python. A
+    block of Markdown stands for the blocks in it.
+    Without a fence: from the first line that must be code on, or all of it if it reads like the body of a function.
+    """
+    fenced = []
+    for block in fenced_blocks(response):
+        fenced += fenced_blocks(block.code) if block.tag in ("markdown", "md") else [block]
+    blocks = [block.code for block in fenced if block.code.strip() and block.tag in PYTHON_TAGS]
+    if not blocks:
+        blocks = [block.code for block in fenced if defined_names(block.code)]
+    if not fenced:
+        return _bare_code(response)
+    if not blocks:
+        return ""
+    last = len(blocks) - 1
+    ranks = [(bool(defined_names(code) & {*names}), bool(defined_names(code))) for code in blocks]
+    chosen = last - ranks[::-1].index(max(ranks))
+    return with_helpers(blocks[chosen], blocks[:chosen])
+
+
+def _bare_code(response: str) -> str:
+    """The code of an answer without fences."""
+    lines = response.splitlines()
+    first = next((number for number, line in enumerate(lines) if CODE_START.match(line)), len(lines))
+    last = first
+    while last < len(lines) and (CODE_START.match(lines[last]) or CODE_LINE.match(lines[last])):
+        last += 1
+    code = "\n".join(lines[first:last]).rstrip()
+    if code:
+        return code
+    bare = textwrap.dedent(response).strip("\n").rstrip()
+    is_body = RETURNS.search(bare) and all(BODY_LINE.match(line) for line in bare.splitlines())
+    return bare if is_body else ""
+
+
+def is_only_block(response: str) -> bool:
+    """Whether an answer has one fenced block, and that is closed: the format that the prompt asks for."""
+    blocks = fenced_blocks(response)
+    return len(blocks) == 1 and blocks[0].closed

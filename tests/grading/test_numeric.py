@@ -1,0 +1,224 @@
+"""The rules at the top of src/grading/numeric.py, one by one, and over generated ways of writing a number."""
+
+import doctest
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.data.sources import dataset_row
+from src.evaluation.graders import Grade, grade
+from src.grading import notation, number_words, numeric
+from src.grading.numeric import find_number, gold_number
+
+GSM8K = Path(__file__).resolve().parents[2].parent / "shared/data/gsm8k"
+
+
+@pytest.mark.parametrize("module", [notation, number_words])
+def test_the_examples_in_the_docstrings(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_every_example_of_the_rules_is_read_as_they_say():
+    """Those of one number in the module's docstring; what it is stands in the tests below."""
+    rules = numeric.__doc__.partition("The rules:")[2]
+    examples = re.findall(r"`(####[^`]+|The answer[^`]+|Answer: [^`]+)`", rules)
+    assert len(examples) > 10
+    silent = {"The answer is one we can find", "#### none"}
+    assert [example for example in examples if find_number(example) is None] == [e for e in examples if e in silent]
+
+
+@pytest.mark.parametrize(
+    ("response", "value", "strict"),
+    [
+        # 1. signs
+        ("１８", 18, False),
+        ("#### １８", 18, True),
+        ("#### １，２３４．５", 1234.5, True),
+        ("#### ＄１８", 18, True),
+        ("#### ١٨", 18, True),
+        ("#### –5", -5, True),
+        ("#### —5", -5, True),
+        ("#### ‑5", -5, True),
+        ("#### －5", -5, True),
+        ("#### −$5", -5, True),
+        ("It takes 3–5", 5, False),
+        ("#### 2½", 2.5, True),
+        ("#### ½", 0.5, True),
+        (r"\boxed{\textbf{18}} of 20", 18, False),
+        (r"\boxed{\mathbf{18}} of 20", 18, False),
+        (r"\boxed{18\text{ eggs}} of 20", 18, False),
+        (r"\boxed{\text{She has 18 eggs}} of 20", 20, False),
+        (r"\boxed{18\%} of 20", 18, False),
+        (r"\boxed 18 of 20", 18, False),
+        (r"\fbox{18} of 20", 18, False),
+        (r"\boxed{\frac{3}{4}} of 20", 0.75, False),
+        (r"\boxed{5} no, \boxed{18} of 20", 18, False),
+        # 2 and 3. the place, and the number it begins with
+        ("#### 18. She ate 3 for breakfast.", 18, True),
+        ("#### 18. (3 of 7 left)", 18, True),
+        ("#### 18, of which 3 are left", 18, True),
+        ("#### 18; 3 left", 18, True),
+        ("#### 18\n", 18, True),
+        ("Answer: 18. She ate 3.", 18, False),
+        ("The final answer is 18. There were 20 at first.", 18, False),
+        ("The answer should be 18, not 20.", 18, False),
+        ("**Final Answer**: 18 of 20", 18, False),
+        ("ANSWER: 18 of 20", 18, False),
+        ("we convert the answer to weeks: 28 days = 4 weeks. It is 5", 5, False),
+        ("答案：18元，共3人", 18, False),
+        ("答案是 18 个，其中 3 个坏了", 18, False),
+        ("所以答案为：18。共3人。", 18, False),
+        ("最终答案：$18$，共3人", 18, False),
+        ("答：一共18元，3人平分", 18, False),
+        ("回答：先看3人，共18元", 18, False),
+        # 4. calculations
+        ("#### 2^3 = 8", 8, True),
+        ("#### 2**3 = 8", 8, True),
+        ("#### 2³ = 8", 8, True),
+        ("#### 10^3", 1000, True),
+        ("#### 20% of 50 = 10", 10, True),
+        ("Answer: 20% of 50 = 10", 10, False),
+        ("The answer is 20% of 50 = 10", 10, False),
+        ("Answer: 2 dozen eggs = 24", 24, False),
+        ("#### 5 dozen = 60 eggs", 60, True),
+        ("#### 18 = 9 * 2", 18, True),
+        ("#### 5 * 3 = 15, so 15 + 3 = 18", 18, True),
+        # 5. headings
+        ("#### 1. First we add\n3 + 4\n#### 2. Then we stop\nThat gives 7", 7, False),
+        ("#### 3. Conclusion\nThe answer is 18.", 18, False),
+        ("#### 1) Add\n#### 2) Stop\n#### 18", 18, True),
+        # 6. thousands
+        ("#### 1 000", 1000, True),
+        ("#### 118 000", 118000, True),
+        ("#### 1 000 000 people", 1000000, True),
+        ("#### 1'000", 1000, True),
+        ("#### 1’000", 1000, True),
+        ("#### 1_000", 1000, True),
+        ("#### 1\u202f000", 1000, True),
+        ("#### 1,18,000", 118000, True),
+        ("#### 1 000 5", 1, True),
+        ("#### 18 300 5", 18, True),
+        ("in 2020 300 came", 300, False),
+        # 7. units
+        ("#### 25 %", 25, True),
+        ("#### 2 million", 2, True),
+        # 8. words
+        ("The answer is eighteen.", 18, False),
+        ("#### eighteen", 18, False),
+        ("Answer: twenty-one apples.", 21, False),
+        ("The answer is one hundred and five.", 105, False),
+        ("The answer is negative five.", -5, False),
+        ("答案是十八个。", 18, False),
+        ("It is eighteen, of 20", 20, False),
+        ("The answer is one we can find: 18", 18, False),
+        # 9. what runs on
+        ("#### 18\nQuestion: Tom has 5. How many?\n#### 5", 18, False),
+        ("#### 18\n\nQ: Tom has 5.\nA: 5", 18, False),
+        ("#### 18\n问题：还有几个？\n#### 5", 18, False),
+        ("#### 18\n<|im_end|>\n<|im_start|>user\nNow 5?\n#### 5", 18, False),
+        ("#### 18\nUser: and 5?\nAssistant: #### 5", 18, False),
+        ("The answer is 18.\n\nQuestion: Tom has 5.\nThe answer is 5.", 18, False),
+        ("Question: Tom has 5 and 13.\n#### 18", 18, True),
+        ("#### 5\nNo, wait.\n#### 18", 18, True),
+        # 10. strict
+        ("#### 5\n#### none", 5, False),
+        ("#### 5\n#### unknown\n", 5, False),
+        ("#### 5\n\nThat is all.", 5, False),
+        ("  #### 5", 5, True),
+    ],
+)
+def test_what_is_read(response, value, strict):
+    text, found, in_format = find_number(response)
+    assert (found, in_format) == (Fraction(str(value)), strict), text
+
+
+@pytest.mark.parametrize("response", ["<think>Maybe 18.</think> I cannot tell.", "<think>It is 18.", "#### none"])
+def test_no_answer(response):
+    row = dataset_row(source="s", domain="d", split="eval", prompt="How many?", instruction="Say it.", reference="18",
+                      grader="numeric")  # fmt: skip
+    assert grade(row, response) == Grade("no_answer", "", False, 0.0)
+
+
+def test_what_is_graded_stands_behind_the_thought():
+    row = dataset_row(source="s", domain="d", split="eval", prompt="How many?", instruction="Say it.", reference="18",
+                      grader="numeric")  # fmt: skip
+    assert grade(row, "<think>5? #### 5</think>\n\n#### 18") == Grade("correct", "18", True, 1.0)
+    assert grade(row, "<think>#### 18</think>\n\n#### 5").outcome == "wrong"
+    assert grade(row, "<think>#### 18", "max_tokens").outcome == "truncated"
+
+
+def plain(number):
+    return str(number)
+
+
+def in_groups(mark):
+    return lambda number: f"{number:,}".replace(",", mark)
+
+
+def full_width(number):
+    return str(number).translate(str.maketrans("0123456789-", "０１２３４５６７８９－"))
+
+
+WAYS = [plain, full_width, *(in_groups(mark) for mark in (",", "'", "_", "\u202f", "\u00a0"))]
+for form in (
+    "{}.00",
+    "**{}**",
+    "`{}`",
+    "${}$",
+    "\\textbf{{{}}}",
+    "{} eggs",
+    "{}%",
+    "\\text{{{} eggs}}",
+    "7 + 3 - 2 = {}",
+):
+    WAYS.append(form.format)
+WRITTEN = st.sampled_from(WAYS)
+NUMBERS = st.integers(1, 10**7)
+# sentences with other numbers, none of which says that it is the answer
+OTHERS = st.sampled_from(
+    ["She has 7 bags of 12 eggs.", "At 5:30 there were 1,200 of 3/4 size.", "So 2 x 3 = 6.", "其中 3 个坏了。", ""]
+)
+STATED = st.sampled_from(
+    ["#### {}", "\\boxed{{{}}}", "The answer is {}.", "Answer: {}", "Final answer: {}", "答案：{}"]
+)
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(number=NUMBERS, write=WRITTEN, state=STATED, before=OTHERS, after=OTHERS, same_line=st.booleans())
+def test_a_stated_number_is_read_however_it_is_written(number, write, state, before, after, same_line):
+    """Before and after any sentence with other numbers, on the same line (as a sentence of its own) or on the next."""
+    said = state.format(write(number))
+    if not said.endswith("."):
+        said += "."
+    response = f"{before}\n{said}{' ' if same_line else chr(10)}{after}"
+    found = find_number(response)
+    assert found is not None
+    assert found[1] == number, response
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    number=NUMBERS, write=st.sampled_from([plain, full_width, in_groups(","), in_groups(" ")]), negative=st.booleans()
+)
+def test_a_marked_last_line_is_strict_and_signed(number, write, negative):
+    sign = "–" if negative else ""
+    assert find_number(f"So 2 x 3 = 6.\n#### {sign}{write(number)}")[1:] == (-number if negative else number, True)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_references_are_read(split):
+    """Every official solution of GSM8K, and its number alone as a reference."""
+    path = GSM8K / f"{split}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is missing: the official GSM8K files are not in the repository")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        answer = json.loads(line)["answer"]
+        gold = answer.rpartition("####")[2].strip()
+        value = Fraction(gold.replace(",", ""))
+        assert gold_number({"reference": gold})[1] == value
+        assert find_number(answer)[1:] == (value, True), answer
