@@ -95,6 +95,10 @@ def load_tokenizer(name: str, experiment_dir: str | Path = "") -> PreTrainedToke
         raise _cannot_load("tokenizer", name, error) from error
     if not tokenizer.chat_template:
         raise UserError(f"tokenizer {name!r} has no chat template; use an instruct model, or add chat_template.jinja")
+    try:
+        tokenizer.chat_template = tokenizer.get_chat_template()  # of several with names, the one named default
+    except ValueError as error:
+        raise _cannot_load("tokenizer", name, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if "strftime_now" in tokenizer.chat_template:
@@ -303,7 +307,7 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
     transformers lets no function of ours into a template, so that the macro writes each directive's value itself.
     """
-    template = tokenizer.chat_template
+    template = tokenizer.get_chat_template()
     if "strftime_now" not in template:
         return template
     day = getattr(tokenizer, "prompt_date", None) or datetime.date.today()

@@ -231,3 +231,15 @@ def test_the_saved_tokenizer_of_a_base_student_ends_at_the_turn(make_tokenizer):
     assert base.eos_token == "<|endoftext|>"
     base.chat_template = "{{ eos_token }}" + base.chat_template  # then it would read otherwise
     assert ending_tokenizer(base).eos_token == "<|endoftext|>"
+
+
+def test_of_several_templates_the_default_is_read(make_tokenizer, tmp_path):
+    named = make_tokenizer()
+    named.chat_template = {"default": named.chat_template, "tool_use": "{{ 'tools' }}"}
+    assert prompt_text(named, HELLO) == prompt_text(make_tokenizer(), HELLO)
+    named.save_pretrained(tmp_path / "named")
+    assert load_tokenizer(str(tmp_path / "named")).chat_template == make_tokenizer().chat_template
+    named.chat_template = {"tool_use": "{{ 'tools' }}", "rag": "{{ 'sources' }}"}
+    named.save_pretrained(tmp_path / "without")
+    with pytest.raises(UserError, match=r"cannot be loaded: .*multiple chat templates"):
+        load_tokenizer(str(tmp_path / "without"))
