@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,16 @@ from fractions import Fraction
 from typing import Any
 
 from src.evaluation.sandbox import Sandbox, Task, run_tasks
-from src.grading.code import as_body, defined_names, extract_code, function_names, is_only_block
+from src.grading.code import (
+    as_body,
+    defined_names,
+    extract_code,
+    function_names,
+    indentation,
+    is_only_block,
+    offered_names,
+    with_helpers,
+)
 from src.grading.numeric import (
     ANSWER_IS,
     BOXED,
@@ -29,10 +37,10 @@ from src.utils.answers import final_answer, finish_word
 from src.utils.common import ROW_KEYS, UserError, logger, parse_json
 
 __all__ = [  # what graders are made of is had from here too
-    "ANSWER_IS", "BOXED", "MARKED", "MAX_DIGITS", "NUMBER", "OUTCOMES", "Grade", "check_dataset_row", "code_task",
-    "defined_names", "extract_code", "find_number", "function_names", "gold_number", "grade", "grade_all",
-    "grade_numeric", "grade_python", "grade_rubric", "is_rubric", "labelled_sections", "leading_number", "mentions",
-    "number_value", "plain_numbers", "rubric_text", "without_prompt",
+    "ANSWER_IS", "BOXED", "MARKED", "MAX_DIGITS", "NUMBER", "OUTCOMES", "Grade", "as_body", "check_dataset_row",
+    "code_task", "defined_names", "extract_code", "find_number", "function_names", "gold_number", "grade", "grade_all",
+    "grade_numeric", "grade_python", "grade_rubric", "indentation", "is_rubric", "labelled_sections", "leading_number",
+    "mentions", "number_value", "offered_names", "plain_numbers", "rubric_text", "with_helpers", "without_prompt",
 ]  # fmt: skip
 
 OUTCOMES = ("correct", "wrong", "no_answer", "truncated", "error", "not_executed")
@@ -165,14 +173,17 @@ def grade_all(answers: Sequence[tuple[dict[str, str], str, str]], sandbox: Sandb
 
 
 MAX_SECTION_WORDS, COPIED_WORDS, NEGATION_WORDS = 60, 8, 4
+# What ends a clause: ". ", ":", "(", " but ", "，", "而是"; "due to" begins one, save in "not due to"
 CLAUSE = re.compile(
     r"\n|[.,;:!?](?:\s|$)|[()—，。；：！？（）]|\b(?:but|however)\b|(?<!not )\b(?:due to|because)\b|"
     r"而是|但|(?<!不是)(?<!并非)(?:由于|因为)"
 )
+# "not a", "no sign of", "ruled out", "rather than", "不是", "排除"; save "not only", "not enough", "no doubt", "须排除"
 NEGATED_BEFORE = re.compile(
     r"\b(not(?! only|(?: \w+)? enough)|no(?! doubt)|never|cannot|rul\w+ out|(instead|rather) (of|than))\b|"
     r"(不是|并非|而非|不属于|没有|不存在|(?<![须需待])排除|无需|不必|不要|不能|不应|不宜|不得|不可)\S{0,6}$"
 )
+# " was ruled out", " is unlikely"; "可以排除", "的可能性很小"
 NEGATED_AFTER = re.compile(
     r" (?:is|was|can be) (?:ruled out|excluded|unlikely|not the)\b|"
     r"(?:可以|可|已|已被)排除|的?可能性(?:很|较)?[小低]|不是(?:根因|原因)"
@@ -233,7 +244,7 @@ def is_rubric(arguments: dict[str, Any]) -> bool:
 
     groups = arguments.get("groups")
     mark = arguments.get("pass_mark")
-    marked = type(mark) in (int, float) and math.isfinite(mark) and 0 < mark <= 1
+    marked = type(mark) in (int, float) and 0 < mark <= 1
     return marked and isinstance(groups, list) and bool(groups) and all(map(is_group, groups))
 
 

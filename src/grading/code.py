@@ -6,16 +6,19 @@ Nothing is parsed by Python's own parser here: the text is a model's, and a pars
 import json
 import re
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-# "```python", "~~~", "   ````" at the start of a line; backticks may not have backticks behind them
-OPENING = re.compile(r"^[ \t]*(?:(?P<ticks>```+)[ \t]*(?P<word>[\w+-]*)[^`\n]*|(?P<tildes>~~~+)[ \t]*([\w+-]*).*)$")
-# What a string or comment of Python may be: `# it's`, `"""a\nb"""`, `'a'`; only those of three quotes span lines
-LITERAL = re.compile(
-    r'#[^\n]*|(?P<long>"""(?:\\.|[^\\])*?"""|\'\'\'(?:\\.|[^\\])*?\'\'\')|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'',
-    re.DOTALL,
+# "```python", "   ~~~", "1. ````" at the start of a line; backticks may not have backticks behind them
+OPENING = re.compile(
+    r"^[ \t]*(?:(?:[-*+]|[0-9]{1,2}[.)])[ \t]+)?"
+    r"(?:(?P<ticks>```+)[ \t]*(?P<word>[\w+-]*)[^`\n]*|(?P<tildes>~~~+)[ \t]*([\w+-]*).*)$"
 )
+NAMED_FENCE = re.compile(r"(?:```+|~~~+)[ \t]*[\w{]")  # "```python", "```{python}"; not "```" and "```."
+# A comment, the start of a string that may span lines, or a string of one line: `# it's`, `"""`, `'a'`
+LITERAL = re.compile(r'#.*|(?P<long>"""|\'\'\')|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'')
+# The rest of a string that spans lines, up to its three quotes: `say \"""so"""`
+LONG_ENDS = {quotes: re.compile(rf"(?:\\.|(?!{quotes})[^\\])*{quotes}") for quotes in ('"""', "'''")}
 PYTHON_TAGS = ("", "python", "python3", "py")
 
 RETURNS = re.compile(r"^[ \t]*(?:return|yield)\b", re.MULTILINE)  # "    return x"
@@ -39,66 +42,99 @@ class Block:
 
 
 def fenced_blocks(response: str) -> list[Block]:
-    """The fenced blocks of an answer, by the rules of CommonMark with three exceptions.
+    """The fenced blocks of an answer, by the rules of CommonMark with these exceptions.
 
     A fence inside a string of three quotes (an example in a docstring) closes nothing; the fence may also stand at the
-    end of the last line of code; a block that is left open runs to the end.
+    end of the last line of code; a block that is left open ends where another begins, else with the text.
     """
     lines = response.split("\n")
-    in_string = _lines_in_strings(lines, 0)
+    examples = _lines_in_bare_strings(lines)
     blocks: list[Block] = []
     number = 0
     while number < len(lines):
         opening = OPENING.match(lines[number])
         number += 1
-        if not opening:
-            continue
-        bare = not blocks and any(CODE_START.match(line) for line in lines[:number])
-        if bare and number - 1 in in_string:  # an example in the docstring of code that has no fence of its own
+        if not opening or number - 1 in examples:
             continue
         fence, tag = opening["ticks"] or opening["tildes"], (opening["word"] or opening[4] or "").lower()
-        end, closed = _closing_line(lines, number, fence, tag in PYTHON_TAGS)
-        body = lines[number:end]
-        if end < len(lines) and not closed:  # "    return x```"
-            body.append(lines[end].rstrip().rstrip(fence[0]))
+        end = _block_end(lines, number, fence, tag in PYTHON_TAGS)
+        body, number, closed = lines[number:end], end + 1, False
+        if end < len(lines) and _opens_another(lines[end], fence):
+            number = end
+        elif end < len(lines):
+            closed = _is_fence(lines[end], fence)
+            if not closed:  # "    return x```"
+                body.append(lines[end].rstrip().rstrip(fence[0]))
         blocks.append(Block(tag, textwrap.dedent("\n".join(body)).strip("\n").rstrip(), closed))
-        number = end + 1
     return blocks
 
 
-def _closing_line(lines: list[str], start: int, fence: str, is_python: bool) -> tuple[int, bool]:
-    """The line at which a block ends, and whether it is a closing fence; the number of lines where none ends it."""
-    in_string = _lines_in_strings(lines, start) if is_python else set()
-    open_end = len(lines)
-    for number in range(start, len(lines)):
-        line = lines[number].strip()
-        rest = line.lstrip(fence[0])
-        if number in in_string:
-            continue
-        if len(line) - len(rest) >= len(fence) and not re.match(r"[ \t]*\w", rest):  # "```", "```.", not "```python"
-            return number, True
-        if line.endswith(fence) and open_end == len(lines):
-            open_end = number
-    return open_end, False
+def _is_fence(line: str, fence: str) -> bool:
+    """Whether a line begins with a fence of this kind that is at least as long."""
+    return line.strip().startswith(fence)
 
 
-def _lines_in_strings(lines: list[str], start: int) -> set[int]:
-    """The lines from `start` on that begin inside a string of three quotes.
+def _opens_another(line: str, fence: str) -> bool:
+    return _is_fence(line, fence) and bool(NAMED_FENCE.match(line.strip()) and OPENING.match(line))
+
+
+def _block_end(lines: list[str], start: int, fence: str, is_python: bool) -> int:
+    """The line at which a block ends: its closing fence, the opening of another block, or a line of code with the fence
+    behind it; the number of lines where none ends it."""
+    behind_code = len(lines)
+    for number in _lines_outside_strings(lines, start) if is_python else range(start, len(lines)):
+        if _opens_another(lines[number], fence):
+            return min(number, behind_code)
+        if _is_fence(lines[number], fence):  # "```", "```."
+            return number
+        if lines[number].rstrip().endswith(fence) and behind_code == len(lines):
+            behind_code = number
+    return behind_code
+
+
+def _lines_outside_strings(lines: list[str], start: int) -> Iterator[int]:
+    """The lines from `start` on that do not begin inside a string of three quotes, in their order.
 
     Such a string holds whole examples: of its fences each second one is bare. Else it is one that was left open, and
     the fences are the blocks' own.
     """
-    text = "\n".join(lines[start:])
-    found: set[int] = set()
-    for match in LITERAL.finditer(text):
-        if not match["long"]:
-            continue
-        first = start + text.count("\n", 0, match.start()) + 1
-        inside = range(first, start + text.count("\n", 0, match.end()) + 1)
-        fences = [lines[number].strip() for number in inside if OPENING.match(lines[number])]
-        if all(fence.strip("`~") == "" for fence in fences[1::2]):
-            found.update(inside)
-    return found
+    quotes = ""  # those of the string that is open
+    inside: list[int] = []  # its lines so far
+    fences = 0  # and how many of them are fences
+    for number in range(start, len(lines)):
+        if not quotes:
+            yield number
+        else:
+            inside.append(number)
+            opening = OPENING.match(lines[number])
+            fences += opening is not None
+            if opening and fences % 2 == 0 and (opening["word"] or opening[4]):
+                yield from inside
+                quotes, inside, fences = "", [], 0
+                continue
+        quotes = _quotes_after(lines[number], quotes)
+        if not quotes:
+            inside, fences = [], 0
+    yield from inside
+
+
+def _quotes_after(line: str, quotes: str) -> str:
+    """The three quotes of the string that is open at the end of a line, empty for none; `quotes`: at its start."""
+    place = 0
+    while found := LONG_ENDS[quotes].match(line, place) if quotes else LITERAL.search(line, place):
+        place = found.end()
+        quotes = "" if quotes else found["long"] or ""
+    return quotes
+
+
+def _lines_in_bare_strings(lines: list[str]) -> set[int]:
+    """The lines inside the strings of code without a fence, which begins before any fence does."""
+    for number, line in enumerate(lines):
+        if OPENING.match(line):
+            return set()
+        if CODE_START.match(line):
+            return set(range(number, len(lines))) - set(_lines_outside_strings(lines, number))
+    return set()
 
 
 def defined_names(code: str) -> set[str]:

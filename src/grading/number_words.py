@@ -21,7 +21,8 @@ ENGLISH = re.compile(
     rf"(?P<words>(?:an?\s+(?=hundred|thousand|million)|(?:{ENGLISH_WORD})\b)(?:(?:\s+and\s+|[\s-]+)(?:{ENGLISH_WORD})\b)*)"
 )
 # What may stand behind it: at most two words (" apples", " apples left") and then the end or a sentence mark
-ENGLISH_UNIT = re.compile(r"(?P<unit>(?:[\s-]+[^\W\d_]+){0,2})[\s*_`\"'”’)\]}$\\]*(?:[.,;!?]|\Z)")
+ENDS = r"[\s*_`\"'”’」)\]}$\\]*(?:[.!?。！？]|\Z|(?P<comma>[,;，；]))"
+ENGLISH_UNIT = re.compile(rf"(?P<unit>(?:[\s-]+[^\W\d_]+){{0,2}}){ENDS}")
 
 HAN_DIGITS = {"零": 0, "一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "九": 9}
 HAN = "[一二两三四五六七八九]"
@@ -30,10 +31,10 @@ CHINESE = re.compile(
     rf"(?P<sign>负)?(?:零(?!{HAN})|(?:(?P<thousands>{HAN})千)?(?:零?(?P<hundreds>{HAN})百)?(?:零?(?P<tens>{HAN}?)(?P<ten>十))?"
     rf"(?:(?:零|(?<![千百]))(?P<ones>{HAN}))?)(?![十百千万亿])"
 )
-# What may stand behind it: a measure word with at most four characters ("个苹果"), and then the end or a sentence mark
+# What may stand behind it: a measure word with at most four characters ("个苹果"), and then the same
 CHINESE_UNIT = re.compile(
-    r"(?:(?:小时|分钟|公里|[个只元块角人天年岁颗本页次米克斤吨升枚张条杯瓶支件名位箱盒包棵朵双套])(?:(?!半)[^\W\d_]){0,4})?"
-    r"[\s*_`)\]}$\\”」]*(?:[.,;!?。，；！？]|\Z)"
+    r"(?:(?:小时|分钟|公里|[个只元块角人天年岁颗本页次米克斤吨升枚张条杯瓶支件名位箱盒包棵朵双套])"
+    rf"(?P<unit>(?:(?!半)[^\W\d_]){{0,4}}))?{ENDS}"
 )
 
 
@@ -67,10 +68,18 @@ def english_value(words: list[str]) -> int | None:
     return total + current
 
 
+def _is_statement(span: str, rest: re.Match[str] | None) -> bool:
+    """Whether nothing else is said of the number: "two flew away, leaving 9" begins a sentence about other numbers."""
+    if not rest:
+        return False
+    goes_on = rest["comma"] and rest["unit"]
+    return not goes_on or not re.search("[0-9]", span[rest.end() :])
+
+
 def _english(span: str) -> int | None:
     match = ENGLISH.match(span)
     rest = ENGLISH_UNIT.match(span, match.end()) if match else None
-    if not rest:
+    if not _is_statement(span, rest):
         return None
     words, unit = re.findall(r"[a-z]+", match["words"]), re.findall(r"[^\W\d_]+", rest["unit"])
     if {*unit} & {*ONES, *TENS, *SCALES, *CHANGES} or (words == ["one"] and len(unit) > 1):
@@ -81,7 +90,7 @@ def _english(span: str) -> int | None:
 
 def _chinese(span: str) -> int | None:
     match = CHINESE.match(span)
-    if not match or not match[0].strip("负") or not CHINESE_UNIT.match(span, match.end()):
+    if not match or not match[0].strip("负") or not _is_statement(span, CHINESE_UNIT.match(span, match.end())):
         return None
     value = HAN_DIGITS.get(match["ones"], 0) if match["ones"] else 0
     if match["ten"]:

@@ -57,13 +57,12 @@ BOXED = re.compile(rf"\\f?box(?:ed)?(?:\s*\{{|(?=[ 0-9]))((?<=\{{){NESTED}(?=\}}
 # "answer is", "**Answer:**", "Final answer (in dollars):", "the answer to the question should be", '"answer":'; but
 # not "we convert the answer to weeks: 28 days"
 TOPIC = r"[*_\"'` \t]*(?:\([^()\n]*\)[*_ \t]*)?"
-VERB = r"(?:is|was|equals|comes (?:out )?to|(?:should|would|must|will|has to) be)\b"
-ENGLISH = rf"(?:\b(?:answer|ans)\b\.?(?:{TOPIC}(?:{VERB}|[:=])| to(?: [\w'’$-]+){{1,8}}? {VERB})|<answer>)"
-# "therefore", "exactly"
-HEDGE = (
-    r"(?:(?:therefore|thus|hence|then|exactly|about|approximately|roughly|around|simply|just|only|equal to|"
-    r"a total of)\b)"
+VERB = (
+    r"(?:is|equals|comes (?:out )?to|(?:should|would|must|will|has to) be)\b(?:[ ,]+(?:therefore|thus|hence|then)\b)?"
 )
+ENGLISH = rf"(?:\b(?:answer|ans)\b\.?(?:{TOPIC}(?:{VERB}|[:=])| to(?: [\w'’$-]+){{1,8}}? {VERB})|<answer>)"
+# "exactly 18", "a total of 18"
+HEDGE = r"(?:(?:exactly|about|approximately|roughly|around|simply|just|only|equal to|a total of)\b)"
 # "答案是", "最终答案：", "答案应为", "答：一共是"; not "回答：" or "解答："
 CHINESE = (
     r"(?:答案[*_ \t]*(?:就|应该|应|便)?(?:是|为|等于|[:=])|(?<![回解问应])答[*_ \t]*:)[\s:*]*(?:一共|总共|共|约)?是?"
@@ -83,12 +82,13 @@ LONG_DASH = re.compile(r"(?<![—―])[—―](?=[$0-9.])")  # "—5", at the st
 NAMED = re.compile(r"[A-Za-z](?:_\w+)?\s*=")  # "x = 18"
 LETTER_X = re.compile(r"(?<=[0-9)])(\s?)[xX](?=\s?[$(]?[0-9])")  # "24x3", "24 x 3"
 # Between two numbers of a calculation: what closes the first, its unit, and an operator or an equals sign:
-# ") *", "% of", " dozen eggs =", " dollars per egg x", " m^2 +"
-WORD = r"[^\W\d_]+(?:\^[0-9])?"
+# ") *", "% of", " dozen eggs =", " dollars per egg x", " m^2 +", " pints / gallon =", and nothing in "925(2/5)"
+NO_UNIT = r"(?:since|because|as|for|and|or|if|so|that|when|where|which|from|with|is|are|was|were|in|at|to|by|but|on)\b"
+WORD = rf"(?!(?i:{NO_UNIT}))[^\W\d_]+(?:\^[0-9])?"
+BETWEEN = r"(?:x|X|of|out of|of the|times|plus|minus|over|(?:divided|multiplied) by)(?![A-Za-z])"
 JOINT = re.compile(
-    rf"[\s%°)\]}}*`$\\]*(?:\^-?[0-9]+\s*)?(?:{WORD}(?:[ /-]{WORD}){{0,2}}[\s)\]}}*`$\\]*)?"
-    r"(?:(?P<equals>=+>?|≈|equals\b|is equal to\b|等于)|"
-    r"(?:[-+/×÷·*]|(?:x|X|of|out of|of the|times|plus|minus|over|(?:divided|multiplied) by)(?![A-Za-z])))"
+    rf"[\s%°)\]}}*`$\\]*(?:\^-?[0-9]+\s*)?(?:{WORD}(?:(?:[ -]| ?/ ?){WORD}){{0,2}}[\s)\]}}*`$\\]*)?"
+    rf"(?:(?P<equals>=+>?|≈|equals\b|is equal to\b|等于)|[-+/×÷·*]|(?<=[0-9)])(?=\([0-9])|{BETWEEN})"
 )
 NEXT_SUM = re.compile(rf"\s*(?:{WORD}(?: {WORD}){{0,2}})?\s*[,;]\s*(?:(?:so|then|thus|therefore|hence)\b)?")  # ", so "
 

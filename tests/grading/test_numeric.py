@@ -3,6 +3,7 @@
 import doctest
 import json
 import re
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -58,6 +59,21 @@ def test_every_example_of_the_rules_is_read_as_they_say():
         (r"\fbox{18} of 20", 18, False),
         (r"\boxed{\frac{3}{4}} of 20", 0.75, False),
         (r"\boxed{5} no, \boxed{18} of 20", 18, False),
+        (r"#### 2\frac{1}{2}", 2.5, True),
+        (r"#### 3 \times 10^{6}", 3000000, True),
+        (r"\boxed{\text{\textbf{18}}} of 20", 18, False),
+        (r"\boxed{{\bf 18}} of 20", 18, False),
+        (r"\boxed{- 5} of 20", -5, False),
+        ("The area is 72 cm^{2} or so", 72, False),
+        ("#### 18\u200b\r\n", 18, True),
+        ("#### __18__", 18, True),
+        ("#### $$18$$", 18, True),
+        (r"\#\#\#\# 18", 18, True),
+        ("＃＃＃＃ １８", 18, True),
+        ("The answer is —5.", -5, False),
+        ("The answer is—18.", 18, False),
+        ("答案是——18", 18, False),
+        ("There were 20 —18 of them red", 18, False),
         # 2 and 3. the place, and the number it begins with
         ("#### 18. She ate 3 for breakfast.", 18, True),
         ("#### 18. (3 of 7 left)", 18, True),
@@ -76,6 +92,16 @@ def test_every_example_of_the_rules_is_read_as_they_say():
         ("最终答案：$18$，共3人", 18, False),
         ("答：一共18元，3人平分", 18, False),
         ("回答：先看3人，共18元", 18, False),
+        ("答案：**18**元，3人", 18, False),
+        ("Final Answer: The final answer is $18$ of 20", 18, False),
+        ("The final answer is:\n$$\n18\n$$\nof 20", 18, False),
+        ("The answer to the question is therefore 18 of 20", 18, False),
+        ("<answer>18</answer> of 20", 18, False),
+        ('{"answer": "18", "steps": 3}', 18, False),
+        ("#### US$18 of 20", 18, True),
+        ("#### 8: 3 of them are left\nThat took 5 minutes", 8, False),
+        ("The third answer was 1800-400 = 1400\nAltogether 1800+1400 = 3200", 3200, False),
+        ("Answer: Thus, 28 links, at 4 ounces each, weigh 112 ounces", 112, False),
         # 4. calculations
         ("#### 2^3 = 8", 8, True),
         ("#### 2**3 = 8", 8, True),
@@ -88,10 +114,30 @@ def test_every_example_of_the_rules_is_read_as_they_say():
         ("#### 5 dozen = 60 eggs", 60, True),
         ("#### 18 = 9 * 2", 18, True),
         ("#### 5 * 3 = 15, so 15 + 3 = 18", 18, True),
+        ("#### (1 + 2)^2 = 9", 9, True),
+        ("#### 24x3 = 72", 72, True),
+        ("#### 18元 + 3元 = 21元", 21, True),
+        ("#### = 24 eggs, 2 dozen", 24, True),
+        ("#### 55 / 3 ≈ 18.33", 18.33, True),
+        ("#### 8 * 9 =", 9, False),
+        ("#### 3 bags of 6 eggs", 3, True),
+        ("#### 5 * 3 = <<5*3=15>>15", 15, True),
+        (r"\boxed{\dfrac{3 \times 12}{2} = 18}, of 20", 18, False),
+        ("The answer is 9 * 2 = 18, and 3 + 4 = 7 is the rest", 18, False),
+        ("**Answer: 4** since one dollar equals 100 cents", 4, False),
+        ("#### 4 since x = 10", 4, True),
+        ("#### x=925(2/5)=370 stamps", 370, True),
+        ("Answer: 15 gallons * 8 pints / gallon = 120 pints in 3 days", 120, False),
         # 5. headings
         ("#### 1. First we add\n3 + 4\n#### 2. Then we stop\nThat gives 7", 7, False),
         ("#### 3. Conclusion\nThe answer is 18.", 18, False),
         ("#### 1) Add\n#### 2) Stop\n#### 18", 18, True),
+        ("#### 2. Add the eggs\n3 + 4 = 7", 7, False),
+        ("#### 2: Find the eggs.\n3 + 4\n#### 3: Sell them.\nThat makes 7", 7, False),
+        ("### 1. Add\n3 + 4\n### 2. Stop\n#### 3. Conclusion\nIt is 7", 7, False),
+        ("#### 1. 先求和\n#### 2. 再相减\n得7", 7, False),
+        ("#### 1. Add\n#### 2. Stop\n#### 18. She ate 3.", 18, True),
+        ("Answer:\n\n1. We add 3 and 4.\n2. So it is 7.", 7, False),
         # 6. thousands
         ("#### 1 000", 1000, True),
         ("#### 118 000", 118000, True),
@@ -104,6 +150,10 @@ def test_every_example_of_the_rules_is_read_as_they_say():
         ("#### 1 000 5", 1, True),
         ("#### 18 300 5", 18, True),
         ("in 2020 300 came", 300, False),
+        ("#### 1.000.000", 1000000, True),
+        (r"#### 1\,000", 1000, True),
+        ("#### 3,5", 3, True),
+        ("#### 5 100-dollar bills", 5, True),
         # 7. units
         ("#### 25 %", 25, True),
         ("#### 2 million", 2, True),
@@ -116,6 +166,11 @@ def test_every_example_of_the_rules_is_read_as_they_say():
         ("答案是十八个。", 18, False),
         ("It is eighteen, of 20", 20, False),
         ("The answer is one we can find: 18", 18, False),
+        ("The answer is eighteen, not 20.", 18, False),
+        ("The answer is eighteen. She ate 3.", 18, False),
+        ("Answer: Two flew away, leaving 11 - 2 = 9", 9, False),
+        ("答案：两个人走了，剩下 3 人", 3, False),
+        ("答案是十八个，3人分", 18, False),
         # 9. what runs on
         ("#### 18\nQuestion: Tom has 5. How many?\n#### 5", 18, False),
         ("#### 18\n\nQ: Tom has 5.\nA: 5", 18, False),
@@ -125,6 +180,9 @@ def test_every_example_of_the_rules_is_read_as_they_say():
         ("The answer is 18.\n\nQuestion: Tom has 5.\nThe answer is 5.", 18, False),
         ("Question: Tom has 5 and 13.\n#### 18", 18, True),
         ("#### 5\nNo, wait.\n#### 18", 18, True),
+        ("#### 18\n### Instruction:\nNow 5\n### Response:\n#### 5", 18, False),
+        ("#### 18</s>\n#### 5", 18, False),
+        ("The answer is 5 so far.\nProblem: and the rest?\n#### 18", 18, True),
         # 10. strict
         ("#### 5\n#### none", 5, False),
         ("#### 5\n#### unknown\n", 5, False),
@@ -222,3 +280,22 @@ def test_references_are_read(split):
         value = Fraction(gold.replace(",", ""))
         assert gold_number({"reference": gold})[1] == value
         assert find_number(answer)[1:] == (value, True), answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"#### {number % 9}. Add\n" for number in range(6000)),
+        "the answer is " * 6000,
+        "#### " + "1 + " * 20000,
+        "#### 1" + " 000" * 20000,
+        "\\boxed{" * 9000,
+        "Question: 5\n" * 6000 + "#### 5",
+        "<<" * 30000,
+        "9" * 60000,
+    ],
+)
+def test_an_answer_in_a_loop_is_read_in_no_time(text):
+    start = time.perf_counter()
+    find_number(text)
+    assert time.perf_counter() - start < 2
