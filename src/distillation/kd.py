@@ -123,13 +123,14 @@ def _own_folder(config: KDConfig, fingerprint: dict[str, Any], data: TrainingDat
         if config.process_index == 0:
             root = Path(config.experiment_dir).parent
             root.mkdir(parents=True, exist_ok=True)
-            with locked(root / ".choosing.lock"):  # two that start together must not both find the same folder free
+            # two that start together must not both find no run: the folder is this run's before the other looks
+            with locked(root / ".choosing.lock"):
                 folder = _find_folder(config, fingerprint)
                 held.enter_context(hold(folder, SECTION))
-            if config.output_dir:
-                claim_folder(folder, fingerprint, config.resume, config.overwrite)
-            if not (folder / "kd_config.json").is_file():
-                _write_kd_config(folder, config, fingerprint, data)
+                if config.output_dir:
+                    claim_folder(folder, fingerprint, config.resume, config.overwrite)
+                if not (folder / "kd_config.json").is_file():
+                    _write_kd_config(folder, config, fingerprint, data)
             chosen = [folder]
         [folder] = broadcast_object_list(chosen)
         yield folder

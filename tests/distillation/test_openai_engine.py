@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.reply(200, good[:40], length=len(good))
         elif fault == "hang":
-            time.sleep(1.5)
+            time.sleep(4)
             self.close_connection = True
         elif fault == "not_json":
             self.reply(200, good[:-9])
@@ -167,7 +167,7 @@ def serve(monkeypatch):
 
 def answers(server, rows=ROWS, samples=2, sampling=SAMPLING, url=None, thinking=False, tokenizer=None, **settings):
     requests = make_requests(rows, samples, 7)
-    place = Server(url or server.url, "teacher", **({"timeout": 0.5, "tries": len(FAULTS) + 1} | settings))
+    place = Server(url or server.url, "teacher", **({"timeout": 60.0, "tries": len(FAULTS) + 1} | settings))
     parts = generate_from_server(place, requests, sampling, thinking, tokenizer=tokenizer)
     return requests, [row for part in parts for row in part]
 
@@ -197,7 +197,7 @@ def test_a_server_with_every_fault_loses_and_doubles_nothing(serve):
         return FAULTS[(start + number - 1) % len(FAULTS)] if number <= len(FAULTS) else None
 
     server = serve(faults)
-    requests, rows = answers(server, ROWS[:6])
+    requests, rows = answers(server, ROWS[:6], timeout=2.0)
     assert len(rows) == len(requests) == 12
     by_key = {(row["id"], row["sample_index"]): row for row in rows}
     assert by_key.keys() == {(request.id, request.sample_index) for request in requests}
