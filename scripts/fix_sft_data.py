@@ -42,7 +42,7 @@ ANSWER_KEYS = ("id", "sample_index", "response", "finish_reason")
 def check_answer(row: dict[str, Any]) -> str | None:
     """What is wrong with the types of a raw answer, or None."""
     for key, kind in zip(ANSWER_KEYS, (str, int, str, str), strict=True):
-        if not isinstance(row[key], kind):
+        if not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"{key} must be {'text' if kind is str else 'a whole number'}, found {type(row[key]).__name__}"
     return None
 

@@ -4,14 +4,14 @@ import decimal
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from src.data.records import READ_FROM, format_of, name_of, read_records
 from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION, Row, dataset_row, from_hub, question_of
 from src.evaluation.graders import check_dataset_row
-from src.utils.common import UNGRADED, UserError, parse_json, sha256_file, sha256_text
+from src.utils.common import UNGRADED, UserError, logger, parse_json, sha256_file, sha256_text
 
 GRADERS = ("numeric", "python_tests", "rubric", UNGRADED)
 INSTRUCTIONS = {"numeric": GSM8K_INSTRUCTION, "python_tests": CODE_INSTRUCTION}
@@ -65,7 +65,7 @@ def _texts(record: dict[str, Any], columns: Columns) -> dict[str, str]:
         column = getattr(columns, name)
         value = record.get(column, "")
         if name == "reference" and isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if not isinstance(value, int) and not math.isfinite(value):
                 raise ValueError(f"{column} is {value}; put a finite number, or leave it out")
             value = str(value)
         if not isinstance(value, str):
@@ -121,7 +121,7 @@ def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str, 
         raise ValueError(f"no column {wanted}; found {names}; {NAME_COLUMNS}")
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    grader = texts["grader"] or grader or UNGRADED
+    grader = texts["grader"].strip() or grader or UNGRADED
     if grader not in GRADERS:
         raise ValueError(f"unknown grader {grader!r}; known are {', '.join(GRADERS)}")
     if grader == "numeric":
@@ -173,8 +173,9 @@ def read_own_prompts(
         UserError: it cannot be read, or a record is wrong; names file and line (or record), and the columns found.
     """
     source, origin, records = _records(place, columns, hub_split, hub_revision, flag)
-    rows = []
+    rows, unread = [], {}
     for where, record in records:
+        unread |= dict.fromkeys(name for name in record if name not in astuple(columns))
         try:
             rows.append(own_row(record, columns, source, domain, grader))
         except ValueError as error:
@@ -182,6 +183,10 @@ def read_own_prompts(
     if not rows:
         raise UserError(f"{place}: there are no rows in it; name another with {flag}")
     unique = {row["id"]: row for row in rows}
+    if unread:
+        logger.info("%s: columns that are not read: %s", place, ", ".join(map(str, unread)))
+    if len(unique) < len(rows):
+        logger.info("%s: %d rows say the same as others and are left out", place, len(rows) - len(unique))
     return list(unique.values()), origin, len(rows) - len(unique)
 
 

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from src.utils.common import UnwritableJSON, UserError, json_lines, logger, open
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 READ_FROM = ".jsonl, .json, .csv, .tsv (any of these also as .gz), .parquet"  # for those who brought something else
 DELIMITERS = {",": "',' (comma)", ";": "';' (semicolon)", "\t": "tab", "|": "'|' (bar)"}
+
+SEPARATOR_LINE = re.compile(r"sep=([,;\t|])\r?\n")  # "sep=;", which Excel writes and reads before the header
 
 Record = dict[str, Any]
 
@@ -121,7 +124,7 @@ def _list_in(path: Path, whole: Any, wanted: Sequence[str]) -> list[Any]:
 
 def _columns(text: str, delimiter: str) -> list[str]:
     """The names in a table's header, cut at this delimiter; none where it cannot be cut so."""
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         return [name.strip() for name in next(lines, [])]
     except csv.Error:
@@ -151,19 +154,24 @@ def _table_records(
 ) -> Iterator[tuple[str, Record]]:
     """The rows under a header; an empty cell is None."""
     csv.field_size_limit(2**31 - 1)
-    text = read_text(path)
+    text, skipped = read_text(path), 0
+    said = SEPARATOR_LINE.match(text)
+    if said:
+        text, skipped, delimiters = text[said.end() :], 1, [said[1]]
     delimiter = _delimiter(text, delimiters, wanted)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
         for record in reader:
-            where = f"{path}:{reader.line_num}"
+            where = f"{path}:{reader.line_num + skipped}"
+            if not any(record.values()):  # workbooks leave rows of empty cells behind their own
+                continue
             _check_header(where, names, delimiter, wanted, hint)
             if None in record or None in record.values():
                 raise UserError(f"{where}: not as many fields as the header has ({', '.join(names)})")
             yield where, {name: value or None for name, value in record.items()}
     except csv.Error as error:
-        line = reader.reader.line_num  # the other reader's is that of the row before
+        line = reader.reader.line_num + skipped  # the other reader's is that of the row before
         raise UserError(f"{path}:{line}: not valid CSV ({error})") from None
 
 
@@ -172,8 +180,12 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Record]]:
     import pyarrow.parquet
 
     try:
-        records = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
+        table = pyarrow.parquet.read_table(path)
+        for index, column in enumerate(table.schema):
+            if column.type in (pyarrow.float16(), pyarrow.float32()):  # 0.1 would become 0.10000000149011612
+                table = table.set_column(index, column.name, table.column(index).cast(pyarrow.string()))
+        records = table.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a Parquet file ({' '.join(str(error).split())[:120]})") from None
     for number, record in enumerate(records, start=1):
         yield f"{path}, row {number}", record

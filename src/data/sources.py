@@ -114,11 +114,19 @@ def mbpp_rows(records: list[dict[str, Any]], split: str) -> list[Row]:
     """MBPP (Austin et al. 2021): the first test is shown, for it fixes the function's name; all of them grade.
 
     The sanitized file has `prompt` and `test_imports` where the full one has `text` and `test_setup_code`.
+
+    Raises:
+        UserError: a record's tests are no list of texts, as in a CSV; names it.
     """
     rows = []
     for record in records:
-        task = record.get("text") or record["prompt"]
-        tests = record["test_list"]
+        task = record.get("text") or record.get("prompt")
+        tests, imports = record["test_list"], record.get("test_imports") or []
+        for name, value in (("test_list", tests or None), ("test_imports", imports)):
+            if not isinstance(value, list) or not all(isinstance(test, str) for test in value):
+                raise UserError(f"MBPP task {record['task_id']}: {name} must be a list of texts; bring the JSONL file")
+        if not isinstance(task, str):
+            raise UserError(f"MBPP task {record['task_id']}: no text and no prompt says what to write")
         rows.append(
             dataset_row(
                 source="mbpp",
@@ -129,7 +137,7 @@ def mbpp_rows(records: list[dict[str, Any]], split: str) -> list[Row]:
                 reference=record["code"].replace("\r\n", "\n"),
                 grader="python_tests",
                 grader_args={
-                    "setup": record.get("test_setup_code") or "\n".join(record.get("test_imports") or ()),
+                    "setup": record.get("test_setup_code") or "\n".join(imports),
                     "tests": "\n".join(tests),
                     "entry_point": "",
                     "task_id": f"MBPP/{record['task_id']}",
@@ -162,17 +170,24 @@ def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str
     return list(loaded), f"model hub, {name} {subset or ''} {split} at revision {revision}".replace("  ", " ")
 
 
+OTHER_THAN_TEXT = ("task_id", "test_list")  # columns of the official files
+
+
 def from_file(path: str, required: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
     """Records of a local file (see `records`) and their origin in words.
 
     Raises:
-        UserError: it is missing, broken or empty, or a record lacks a column; names file and line, or record.
+        UserError: it is missing, broken or empty, or a record lacks a column or has another thing than text in it;
+            names file and line, or record.
     """
     records = []
     for where, record in read_records(Path(path), required, "is this the official file?"):
-        missing = [name for name in required if name not in record]
+        missing = [name for name in required if record.get(name) is None]
         if missing:
             raise UserError(f"{where}: missing {', '.join(missing)}; found {', '.join(record) or 'no keys'}")
+        for name in required:
+            if name not in OTHER_THAN_TEXT and not isinstance(record[name], str):
+                raise UserError(f"{where}: {name} must be text, found {type(record[name]).__name__}")
         records.append(record)
     if not records:
         raise UserError(f"{path}: the file holds no rows")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -114,6 +115,10 @@ def load_adapters(model: PreTrainedModel, folders: dict[str, str]) -> PreTrained
                 model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
             else:
                 model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
+        except SafetensorError as error:
+            raise UserError(
+                f"{folder}: its weights cannot be read ({error}); train it again with --overwrite"
+            ) from error
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(

@@ -80,7 +80,8 @@ def newest_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end and is still what was written; Trainer's own finder takes a
     half-written one."""
     complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
-    for path in sorted(complete, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    numbered = [path for path in complete if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         broken = _broken_file(path)
         if broken is None:
             return path
@@ -90,7 +91,13 @@ def newest_complete_checkpoint(folder: Path) -> Path | None:
 
 def _broken_file(checkpoint: Path) -> Path | None:
     """The first file of a complete checkpoint that is missing or has other bytes than when it was written."""
-    for name, written in read_json(checkpoint / COMPLETE).get("sha256", {}).items():
+    try:
+        facts = read_json(checkpoint / COMPLETE)
+    except UserError:
+        facts = None
+    if not isinstance(facts, dict):
+        return checkpoint / COMPLETE
+    for name, written in facts.get("sha256", {}).items():
         path = checkpoint / name
         if not path.is_file() or sha256_file(path) != written:
             return path

@@ -41,11 +41,14 @@ from src.distillation.teacher_signal import Rows, TeacherSignal, online_signal
 from src.utils.common import (
     Progress,
     UserError,
+    append_jsonl,
     atomic_path,
     finish_stage,
     logger,
     provenance,
     read_json,
+    read_jsonl,
+    repair_jsonl_tail,
     require_disk,
     sha256_file,
     sha256_text,
@@ -61,6 +64,7 @@ SAMPLED = 256  # positions of a file of hidden states on which the share outside
 NOT_IN_FINGERPRINT = ("teacher_model_name_or_path", "experiment_dir", "overwrite", "teacher_devices", "gpu_memory_gb")
 MADE_BY = "run scripts/cache_teacher.py"
 HEAD = "head.safetensors"
+WRITTEN = "written.jsonl"  # until the cache is complete: each file that is, with its hash
 NOTICED = 3.0  # seconds from which on hashing is worth a line
 
 
@@ -216,8 +220,10 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str
     if state == "done":
         logger.info("%s is complete; nothing to do", folder)
         return read_json(index_path)
-    for left_over in folder.glob("*.safetensors") if state == "fresh" else ():
-        left_over.unlink()
+    if state == "fresh":
+        for left_over in [*folder.glob("*.safetensors"), *folder.glob(WRITTEN)]:
+            left_over.unlink()
+    written = _written_before(folder)
 
     shards = _shards(rows, lambda r: config.signal == "topk" and _key(r) not in measuring, config.tokens_per_shard)
     model = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
@@ -235,18 +241,20 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str
     seconds, passed = 0.0, 0
     with Progress(len(rows), "teacher cache") as progress:
         for shard in shards:
-            if (folder / shard.file).is_file():
+            if shard.file in written:
                 progress.skip(len(shard.rows))
                 continue
             started = time.monotonic()
             _write_shard(folder / shard.file, shard, signal, config)
+            written[shard.file] = _written(folder / shard.file)
+            append_jsonl(folder / WRITTEN, [{"file": shard.file, **written[shard.file]}])
             seconds += time.monotonic() - started
             passed += sum(map(len, shard.rows))
             progress.advance(len(shard.rows), tokens_per_second=f"{passed / seconds:.0f}")
 
     measured = [[_tensor(folder / s.file, name) for s in shards] for name in ("outside", "looked_at")]
     outside = sum(measured[0]) / sum(measured[1])
-    written = {shard.file: _written(folder / shard.file) for shard in shards}
+    written = {shard.file: written[shard.file] for shard in shards}
     index = {
         **made_of,
         "teacher_model_name_or_path": name,
@@ -262,7 +270,8 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str
         "provenance": provenance(),
     }
     write_json(index_path, index)
-    finish_stage(marker, made_of)
+    finish_stage(marker, made_of, index_sha256=sha256_file(index_path))
+    (folder / WRITTEN).unlink(missing_ok=True)
     return index
 
 
@@ -290,12 +299,30 @@ def _written(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
+def _written_before(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that an unfinished run has written, as far as they still are what it wrote."""
+    path = folder / WRITTEN
+    repair_jsonl_tail(path)
+    found = {}
+    for row in read_jsonl(path, ("file", "bytes", "sha256")) if path.is_file() and path.stat().st_size else ():
+        facts = {"bytes": row["bytes"], "sha256": row["sha256"]}
+        if (folder / row["file"]).is_file() and _written(folder / row["file"]) == facts:
+            found[row["file"]] = facts
+        else:
+            logger.warning("%s is not as it was written; it is made again", folder / row["file"])
+    return found
+
+
 def _check_files(folder: Path, index: dict[str, Any]) -> None:
     """Hash every file that will be trusted: a shard of zeros would train without a word.
 
     Raises:
         UserError: a file is missing, or has another size or other bytes than when it was written.
     """
+    marker = folder / "stage.json"
+    known = read_json(marker).get("index_sha256") if marker.is_file() else None
+    if known != sha256_file(folder / "index.json"):
+        raise UserError(f"{folder / 'index.json'}: not as it was written, its hash is another; {MADE_BY} --overwrite")
     files = {**index["shards"], HEAD: index["head"]}
     for name, facts in files.items():  # what costs nothing first
         path = folder / name
@@ -323,7 +350,10 @@ def cached_tokenizer(folder: Path, index: dict[str, Any], experiment_dir: str | 
         UserError: it cannot be loaded, or its vocabulary, its chat template or the day that this reads is another.
     """
     path = folder / "tokenizer"
-    tokenizer = load_tokenizer(str(path), experiment_dir)
+    try:
+        tokenizer = load_tokenizer(str(path), experiment_dir)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {MADE_BY} --overwrite") from None
     found = _template_hashes(tokenizer)
     for name in ("tokenizer", "template", "prompt_date"):
         if found.get(name) != index.get(name):

@@ -77,9 +77,11 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
 
 
 def _decode(data: bytes, where: str | Path) -> str:
-    """UTF-8 text, without a byte order mark before it."""
+    """UTF-8 text, without the byte order mark before it (or several: files get joined)."""
+    while data.startswith(codecs.BOM_UTF8):
+        data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{where}: not UTF-8 text; {AS_UTF_8}") from None
 
@@ -266,11 +268,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        for written in [temporary, *temporary.rglob("*")]:
+            if written.is_file():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
         if temporary.is_dir() and path.exists():
             shutil.rmtree(path)
-        elif temporary.is_file():
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():

@@ -266,3 +266,22 @@ def test_the_split_is_a_function_of_each_question(tmp_path):
     more_train, more_held = split_by_question(more, 0.2)
     assert {row["prompt"] for row in held} <= {row["prompt"] for row in more_held}
     assert (len(more_train), len(more_held)) == (2 * len(train), 2 * len(held))
+
+
+def test_what_is_not_read_is_said(tmp_path, caplog):
+    """SVAMP's question stands in two columns; who names one of them hears of the other."""
+    caplog.set_level("INFO")
+    path = tmp_path / "svamp.json"
+    record = {"Body": "Tom has 3.", "Question": "How many?", "Answer": 10**400}
+    path.write_text(json.dumps([record | {"Answer": 3}, record | {"Answer": 3}]))
+    rows, _, repeats = read_own_prompts(
+        str(path), Columns(prompt="Question", reference="Answer"), "own", "train", "main", "--prompts_file", "numeric"
+    )
+    assert (len(rows), repeats) == (1, 1)
+    assert f"{path}: columns that are not read: Body" in caplog.text
+    assert f"{path}: 1 rows say the same as others and are left out" in caplog.text
+    path.write_text(json.dumps([record]))
+    with pytest.raises(UserError, match="record 1: reference '1000"):
+        read_own_prompts(
+            str(path), Columns(prompt="Question", reference="Answer"), "own", "train", "main", "--x", "numeric"
+        )

@@ -1,11 +1,14 @@
 """Records of a file: whatever the format, the same records, and a mistake is named where it stands."""
 
 import codecs
+import contextlib
 import gzip
 import json
 import logging
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from src.data.records import format_of, name_of, read_records
@@ -159,3 +162,59 @@ def test_the_official_files_as_they_are_published(tmp_path, humaneval):
     sanitized.write_text("[]")
     with pytest.raises(UserError, match=r"sanitized-mbpp\.json: the file holds no rows"):
         from_file(str(sanitized), ("task_id",))
+
+
+@pytest.mark.parametrize("line", ["sep=;\n", "sep=;\r\n"])
+def test_the_line_that_excel_puts_before_the_header(tmp_path, line):
+    text = f"{line}prompt;reference\nHow many, 1 or 2?;18\n;\nAnd now?;5\n;\n"
+    records = read(tmp_path / "a.csv", text)
+    assert [record for _, record in records] == [
+        {"prompt": "How many, 1 or 2?", "reference": "18"}, {"prompt": "And now?", "reference": "5"},
+    ]  # fmt: skip
+    assert records[1][0] == f"{tmp_path / 'a.csv'}:5"
+
+
+def test_blanks_before_quoted_cells(tmp_path):
+    text = '"prompt", "reference", "grader"\n"One, or two?", "18", "numeric"\n'
+    [(_, record)] = read(tmp_path / "a.csv", text)
+    assert record == {"prompt": "One, or two?", "reference": "18", "grader": "numeric"}
+
+
+def test_several_marks_before_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 * 2 + b'{"prompt": "a"}\n')
+    assert [record for _, record in read_records(path, ("prompt",))] == [{"prompt": "a"}]
+
+
+def test_short_floats_of_parquet_are_what_was_written(tmp_path):
+    table = pyarrow.table({"prompt": ["a"], "reference": pyarrow.array([0.1], pyarrow.float32())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    [(_, record)] = read_records(tmp_path / "a.parquet", ("prompt",))
+    assert record["reference"] == "0.1"
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [f"What is {i}?" for i in range(500)]}), path)
+    whole = path.read_bytes()
+    for place in range(4, len(whole) - 200, 97):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(UserError):  # anything else would be a traceback
+            list(read_records(path, ("prompt",)))
+
+
+def test_mbpp_as_a_table_is_refused(tmp_path):
+    """Its lists have become text there; one test a letter would be run."""
+    path = tmp_path / "mbpp.csv"
+    path.write_text("task_id,text,code,test_list\n11,Write f.,def f(): pass,\"['assert f() is None']\"\n")
+    records, _ = from_file(str(path), ("task_id", "code", "test_list"))
+    with pytest.raises(UserError, match="MBPP task 11: test_list must be a list of texts; bring the JSONL file"):
+        mbpp_rows(records, "eval")
+
+
+def test_an_official_file_with_holes_is_one_line(tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    for answer, words in (("null", "missing answer"), ("18", "answer must be text, found int")):
+        path.write_text(f'{{"question": "How many?", "answer": {answer}}}\n')
+        with pytest.raises(UserError, match=f"gsm8k.jsonl:1: {words}"):
+            from_file(str(path), ("question", "answer"))

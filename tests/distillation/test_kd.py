@@ -457,6 +457,9 @@ def test_a_checkpoint_with_other_bytes_is_passed_over(settings, tmp_path, monkey
             run_kd_pipeline(cut)
     broken = tmp_path / "cut" / "checkpoint-3" / "adapter_model.safetensors"
     broken.write_bytes(bytes(broken.stat().st_size))
+    for name in ("checkpoint-9", "checkpoint-best", "checkpoint-3-backup"):  # zeroed; a person's own copies
+        (tmp_path / "cut" / name).mkdir()
+        (tmp_path / "cut" / name / "complete.json").write_bytes(bytes(20))
     results = run_kd_pipeline(cut)
     assert f"{broken} is not as it was written; going on from the checkpoint before" in caplog.text
     assert_same(weights(results), weights(whole), atol=0, rtol=0)

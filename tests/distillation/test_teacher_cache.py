@@ -238,3 +238,35 @@ def test_two_rows_of_one_name_and_a_full_disk(config, clean_rows, write_sft, mon
     write_sft(config.experiment_dir, clean_rows(3) + clean_rows(1), clean_rows(2, start=50))
     with pytest.raises(UserError, match="two clean rows share an id and a sample_index"):
         make_cache(config)
+
+
+def test_a_killed_pass_trusts_no_file_that_changed_since(config, monkeypatch, caplog):
+    """A shard that was zeroed between a kill and the next start is made again, not hashed as good."""
+    whole = make_cache(config())["shards"]
+    write, made = teacher_cache._write_shard, []
+
+    def killed_at_the_third(path, *rest):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(path)
+        write(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache, "_write_shard", killed_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            make_cache(config(overwrite=True))
+    _zero_the_tensors(made[1])
+    monkeypatch.setattr(teacher_cache, "_write_shard", lambda path, *rest: (made.append(path), write(path, *rest)))
+    assert make_cache(config())["shards"] == whole
+    assert made[3] == made[1], "the first that is made again"
+    assert f"{made[1]} is not as it was written; it is made again" in caplog.text
+    assert not (made[1].parent / teacher_cache.WRITTEN).exists()
+
+
+def test_an_edited_index_is_refused(config):
+    """The places of rows and the map of logits are trusted as the shards are."""
+    make_cache(config())
+    path = teacher_cache.Path(config().experiment_dir) / "teacher_cache" / "index.json"
+    path.write_text(path.read_text().replace('"logit_map": [\n    1.0', '"logit_map": [\n    0.5'))
+    with pytest.raises(UserError, match=r"index\.json: not as it was written.*--overwrite"):
+        opened(config())
