@@ -47,8 +47,19 @@ def rivals_python() -> str:
     return str(python)
 
 
+def device() -> str:
+    """What is measured: `cuda` where there is a GPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def resident_mb() -> float:
-    """Resident memory of this process now, MiB, after giving free blocks of the allocator back."""
+    """Memory in use now, MiB: the GPU's allocations, or what is resident after giving free blocks back."""
+    if device() == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated() / 2**20
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
 
@@ -59,22 +70,44 @@ def _status(field: str) -> float:
 
 
 def forget_peak() -> None:
-    """Start the peak of resident memory again from what is resident now (Linux)."""
+    """Start the peak of memory again from what is in use now (Linux)."""
+    if device() == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_mb() -> float:
-    """The peak of resident memory since `forget_peak`, MiB, as the kernel has kept it."""
+    """The peak of memory since `forget_peak`, MiB, as the allocator or the kernel has kept it."""
+    if device() == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
     return _status("VmHWM")
 
 
 def best_seconds(call: Callable[[], Any], runs: int = 2) -> float:
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    """The best of some runs; on a GPU between two events, so that its queue is what is timed."""
+    return min(_seconds_on_gpu(call) if device() == "cuda" else _seconds(call) for _ in range(runs))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(call: Callable[[], Any]) -> float:
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def _processor_seconds() -> tuple[float, float, float]:
@@ -171,6 +204,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": info.get("model name"),
         "flags": [flag for flag in FLAGS if flag in flags],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "load_average_before": os.getloadavg()[0],

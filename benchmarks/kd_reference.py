@@ -12,14 +12,15 @@ ROWS = 128
 def inputs(job: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Student and teacher that lean to the same labels: logits of spread 2.5, the label's about 15 above their mean."""
     vocab, width, tokens, dtype = job["V"], job["H"], job["N"], getattr(torch, job["dtype"])
-    generator = torch.Generator().manual_seed(job["seed"])
+    device = job.get("device", "cpu")
+    generator = torch.Generator(device).manual_seed(job["seed"])
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     teacher_head = normal(vocab, width).mul_(2.5 / width**0.5)
     student_head = (0.9 * teacher_head).add_(normal(vocab, width), alpha=0.44 * 2.5 / width**0.5).to(dtype)
-    labels = torch.randint(vocab, (tokens,), generator=generator)
+    labels = torch.randint(vocab, (tokens,), generator=generator, device=device)
     towards = F.normalize(teacher_head[labels], dim=-1)
     teacher = normal(tokens, width)
     student = 0.9 * teacher + 0.44 * normal(tokens, width) + 5 * towards
@@ -48,7 +49,7 @@ def reference(z_RV, t_RV, head_VH, labels_R, temperature: float, alpha: float) -
     log_q = F.log_softmax(z_RV, -1)
     ce = -log_q.gather(1, labels_R[:, None]).sum()
     grad_RV += (1 - alpha) * log_q.exp().scatter_add(1, labels_R[:, None], torch.full_like(z_RV[:, :1], -1))
-    grad_RH = torch.zeros(len(z_RV), head_VH.shape[1], dtype=torch.float64)
+    grad_RH = torch.zeros(len(z_RV), head_VH.shape[1], dtype=torch.float64, device=z_RV.device)
     for part, head in zip(grad_RV.split(8192, dim=1), head_VH.split(8192), strict=True):
         grad_RH += part @ head.double()
     return grad_RH, ((alpha * temperature**2 * kd + (1 - alpha) * ce) / len(z_RV)).item()

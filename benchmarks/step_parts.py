@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from benchmarks import harness
-from src.distillation import kd, trainer
+from src.distillation import kd, training
 from src.distillation.base import compute_dtype, load_model_config, meta_model
 
 
@@ -54,7 +54,7 @@ def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
 
     places = {(kd, "_open_teacher"): timed_teacher}
     for owner, name, part in (
-        (trainer, "response_hidden", "student_forward"), (trainer, "kd_loss", "loss"),
+        (training, "response_hidden", "student_forward"), (training, "kd_loss", "loss"),
         (Accelerator, "backward", "backward"),
     ):  # fmt: skip
         places[owner, name] = timed(part, getattr(owner, name))

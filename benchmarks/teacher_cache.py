@@ -22,12 +22,13 @@ from benchmarks import harness
 from benchmarks.kd_reference import project, reference
 from benchmarks.train_job import add_flags, cache_config, encoded, make_caches, make_job, train_ours
 from src.distillation.base import compute_dtype, head_weight, load_model, response_hidden
+from src.distillation.batching import Pair, TrainingData
 from src.distillation.kd import KDConfig
 from src.distillation.losses import TopK, kd_loss
 from src.distillation.packing import batch_of
+from src.distillation.teacher import Reader, model_reader
 from src.distillation.teacher_cache import make_cache, open_cache
-from src.distillation.teacher_signal import TeacherSignal, online_signal
-from src.utils.common import UserError, read_json
+from src.utils.common import UserError
 from src.utils.config import build_config
 
 SIGNALS = ("online", "hidden", "topk")
@@ -39,15 +40,14 @@ def teacher_of(job: dict[str, Any], dtype: torch.dtype) -> Any:
     return load_model(job["profile"]["teacher_model_name_or_path"], dtype).requires_grad_(False)
 
 
-def open_signal(name: str, job: dict[str, Any], rows: list[Any], pad_id: int, temperature: float) -> TeacherSignal:
+def open_signal(name: str, job: dict[str, Any], rows: list[Any], pad_id: int, temperature: float) -> Reader:
     if name == "online":
-        return online_signal(teacher_of(job, compute_dtype("cpu")), pad_id, packing=True)
-    folder = Path(job[name]) / "teacher_cache"
-    size = read_json(folder / "index.json")["vocab_size"]
-    return open_cache(folder, name, {}, rows, [], size, temperature)
+        return model_reader(teacher_of(job, compute_dtype("cpu")), pad_id, packing=True)
+    data = TrainingData([Pair(row, row) for row in rows], [], [], {}, 0)
+    return open_cache(Path(job[name]) / "teacher_cache", name, temperature, data)
 
 
-def beliefs(signal: TeacherSignal, rows: list[Any]) -> Any:
+def beliefs(signal: Reader, rows: list[Any]) -> Any:
     return signal.topk(rows) if signal.topk is not None else signal.hidden(rows)
 
 
@@ -65,10 +65,10 @@ def make_references(job: dict[str, Any]) -> dict[str, Any]:
     tokenizer, rows, _ = encoded(job, Path(job["data"]))
     rows = rows[:: max(1, len(rows) // LOOKED_AT)]
     pad_id, size = tokenizer.pad_token_id, max(tokenizer.get_vocab().values()) + 1
-    teacher = online_signal(teacher_of(job, compute_dtype("cpu")).float(), pad_id, packing=False)
+    teacher = model_reader(teacher_of(job, compute_dtype("cpu")).float(), pad_id, packing=False)
     beliefs_NG = torch.cat([teacher.hidden([row]) for row in rows])
     states = student_states(job, rows, pad_id, size)
-    logits = project(states[0], states[2]), project(beliefs_NG, teacher.head_VG[:size])
+    logits = project(states[0], states[2]), project(beliefs_NG, teacher.head()[:size])
     truth = {t: reference(*logits, states[2], states[1], t, 1.0) for t in TEMPERATURES}
     torch.save({"states": states, "truth": truth, "rows": rows}, job["reference"])
     return {"seconds": 0.0}
@@ -111,7 +111,7 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     for temperature in TEMPERATURES:
         signal = open_signal(name, job, rows, tokenizer.pad_token_id, temperature)
         found = beliefs(signal, saved["rows"])
-        theirs = (found, None) if isinstance(found, TopK) else (found.float(), signal.head_VG[: len(head)].float())
+        theirs = (found, None) if isinstance(found, TopK) else (found.float(), signal.head()[: len(head)].float())
         student = hidden.detach().requires_grad_()
         sums = kd_loss(student, head, *theirs, labels, temperature=temperature, alpha=1.0)
         sums.loss.backward()

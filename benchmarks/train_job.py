@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from src.distillation.base import encode_row, end_of_turn_id, load_tokenizer
-from src.distillation.batching import StepBatches, micro_batches, waste
-from src.distillation.kd import SECTION, KDConfig, run_kd_pipeline
+from src.distillation.batching import Cutting, StepOrder, waste
+from src.distillation.kd import CPU_TOKENS, SECTION, KDConfig, run_kd_pipeline
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.utils.common import UserError, read_jsonl, write_jsonl
 from src.utils.config import build_config, read_profile
@@ -62,11 +62,9 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def shared(config: KDConfig, rows: list[Any]) -> float:
     """The share of the rows' tokens that our packs run with another row's."""
-    lengths, step, seed = [len(row) for row in rows], config.rows_per_step, config.data_seed
-    parts = step // config.per_device_train_batch_size
-    if config.tokens_per_batch:
-        parts = micro_batches(lengths, step, 1, config.tokens_per_batch, 1, seed)
-    return waste(rows, StepBatches(lengths, step, parts, seed, config.packing))[1]
+    tokens = CPU_TOKENS if config.tokens_per_batch is None else config.tokens_per_batch
+    cutting = Cutting(tokens, config.gradient_accumulation_steps, 1, config.packing)
+    return waste(rows, StepOrder(len(rows), config.rows_per_step, config.data_seed), cutting)[2]
 
 
 def make_caches(job: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +92,7 @@ def train_ours(job: dict[str, Any], folder: Path, signal: str, alpha: float, **s
     run_kd_pipeline(
         job["profile"]
         | {"experiment_dir": str(folder), "output_dir": str(run), "teacher_signal": signal, "alpha": alpha}
-        | {"validation_fraction": 0, "eval_strategy": "no", "save_strategy": "no", "max_steps": -1}
+        | {"validation_fraction": 0, "eval_steps": 0, "save_steps": 0, "max_steps": -1}
         | {"epochs": job["epochs"], "max_grad_norm": job["max_grad_norm"]}
         | settings
     )

@@ -3,8 +3,9 @@
     python scripts/run_improved_kd.py --config configs/embedded.yaml             # the distilled student
     python scripts/run_improved_kd.py --config configs/embedded.yaml --alpha 0   # its control: SFT on the same rows
 
-Writes a run folder beside `experiment_dir`: kd_config.json, metrics.jsonl, kd_results.json, final_model/. Safe to kill
-and run again: an unfinished run of the same settings goes on from its newest complete checkpoint.
+Writes a run folder beside `experiment_dir`: kd_config.json, metrics.jsonl, heldout.jsonl, kd_results.json,
+final_model/. Safe to kill and run again: an unfinished run of the same settings goes on from its newest complete
+checkpoint.
 """
 
 import sys
@@ -19,7 +20,7 @@ from src.utils.config import load_config
 
 def main() -> None:
     results = run_kd_pipeline(load_config(KDConfig, SECTION))
-    for name in ("kl_to_teacher", "nll", "top1_agreement"):
+    for name in ("kl_to_teacher", "nll", "top1_agreement", "expected_acceptance"):
         before, after, teacher = (results[arm][name] for arm in ("before", "after", "teacher"))
         print(f"{results['arm']}: held-out {name}: {before:.4f} before, {after:.4f} after, teacher {teacher:.4f}")
     print(f"{results['arm']}: run folder {results['run_dir']}")

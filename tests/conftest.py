@@ -27,6 +27,14 @@ torch.set_num_threads(1)  # the models here are too small to share between cores
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
 _TURNS = """
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}

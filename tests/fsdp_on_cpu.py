@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from src.distillation import trainer
+from src.distillation import training
 from src.distillation.kd import run_kd_pipeline
 from src.utils.common import setup_logging
 
@@ -31,13 +31,17 @@ def with_fsdp(self, *arguments, fsdp_plugin=None, **keywords):
         self.fsdp_plugin = plugin
 
 
-def on_step_begin(self, *_, **__):
-    kinds = {type(parameter.data) for parameter in self.trainer.model_wrapped.parameters()}
+take_step = training.take_step
+
+
+def sharded_step(run):
+    kinds = {type(parameter.data) for parameter in run.wrapped.parameters()}
     assert kinds == {DTensor}, kinds
+    return take_step(run)
 
 
 AcceleratorState.__init__ = with_fsdp
-trainer._SetEpoch.on_step_begin = on_step_begin
+training.take_step = sharded_step
 shipped = yaml.safe_load((Path(__file__).resolve().parents[1] / "configs/accelerate/fsdp2.yaml").read_text())
 os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --config_file` hands the file on
 os.environ |= {key.upper(): str(value).lower() for key, value in shipped["fsdp_config"].items() if "_policy" not in key}

@@ -31,6 +31,7 @@ def settings(tmp_path, tiny_teacher, tiny_student, clean_rows, write_sft):
         "model_name_or_path": tiny_student, "teacher_model_name_or_path": tiny_teacher,
         "experiment_dir": str(experiment), "batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 6,
         "learning_rate": 1e-2, "warmup_steps": 0, "lora_r": 4, "bf16": False, "save_steps": 3, "compile_loss": False,
+        "tokens_per_batch": 0,
     }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_two_processes_learn_the_same_bit_for_bit(settings, tmp_path, kind):
     settings |= {"max_grad_norm": 1e9} if kind == "fsdp2" else {}  # its norm is summed over shards, in another order
     run("scripts/run_improved_kd.py", *flags(settings | {"output_dir": str(tmp_path / "one")}))
     output = on_two_processes(kind, settings | {"output_dir": str(tmp_path / "two")})
-    assert "8 rows in 1 x 2 passes (accumulation x processes)" in output
+    assert "8 rows in 2.0 passes over 2 processes" in output
     adapters = [load_peft_weights(str(tmp_path / name / "final_model")) for name in ("one", "two")]
     assert adapters[0].keys() == adapters[1].keys()
     for name in adapters[0]:
@@ -111,7 +112,7 @@ def test_two_processes_learn_what_one_learns(settings, tmp_path, kind):
     run_kd_pipeline(settings | {"output_dir": str(tmp_path / "one")})
     two = settings | {"output_dir": str(tmp_path / "two")}
     output = on_two_processes(kind, two)
-    assert "8 rows in 2 x 2 passes (accumulation x processes)" in output
+    assert "8 rows in 4.0 passes over 2 processes" in output
     adapters = [load_peft_weights(str(tmp_path / name / "final_model")) for name in ("one", "two")]
     assert adapters[0].keys() == adapters[1].keys()
     for name in adapters[0]:

@@ -8,7 +8,7 @@ import torch
 from peft import load_peft_weights
 from transformers import set_seed
 
-from src.distillation.batching import StepBatches
+from src.distillation.batching import StepOrder
 from src.distillation.kd import run_kd_pipeline
 from src.utils.common import ROOT, read_jsonl, write_jsonl
 
@@ -36,8 +36,8 @@ def test_the_engine_learns_what_the_example_learns(
     )
     # the engine's order of rows: the example takes them as they stand
     rows = clean_rows(24)
-    batches = StepBatches([1] * 24, 8, 1, 42, packing=False)
-    ordered = [rows[index] for batch in batches for index in batch]
+    order = StepOrder(24, 8, 42)
+    ordered = [rows[index] for step in range(3) for index in order.rows_of(step)]
     write_jsonl(tmp_path / "ordered.jsonl", ordered)
     set_seed(42)
     student, losses = example.train(

@@ -577,8 +577,8 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def head_weight(model: nn.Module, vocab_size: int) -> Tensor:
-    """The output matrix `[vocab_size, H]`, cut to the shared vocabulary; gathered where ranks share it."""
+def head_weight(model: nn.Module, vocab_size: int | None = None) -> Tensor:
+    """The output matrix, cut to the shared vocabulary `[vocab_size, H]` or whole; gathered where ranks share it."""
     weight = causal_lm(model).get_output_embeddings().weight
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight)[:vocab_size]
 
@@ -598,11 +598,14 @@ def response_hidden(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
     lm = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    inputs |= {name: torch.tensor(batch[name]) for name in ("segment_lengths", "segment_parents") if name in batch}
-    hidden = lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    labels = batch["labels"][:, 1:].to(hidden.device)
-    mask = labels != IGNORED
-    return hidden[:, :-1][mask], labels[mask]
+    if "layout" in batch:
+        inputs["layout"] = batch["layout"]
+    hidden_BLH = lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    # where answers are is found on the CPU, so that nothing has to be fetched off the device
+    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    places = (following != IGNORED).nonzero()[:, 0]
+    labels = following[places].to(hidden_BLH.device)
+    return hidden_BLH.flatten(0, 1).index_select(0, places.to(hidden_BLH.device)), labels
 
 
 def describe_size(model: nn.Module) -> str:

@@ -1,18 +1,18 @@
-"""Rows for training: a pair of encodings each, cut into micro-batches that waste little."""
+"""Rows for training: a pair of encodings each, ordered into steps, and steps cut into passes that waste little."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from src.distillation.base import EncodedRow, answer_turn, encode_row, end_of_turn_id
-from src.distillation.packing import MULTIPLE, batch_of, segments
+from src.distillation.packing import MULTIPLE, segments
 from src.utils.common import UserError, read_jsonl, sha256_file, sha256_text
 
+Item = TypeVar("Item")
 ROLES = ("system", "developer", "user", "assistant", "tool")  # whose words a chat template may know
 
 
@@ -107,6 +107,9 @@ def _clean_fault(row: dict[str, Any]) -> str | None:
     return _conversation(row)
 
 
+BRING = "run scripts/fix_sft_data.py first, or bring the file"
+
+
 def read_clean(path: Path) -> list[dict[str, Any]]:
     """The rows of a clean file.
 
@@ -115,9 +118,26 @@ def read_clean(path: Path) -> list[dict[str, Any]]:
             sample_index; names file and line.
     """
     return read_jsonl(
-        path, ("id", "messages"), "run scripts/fix_sft_data.py first, or bring the file", _clean_fault,
+        path, ("id", "messages"), BRING, _clean_fault,
         unique=("id", "sample_index"), twice="two clean rows share an id and a sample_index; remove one",
     )  # fmt: skip
+
+
+def clean_files(folder: Path) -> dict[str, Path]:
+    """Split -> its clean file in the folder sft/ of an experiment."""
+    return {split: folder / f"sft_{split}_data_clean.jsonl" for split in ("train", "eval")}
+
+
+def clean_hashes(folder: Path) -> dict[str, str]:
+    """File name -> sha256 of the clean files, which no row is read for.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for path in clean_files(folder).values():
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; {BRING}")
+    return {path.name: sha256_file(path) for path in clean_files(folder).values()}
 
 
 @dataclass(frozen=True)
@@ -129,6 +149,9 @@ class TrainingData:
     heldout: list[Pair]
     hashes: dict[str, str]
     dropped: int
+
+    def all(self) -> list[Pair]:
+        return self.train + self.validation + self.heldout
 
 
 def load_training_data(
@@ -144,13 +167,10 @@ def load_training_data(
     Raises:
         UserError: a file is missing, broken or empty, the splits share a row, or there are too few rows for one step.
     """
-    pairs, hashes, dropped = {}, {}, 0
-    for split in ("train", "eval"):
-        path = folder / f"sft_{split}_data_clean.jsonl"
-        pairs[split], left_out = encode_pairs(
-            read_clean(path), student_tokenizer, teacher_tokenizer, max_length, str(path)
-        )
-        hashes[path.name] = sha256_file(path)
+    pairs, dropped = {}, 0
+    for split, path in clean_files(folder).items():
+        rows = read_clean(path)
+        pairs[split], left_out = encode_pairs(rows, student_tokenizer, teacher_tokenizer, max_length, str(path))
         dropped += left_out
     shared = {pair.student.id for pair in pairs["train"]} & {pair.student.id for pair in pairs["eval"]}
     if shared:
@@ -162,13 +182,7 @@ def load_training_data(
             f"{folder}: {len(train)} training rows, but one optimisation step takes {rows_per_step} "
             "(batch_size x gradient_accumulation_steps); lower --gradient_accumulation_steps or collect more rows"
         )
-    return TrainingData(train, validation, pairs["eval"], hashes, dropped)
-
-
-def collate_pairs(pairs: list[Pair], pad_id: int, packing: bool) -> dict[str, Any]:
-    """The student's batch, and its `rows` and `teacher_rows` as they are."""
-    rows = [pair.student for pair in pairs]
-    return batch_of(rows, pad_id, packing) | {"rows": rows, "teacher_rows": [pair.teacher for pair in pairs]}
+    return TrainingData(train, validation, pairs["eval"], clean_hashes(folder), dropped)
 
 
 def share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -190,73 +204,93 @@ def alike(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-class StepBatches(Sampler[list[int]]):
-    """Micro-batches such that every optimisation step takes `rows_per_step` rows, whatever their size or the ranks.
+def within(lengths: Sequence[int], tokens: int, ranks: int = 1) -> list[list[int]]:
+    """Indices in the fewest groups, a multiple of `ranks`, of which none holds more than `tokens`; a longer row is a
+    group by itself."""
+    parts = ranks
+    while parts < len(lengths):
+        groups = share_out(lengths, parts)
+        if all(len(group) == 1 or sum(lengths[index] for index in group) <= tokens for group in groups):
+            return groups
+        parts += ranks
+    return share_out(lengths, len(lengths))
 
-    Each epoch is a new permutation of the rows, a function of (seed, epoch). Rows beyond the last whole step sit this
-    epoch out.
 
-    Args:
-        lengths: tokens of every row.
-        parts: micro-batches of one step, over all ranks.
-        packing: share rows out by their tokens; else by their number, alike in length.
+def consecutive(items: Sequence[Item], size: int, size_of: Callable[[Item], int]) -> list[list[Item]]:
+    """Items in their order, in groups whose sizes add up to `size` at most, of one item at least."""
+    groups: list[list[Item]] = []
+    held = size
+    for item in items:
+        if held + size_of(item) > size:
+            groups.append([])
+            held = 0
+        groups[-1].append(item)
+        held += size_of(item)
+    return groups
+
+
+@dataclass(frozen=True)
+class StepOrder:
+    """Which rows every optimisation step takes: `rows_per_step` of them, however they are cut into passes.
+
+    Each epoch is a new permutation of `rows` rows, a function of (seed, epoch). Rows beyond the last whole step sit
+    that epoch out.
     """
 
-    def __init__(self, lengths: list[int], rows_per_step: int, parts: int, seed: int, packing: bool) -> None:
-        self.lengths, self.rows_per_step, self.parts, self.seed = lengths, rows_per_step, parts, seed
-        self.divide = share_out if packing else alike
-        self.epoch = 0
-        self.steps = len(lengths) // rows_per_step
+    rows: int
+    rows_per_step: int
+    seed: int
 
-    def __len__(self) -> int:
-        return self.steps * self.parts
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.rows // self.rows_per_step
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for step in range(self.steps):
-            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
-            for group in self.divide([self.lengths[index] for index in rows], self.parts):
-                yield [rows[index] for index in group]
+    def rows_of(self, step: int) -> list[int]:
+        """The indices of step 0, 1, ..."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.rows, generator=generator).tolist()
+        return order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
 
 
-def micro_batches(lengths: list[int], rows_per_step: int, ranks: int, tokens: int, epochs: int, seed: int) -> int:
-    """The fewest packed micro-batches of a step, over all ranks, of which none holds more than `tokens` tokens.
+@dataclass(frozen=True)
+class Cutting:
+    """How the rows of a step become forward passes.
 
-    Raises:
-        UserError: one row alone is longer, or the rows of a step are fewer than the micro-batches they would need.
+    tokens: most in one packed pass; 0: as many passes as `parts` says.
+    parts: passes of a step over all ranks, where tokens do not decide.
+    ranks: processes; each takes every `ranks`-th pass, and all take equally many.
+    packing: share rows out by their tokens; else by their number, alike in length.
     """
-    if max(lengths) > tokens:
-        raise UserError(f"tokens_per_batch = {tokens}, but a row has {max(lengths)} tokens; raise it")
-    for parts in range(ranks, rows_per_step + 1, ranks):
-        batches = StepBatches(lengths, rows_per_step, parts, seed, True)
-        for epoch in range(epochs):
-            batches.set_epoch(epoch)
-            if any(sum(lengths[index] for index in batch) > tokens for batch in batches):
-                break
-        else:
-            return parts
-    raise UserError(
-        f"tokens_per_batch = {tokens}: a step's {rows_per_step} rows do not fit on {ranks} processes; raise it"
-    )
+
+    tokens: int
+    parts: int
+    ranks: int
+    packing: bool
+
+    def passes(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices into `lengths`, a group for every pass of all ranks."""
+        if self.tokens and self.packing:
+            return within(lengths, self.tokens, self.ranks)
+        return share_out(lengths, self.parts) if self.packing else alike(lengths, self.parts)
 
 
-def waste(rows: Sequence[EncodedRow], batches: StepBatches) -> tuple[float, float]:
-    """Of one epoch's forward passes the share of padding in them, and the share of the rows' tokens that shared
+def waste(rows: Sequence[EncodedRow], order: StepOrder, cutting: Cutting) -> tuple[float, float, float]:
+    """Of one epoch: passes a step, the share of padding in them, and the share of the rows' tokens that shared
     beginnings spare them."""
-    own = run = computed = 0
-    for batch in batches:
-        group = [rows[index] for index in batch]
-        lengths = [len(row) for row in group]
-        own += sum(lengths)
-        if batches.divide is share_out:
-            tokens = sum(segment.end - segment.start for segment in segments(group))
-            run += tokens
-            computed += -(-tokens // MULTIPLE) * MULTIPLE
-        else:
-            run += sum(lengths)
-            computed += max(lengths) * len(lengths)
-    return 1 - run / computed, 1 - run / own
+    own = run = computed = passes = 0
+    for step in range(order.steps_per_epoch):
+        taken = [rows[index] for index in order.rows_of(step)]
+        for part in cutting.passes([len(row) for row in taken]):
+            group = [taken[index] for index in part]
+            lengths = [len(row) for row in group]
+            passes += 1
+            own += sum(lengths)
+            if cutting.packing:
+                tokens = sum(segment.end - segment.start for segment in segments(group))
+                run += tokens
+                computed += -(-tokens // MULTIPLE) * MULTIPLE
+            else:
+                run += sum(lengths)
+                computed += max(lengths) * len(lengths)
+    return passes / order.steps_per_epoch, 1 - run / computed, 1 - run / own

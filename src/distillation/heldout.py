@@ -5,83 +5,84 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from src.distillation.base import EncodedRow, head_weight, logit_map, response_hidden
-from src.distillation.losses import heldout_stats
-from src.distillation.packing import attention_of_packs, batch_of
-from src.distillation.teacher_signal import TeacherSignal
+from src.distillation.base import EncodedRow
+from src.distillation.batching import Pair, consecutive
+from src.distillation.losses import HeldoutStats, heldout_stats
+from src.distillation.teacher import Reader
 from src.utils.common import UserError
 
 Arm = Callable[[], contextlib.AbstractContextManager]
-SUMS = ("kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum")
+SUMS = ("kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum", "acceptance_sum")  # of the columns of HeldoutStats
 POSITIONS = (0, 4, 8, 16, 32, 64, 128, 256)  # where a bin of response positions starts; the last has no end
+SCORED_TOKENS = 2048  # read in one pass where nothing else is said
 
 
-@torch.no_grad()
 def score_heldout(
-    student: nn.Module,
-    teacher: TeacherSignal,
-    student_rows: Sequence[EncodedRow],
-    teacher_rows: Sequence[EncodedRow],
-    vocab_size: int,
-    pad_id: int,
-    batch_size: int,
-    arms: dict[str, Arm],
-    packing: bool,
+    student: Reader, teacher: Reader, pairs: Sequence[Pair], arms: dict[str, Arm], tokens: int = SCORED_TOKENS
 ) -> Iterator[list[dict[str, Any]]]:
     """Score arms of one loaded student (its adapters on, off or switched) against the teacher, batch by batch.
 
     Args:
-        student_rows: rows as the student's template renders them; `teacher_rows` the same rows by the teacher's.
-        vocab_size: the shared vocabulary.
+        pairs: rows as the student's template and the teacher's render them.
         arms: name -> a context in which `student` is that arm.
-        packing: read a batch's rows end to end, without padding.
+        tokens: read in one pass; a longer row is one by itself.
 
     Raises:
         UserError: a row's measures are not finite.
 
     Yields:
-        For each batch its rows `arm, id, sample_index, num_tokens, kl_sum, nll_sum, teacher_nll_sum, agreement_sum`:
-        sums over the row's response tokens, at T = 1, in nats; `kl_by_position, agreement_by_position`: the same sums
-        over each bin of `POSITIONS` that the row reaches.
+        For each batch its rows `arm, id, sample_index, num_tokens, kl_sum, nll_sum, teacher_nll_sum, agreement_sum,
+        acceptance_sum`: sums over the row's response tokens, at T = 1, in nats or tokens; `kl_by_position,
+        agreement_by_position`: the same sums over each bin of `POSITIONS` that the row reaches.
     """
-    order = sorted(range(len(student_rows)), key=lambda index: len(student_rows[index]))
-    training = student.training
-    student.eval()
-    own_map = logit_map(student)
-    try:
-        for start in range(0, len(order), batch_size):
-            ours = [student_rows[index] for index in order[start : start + batch_size]]
-            theirs = [teacher_rows[index] for index in order[start : start + batch_size]]
-            teacher_hidden = teacher.hidden(theirs)
-            batch = batch_of(ours, pad_id, packing)
-            counts = [len(row.response_ids) for row in ours]
-            scored = []
-            for name, arm in arms.items():
-                with arm(), attention_of_packs(student, packing):
-                    hidden, labels = response_hidden(student, batch)
-                    head = head_weight(student, vocab_size).to(hidden.device)
-                    beliefs = teacher_hidden.to(hidden.device), teacher.head_on(hidden.device)
-                    stats = heldout_stats(hidden, head, *beliefs, labels, own_map, teacher.logit_map)
-                columns = [measure.double().cpu().split(counts) for measure in stats]
-                for row, count, *parts in zip(ours, counts, *columns, strict=True):
-                    if not all(part.isfinite().all() for part in parts):
-                        raise UserError(
-                            f"held-out row {row.id}, {name}: its measures are not numbers (NaN or infinite); the "
-                            "weights of the student or the teacher are broken, or overflow"
-                        )
-                    key = {"arm": name, "id": row.id, "sample_index": row.sample_index, "num_tokens": count}
-                    sums = {column: part.sum().item() for column, part in zip(SUMS, parts, strict=True)}
-                    by_position = {"kl_by_position": _by_position(parts[0]),
-                                   "agreement_by_position": _by_position(parts[3])}  # fmt: skip
-                    scored.append(key | sums | by_position)
-            yield scored
-    finally:
-        student.train(training)
+    ordered = sorted(pairs, key=lambda pair: len(pair.student))
+    for batch in consecutive(ordered, tokens, lambda pair: max(len(pair.student), len(pair.teacher))):
+        ours = [pair.student for pair in batch]
+        teacher_hidden = teacher.hidden([pair.teacher for pair in batch])
+        scored: list[dict[str, Any]] = []
+        for name, arm in arms.items():
+            with arm():
+                hidden = student.hidden(ours)
+            stats = _measure(student, hidden, teacher, teacher_hidden, ours)
+            scored += _row_sums(name, ours, stats)
+        yield scored
 
 
-def _by_position(measure_N: torch.Tensor) -> list[float]:
+def _measure(
+    student: Reader, hidden: Tensor, teacher: Reader, teacher_hidden: Tensor, rows: Sequence[EncodedRow]
+) -> HeldoutStats:
+    device = hidden.device
+    labels = torch.tensor([token for row in rows for token in row.response_ids], device=device)
+    return heldout_stats(
+        hidden, student.head_on(device), teacher_hidden.to(device), teacher.head_on(device), labels,
+        student.logit_map, teacher.logit_map, student.vocab_size,
+    )  # fmt: skip
+
+
+def _row_sums(arm: str, rows: Sequence[EncodedRow], stats: HeldoutStats) -> list[dict[str, Any]]:
+    counts = [len(row.response_ids) for row in rows]
+    columns = [measure.double().cpu().split(counts) for measure in stats]
+    found = []
+    for row, count, *parts in zip(rows, counts, *columns, strict=True):
+        if not all(part.isfinite().all() for part in parts):
+            raise UserError(
+                f"held-out row {row.id}, {arm}: its measures are not numbers (NaN or infinite); the "
+                "weights of the student or the teacher are broken, or overflow"
+            )
+        sums = {name: part.sum().item() for name, part in zip(SUMS, parts, strict=True)}
+        by_name = HeldoutStats(*parts)
+        found.append(
+            {"arm": arm, "id": row.id, "sample_index": row.sample_index, "num_tokens": count}
+            | sums
+            | {"kl_by_position": _by_position(by_name.kl_to_teacher)}
+            | {"agreement_by_position": _by_position(by_name.top1_agreement)}
+        )
+    return found
+
+
+def _by_position(measure_N: Tensor) -> list[float]:
     starts = [start for start in POSITIONS if start < len(measure_N)]
     return [part.sum().item() for part in measure_N.tensor_split(starts[1:])]
 
@@ -93,19 +94,22 @@ def tokens_by_position(num_tokens: int) -> list[int]:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Per-token means of one arm's rows: nats per response token, and the share of equal top-1 tokens."""
+    """Per-token means of one arm's rows: nats per response token, the share of equal top-1 tokens, and of drafted
+    tokens that the teacher would accept."""
     tokens = sum(row["num_tokens"] for row in rows)
     return {
         "kl_to_teacher": sum(row["kl_sum"] for row in rows) / tokens,
         "nll": sum(row["nll_sum"] for row in rows) / tokens,
         "top1_agreement": sum(row["agreement_sum"] for row in rows) / tokens,
+        "expected_acceptance": sum(row["acceptance_sum"] for row in rows) / tokens,
     }
 
 
 def summarise_teacher(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The teacher against itself, from any arm's rows: what a perfect student would reach."""
     tokens = sum(row["num_tokens"] for row in rows)
-    return {"kl_to_teacher": 0.0, "nll": sum(row["teacher_nll_sum"] for row in rows) / tokens, "top1_agreement": 1.0}
+    nll = sum(row["teacher_nll_sum"] for row in rows) / tokens
+    return {"kl_to_teacher": 0.0, "nll": nll, "top1_agreement": 1.0, "expected_acceptance": 1.0}
 
 
 def gap_recovered(

@@ -6,6 +6,7 @@ results = run_kd_pipeline("configs/embedded.yaml")
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from src.distillation.base import (
     causal_lm,
@@ -31,14 +34,14 @@ from src.distillation.base import (
     refuse_adapter,
     shared_vocabulary,
 )
-from src.distillation.batching import TrainingData, load_training_data, micro_batches, waste
+from src.distillation.batching import Cutting, StepOrder, TrainingData, clean_hashes, load_training_data, waste
+from src.distillation.gpu import use_liger
 from src.distillation.heldout import gap_recovered, summarise, summarise_teacher
-from src.distillation.kd_config import NOT_IN_FINGERPRINT, SECTION, KDConfig
+from src.distillation.kd_config import SECTION, KDConfig
 from src.distillation.lora import add_lora
 from src.distillation.losses import compiler_works
-from src.distillation.packing import check_packing
-from src.distillation.runs import (
-    RunRecorder,
+from src.distillation.packing import ATTENTION, check_packing
+from src.distillation.run_folder import (
     claim_folder,
     cut_metrics,
     find_runs,
@@ -47,9 +50,21 @@ from src.distillation.runs import (
     training_facts,
 )
 from src.distillation.sft import end_token_ids
+from src.distillation.teacher import Reader, model_reader
 from src.distillation.teacher_cache import cached_tokenizer, open_cache, read_index
-from src.distillation.teacher_signal import TeacherSignal, online_signal
-from src.distillation.trainer import KDTrainer
+from src.distillation.training import (
+    STATE,
+    Run,
+    load_adapter,
+    load_state,
+    make_learning_rate,
+    make_optimizer,
+    measured_tokens,
+    probe_gradients,
+    save_adapter,
+    score,
+    train,
+)
 from src.utils.common import (
     Progress,
     UserError,
@@ -59,42 +74,150 @@ from src.utils.common import (
     read_json,
     require_disk,
     write_json,
+    write_jsonl,
     write_text,
 )
 from src.utils.config import build_config, read_profile
 from src.utils.stages import hold, locked
 
-Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]  # the student's and the teacher's
+CPU_TOKENS = 2048  # in one pass on a CPU, whose products gain nothing from more
+STEPS_THAT_PAY = 200  # compiling the layers takes half a minute, a step with AMX is 0.2 to 0.4 s shorter then
 
 
-def _sharding() -> str:
-    """`fsdp` or `deepspeed` where `accelerate launch` says so, else empty."""
-    return next((k for k in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{k.upper()}") == "true"), "")
+@dataclasses.dataclass(frozen=True)
+class Tokenizers:
+    """Of both models; the teacher's out of its cache, where there is one."""
+
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase
 
 
-def _fingerprint(config: KDConfig, data: TrainingData, teacher: str, tokenizers: Tokenizers) -> dict[str, Any]:
-    settings = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_FINGERPRINT}
-    settings["rows_per_step"] = config.rows_per_step
-    settings["student"] = model_fingerprint(config.model_name_or_path)
-    settings["teacher"] = teacher
-    if sharding := _sharding():  # whose checkpoints no other launch can read
-        settings["sharding"] = sharding
-    dates = [tokenizer.prompt_date for tokenizer in tokenizers if hasattr(tokenizer, "prompt_date")]
+def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str, Any]:
+    """One training run, from clean rows to `final_model/`; with alpha = 0 it is the SFT control.
+
+    Reads sft/sft_{train,eval}_data_clean.jsonl of `experiment_dir` and, for a cached signal, its teacher_cache/. A
+    finished run with the same fingerprint is returned as it is, an unfinished one is gone on with from its newest
+    complete checkpoint.
+
+    Args:
+        config: a KDConfig, a mapping of its settings (names or aliases), or the path of a profile.
+
+    Returns:
+        What kd_results.json holds, and the paths `run_dir` and `final_model`.
+
+    Raises:
+        UserError: something the user must put right; the text says what and how.
+    """
+    # 1. which run is it? nothing is encoded or loaded for this
+    config = _read_config(config)
+    accelerator = _open_accelerator(config)
+    hashes = clean_hashes(Path(config.experiment_dir) / "sft")
+    teacher_tokenizer, teacher = _teacher_tokenizer(config)
+    tokenizers = Tokenizers(load_tokenizer(config.model_name_or_path, config.experiment_dir), teacher_tokenizer)
+    fingerprint = _fingerprint(config, hashes, teacher, tokenizers)
+
+    # 2. its folder
+    with _own_folder(config, fingerprint, accelerator) as folder:
+        paths = {"run_dir": str(folder), "final_model": str(folder / "final_model")}
+        if (folder / "kd_results.json").is_file():
+            logger.info("%s is finished; nothing to do (--overwrite trains again)", folder)
+            return read_json(folder / "kd_results.json") | paths
+
+        # 3. rows, training, measures
+        data = load_training_data(
+            Path(config.experiment_dir) / "sft", tokenizers.student, tokenizers.teacher, config.max_length,
+            config.validation_fraction, config.rows_per_step,
+        )  # fmt: skip
+        if accelerator.is_main_process:
+            _write_kd_config(folder, config, fingerprint, data)
+        return _run(config, accelerator, data, tokenizers, folder) | paths
+
+
+def _read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
+    """A config of the caller's own."""
+    if isinstance(config, str | Path):
+        config = build_config(KDConfig, read_profile(config, SECTION, KDConfig), where=str(config))
+    elif isinstance(config, dict):
+        config = build_config(KDConfig, config)
+    config = copy.deepcopy(config)
+    for name in ("model_name_or_path", "teacher_model_name_or_path"):
+        if not getattr(config, name):
+            raise UserError(f"{name} is not set; name a profile with --config, or pass --{name}")
+        refuse_adapter(getattr(config, name))
+    return config
+
+
+def _sharded() -> bool:
+    """Whether `accelerate launch` says FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def _open_accelerator(config: KDConfig) -> Accelerator:
+    """The processes of this run.
+
+    Raises:
+        UserError: the settings do not go with their number.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError("DeepSpeed divides the loss in a way of its own; launch with configs/accelerate/fsdp2.yaml, "
+                        "which shards the same")  # fmt: skip
+    if config.report_to not in ("none", *map(str, get_available_trackers())):
+        known = ", ".join(sorted(map(str, get_available_trackers()))) or "none"
+        raise UserError(f"--report_to {config.report_to}: accelerate finds no such tracker here; installed: {known}")
+    accelerator = Accelerator(
+        cpu=config.use_cpu,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=str(Path(config.experiment_dir).parent),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],  # every adapter takes part
+    )
+    ranks = accelerator.num_processes
+    by_tokens = config.packing and config.tokens_per_batch != 0
+    name = "rows of a step" if by_tokens else "gradient_accumulation_steps"
+    shared_out = config.rows_per_step if by_tokens else config.gradient_accumulation_steps
+    if shared_out % ranks:
+        raise UserError(
+            f"{name} = {shared_out} does not divide among {ranks} processes; a step always takes "
+            f"{config.rows_per_step} rows (batch_size x gradient_accumulation_steps), so choose a divisor"
+        )
+    resident = config.teacher_devices if config.teacher_signal == "online" else []
+    if ranks > 1 and (resident or config.student_devices):
+        raise UserError(
+            "student_devices, and teacher_devices with an online teacher, are for one process; with several pass "
+            "--student_devices (and --teacher_devices) with nothing behind it"
+        )
+    return accelerator
+
+
+def _teacher_tokenizer(config: KDConfig) -> tuple[PreTrainedTokenizerBase, str]:
+    """The teacher's tokenizer and fingerprint; with a cached signal the cache's own, and nothing else of the teacher.
+
+    Raises:
+        UserError: the cache is of another teacher.
+    """
+    name = config.teacher_model_name_or_path
+    if config.teacher_signal == "online":
+        return load_tokenizer(name, config.experiment_dir), model_fingerprint(name)
+    folder = Path(config.experiment_dir) / "teacher_cache"
+    index = read_index(folder)
+    if Path(name).is_dir():
+        same = model_fingerprint(name) == index["teacher"]
+    else:
+        same = name == index["teacher_model_name_or_path"]
+    if not same:
+        raise UserError(f"{folder} is of the teacher {index['teacher_model_name_or_path']!r}, this run names {name!r}; "
+                        "run scripts/cache_teacher.py --overwrite")  # fmt: skip
+    return cached_tokenizer(folder, index, config.experiment_dir), index["teacher"]
+
+
+def _fingerprint(config: KDConfig, hashes: dict[str, str], teacher: str, tokenizers: Tokenizers) -> dict[str, Any]:
+    """What tells this run from every other: settings, models, rows."""
+    settings = config.identity() | {"student": model_fingerprint(config.model_name_or_path), "teacher": teacher}
+    if _sharded():  # sums over shards are in another order
+        settings["sharding"] = "fsdp"
+    dates = [t.prompt_date for t in (tokenizers.student, tokenizers.teacher) if hasattr(t, "prompt_date")]
     if dates:  # only where a chat template asks for the day
         settings["prompt_date"] = dates[0].isoformat()
-    return json.loads(json.dumps(settings | data.hashes))
-
-
-def _micro_batches(config: KDConfig, data: TrainingData) -> int:
-    """Forward passes of one step, over all ranks: as batch_size says, or as few as the token budget allows."""
-    if not config.tokens_per_batch:
-        return config.rows_per_step // config.per_device_train_batch_size
-    lengths = [len(pair.student) for pair in data.train]
-    epochs = config.num_train_epochs
-    if config.max_steps > 0:
-        epochs = config.max_steps / (len(lengths) // config.rows_per_step)
-    return micro_batches(lengths, config.rows_per_step, config.world_size, config.tokens_per_batch,
-                         math.ceil(epochs), config.data_seed)  # fmt: skip
+    return json.loads(json.dumps(settings | hashes))
 
 
 def _find_folder(config: KDConfig, fingerprint: dict[str, Any]) -> Path:
@@ -102,7 +225,7 @@ def _find_folder(config: KDConfig, fingerprint: dict[str, Any]) -> Path:
     if config.output_dir:
         return Path(config.output_dir)
     root = Path(config.experiment_dir).parent
-    prefix = "gpu_optimized_kd" if config.alpha > 0 else "sft_control"
+    prefix = "gpu_optimized_kd" if config.arm == "kd" else "sft_control"
     finished, unfinished = find_runs(root, prefix, fingerprint)
     if finished and not config.overwrite:
         return finished
@@ -112,7 +235,7 @@ def _find_folder(config: KDConfig, fingerprint: dict[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def _own_folder(config: KDConfig, fingerprint: dict[str, Any], data: TrainingData) -> Iterator[Path]:
+def _own_folder(config: KDConfig, fingerprint: dict[str, Any], accelerator: Accelerator) -> Iterator[Path]:
     """The run's folder, kept from other processes as long as this one trains in it. One rank picks it for all.
 
     Raises:
@@ -120,72 +243,221 @@ def _own_folder(config: KDConfig, fingerprint: dict[str, Any], data: TrainingDat
     """
     with contextlib.ExitStack() as held:
         chosen: list[Path | None] = [None]
-        if config.process_index == 0:
+        if accelerator.is_main_process:
             root = Path(config.experiment_dir).parent
             root.mkdir(parents=True, exist_ok=True)
             # two that start together must not both find no run: the folder is this run's before the other looks
             with locked(root / ".choosing.lock"):
                 folder = _find_folder(config, fingerprint)
+                held.callback(_remove_if_empty, folder)
                 held.enter_context(hold(folder, SECTION))
                 if config.output_dir:
                     claim_folder(folder, fingerprint, config.resume, config.overwrite)
+                held.callback(_forget_unbegun, folder)
                 if not (folder / "kd_config.json").is_file():
-                    _write_kd_config(folder, config, fingerprint, data)
+                    write_json(folder / "kd_config.json", {"fingerprint": fingerprint})  # the rest once rows are read
             chosen = [folder]
         [folder] = broadcast_object_list(chosen)
         yield folder
 
 
+def _forget_unbegun(folder: Path) -> None:
+    """Remove what says only which run it was to be: its rows were refused."""
+    path = folder / "kd_config.json"
+    if path.is_file() and read_json(path).keys() == {"fingerprint"}:
+        path.unlink()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it holds something, if only another process's lock
+        folder.rmdir()
+
+
 def _write_kd_config(folder: Path, config: KDConfig, fingerprint: dict[str, Any], data: TrainingData) -> None:
-    everything = config.to_dict()
+    """Every setting and everything the run was made of; once, by the process that began it."""
+    if read_json(folder / "kd_config.json").keys() != {"fingerprint"}:
+        return
     names = {"per_device_train_batch_size": "batch_size", "num_train_epochs": "epochs"}
-    own = [name for name in KDConfig.__annotations__ if name not in ("resume", "overwrite")]
+    settings = {names.get(name, name): value for name, value in dataclasses.asdict(config).items()}
+    del settings["resume"], settings["overwrite"]
+    rows = {"train": len(data.train), "validation": len(data.validation), "heldout": len(data.heldout)}
     write_json(
         folder / "kd_config.json",
         {
             "experiment": Path(config.experiment_dir).name,
-            "arm": "kd" if config.alpha > 0 else "sft",
-            **{names.get(name, name): everything[name] for name in own},
-            "seed": config.seed,
+            "arm": config.arm,
+            **settings,
+            "output_dir": str(folder),
             "rows_per_step": config.rows_per_step,
-            "rows": {"train": len(data.train), "validation": len(data.validation), "heldout": len(data.heldout),
-                     "dropped_too_long": data.dropped},
+            "rows": rows | {"dropped_too_long": data.dropped},
             "hashes": data.hashes,
-            "training_arguments": {name: value for name, value in everything.items() if name not in own},
             "fingerprint": fingerprint,
             "provenance": provenance(),
         },
+    )
+
+
+def _run(config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers,
+         folder: Path) -> dict[str, Any]:  # fmt: skip
+    """Train in `folder`, save the model, measure it once; what kd_results.json then holds."""
+    run = _prepare(config, accelerator, data, tokenizers, folder)
+    if config.report_to != "none":
+        settings = {name: value for name, value in config.identity().items() if not isinstance(value, list)}
+        accelerator.init_trackers(folder.name, config=settings)
+    if not (folder / "final_model").is_dir():
+        train(run, folder)
+        _save_final(run, folder, tokenizers.student)
+    results = {
+        "experiment": Path(config.experiment_dir).name,
+        "arm": config.arm,
+        **_heldout(run, folder),
+        **training_facts(folder),
+        "trainable_parameters": count_parameters(run.model, trainable=True),
+        "total_parameters": count_parameters(run.model),
+    }
+    if accelerator.is_main_process:
+        write_json(folder / "kd_results.json", results)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return results
+
+
+def _prepare(config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers,
+             folder: Path) -> Run:  # fmt: skip
+    """Load both models, say what follows from the settings, and go to where the run was left."""
+    # 1. the models, and what they share
+    set_seed(config.seed)
+    student = _load_student(config, accelerator)
+    teacher = _open_teacher(config, accelerator, data, tokenizers.teacher.pad_token_id)
+    pad_id = tokenizers.student.pad_token_id
+    pairs = data.all()
+    vocab_size = shared_vocabulary(
+        tokenizers.student, tokenizers.teacher, student.get_output_embeddings().weight.shape[0], teacher.vocab_size,
+        [pair.student for pair in pairs], [pair.teacher for pair in pairs],
+    )  # fmt: skip
+    if config.packing:
+        check_packing(student, [pair.student for pair in data.train], pad_id)
+        student.set_attn_implementation(ATTENTION)  # for good: checkpointing reads it in the backward pass too
+
+    # 2. adapters, and how the work is cut
+    model = add_lora(student, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    trainable = count_parameters(model, trainable=True)
+    require_disk(folder, trainable * 4 * (3 * (config.save_total_limit or 2) + 4), "the run's checkpoints")
+    order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
+    if _layers_compiled(config, accelerator, steps):
+        compile_layers(model)
+
+    # 3. where it was left: adapters before the model is wrapped, the rest after
+    final = folder / "final_model"
+    checkpoint = None if final.is_dir() else newest_complete_checkpoint(folder)
+    if checkpoint or final.is_dir():
+        load_adapter(model, checkpoint or final)
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model), device_placement=[False, False])
+    run = Run(
+        config, accelerator, data, model, wrapped, optimizer, make_learning_rate(config, steps),
+        student=model_reader(model, pad_id, config.packing).cut(vocab_size), teacher=teacher.cut(vocab_size),
+        pad_id=pad_id, compiled=config.compile_loss is not False and compiler_works(accelerator.device.type),
+        order=order, cutting=_cutting(config, accelerator, checkpoint), steps=steps,
+    )  # fmt: skip
+    use_liger(causal_lm(model), config.liger, lambda: probe_gradients(run))
+    if run.cutting.tokens == 0 and config.packing and config.tokens_per_batch is None:
+        run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
+    set_seed(config.seed)  # whatever was tried before, training draws the same
+    _say_sizes(run, trainable)
+    if not final.is_dir():
+        if checkpoint:
+            load_state(run, checkpoint)
+            done = run.step == steps
+            logger.info("%s: %s", folder, f"the last step is in {checkpoint.name}; writing the model" if done else
+                        f"going on from step {run.step}")  # fmt: skip
+        if accelerator.is_main_process:
+            cut_metrics(folder / "metrics.jsonl", run.step)
+    return run
+
+
+def _cutting(config: KDConfig, accelerator: Accelerator, checkpoint: Path | None) -> Cutting:
+    """How steps are cut; 0 tokens where that is to be measured first."""
+    tokens = config.tokens_per_batch
+    if tokens is None and checkpoint:  # the same passes as before the kill, so that sums are in the same order
+        tokens = read_json(checkpoint / STATE)["tokens_per_batch"]
+    if tokens is None:
+        tokens = CPU_TOKENS if accelerator.device.type == "cpu" else 0
+    return Cutting(
+        tokens if config.packing else 0, parts=config.gradient_accumulation_steps, ranks=accelerator.num_processes,
+        packing=config.packing,
     )  # fmt: skip
 
 
-def _load_adapter(trainer: KDTrainer, folder: Path) -> None:
-    """Take the adapter of a run whose training is over."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+def _layers_compiled(config: KDConfig, accelerator: Accelerator, steps: int) -> bool:
+    """As the config says, or where it has been measured to pay: a CPU whose products are so fast that all that is
+    between them shows, in a run that wins back the half minute that it takes."""
+    if config.compile_layers is not None:
+        return config.compile_layers
+    amx = accelerator.device.type == "cpu" and config.bf16 and torch.cpu._is_amx_tile_supported()
+    pays = amx and steps >= STEPS_THAT_PAY and compiler_works("cpu")
+    if amx:
+        logger.info("AMX and %d steps: layers are %scompiled (from %d steps on)", steps, "" if pays else "not ",
+                    STEPS_THAT_PAY)  # fmt: skip
+    return pays
 
-    set_peft_model_state_dict(trainer.model, load_peft_weights(str(folder)))
-    if _sharding():  # only training would have sharded the model and taken it to the GPUs
-        trainer.model.to(trainer.args.device)
+
+def _load_student(config: KDConfig, accelerator: Accelerator) -> PreTrainedModel:
+    name, devices, dtype = config.model_name_or_path, config.student_devices, config.dtype
+    student = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
+    if not devices and not _sharded():  # FSDP takes its shards to the device
+        student.to(accelerator.device)
+    logger.info("student %s: %s", name, describe_size(student))
+    return student
 
 
-def _train(trainer: KDTrainer, folder: Path) -> None:
-    """Train to the end, from the newest complete checkpoint if there is one."""
-    checkpoint = newest_complete_checkpoint(folder)
-    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {"global_step": 0, "max_steps": None}
-    if trainer.is_world_process_zero():
-        cut_metrics(folder / "metrics.jsonl", state["global_step"])
-    if state["global_step"] == state["max_steps"]:
-        logger.info("%s: the last step is in %s; writing the model", folder, checkpoint.name)
-        _load_adapter(trainer, checkpoint)
-        return
-    if checkpoint:
-        logger.info("%s: going on from step %d", folder, state["global_step"])
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{folder}: out of GPU memory; halve --batch_size and double --gradient_accumulation_steps, lower "
-            "--tokens_per_batch or --max_length, pass --gradient_checkpointing, or name more devices"
-        ) from error
+def _open_teacher(config: KDConfig, accelerator: Accelerator, data: TrainingData, pad_id: int) -> Reader:
+    """The teacher's cache, or the model itself, loaded here."""
+    if config.teacher_signal != "online":
+        temperature = config.teacher_temperature or config.temperature
+        return open_cache(Path(config.experiment_dir) / "teacher_cache", config.teacher_signal, temperature, data)
+    name, devices, dtype = config.teacher_model_name_or_path, config.teacher_devices, config.dtype
+    teacher = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
+    teacher.requires_grad_(False)
+    if not devices:
+        teacher.to(accelerator.device)  # one a rank
+    logger.info("teacher %s: %s", name, describe_size(teacher))
+    if config.packing:
+        check_packing(teacher, [pair.teacher for pair in data.train], pad_id)
+    return model_reader(teacher, pad_id, config.packing)
+
+
+def _say_sizes(run: Run, trainable: int) -> None:
+    """Print what follows from the settings, before the work starts."""
+    config, data = run.config, run.data
+    rows = [pair.student for pair in data.train]
+    passes, padding, shared = waste(rows, run.order, run.cutting)
+    share = config.rows_per_step / len(data.train)
+    logger.info(
+        "rows: %d to train on, %d validation, %d held out, %d dropped as longer than %d tokens",
+        len(data.train), len(data.validation), len(data.heldout), data.dropped, config.max_length,
+    )  # fmt: skip
+    most = f" of {run.cutting.tokens} tokens at most" if run.cutting.tokens else ""
+    logger.info(
+        "a step: %d rows in %.1f passes%s over %d processes, about %d tokens, %d of them answers, and %.1f %% of them "
+        "are beginnings that rows share, run once; %.1f %% of what is run is padding",
+        config.rows_per_step, passes, most, run.accelerator.num_processes, sum(map(len, rows)) * share,
+        sum(len(row.response_ids) for row in rows) * share, 100 * shared, 100 * padding,
+    )  # fmt: skip
+    reason = f"max_steps wins over {config.num_train_epochs:g} epochs" if config.max_steps > 0 else "from epochs"
+    logger.info("%d steps (%s), %.2f epochs", run.steps, reason, run.steps / run.order.steps_per_epoch)
+    own = f" (teacher at {config.teacher_temperature:g})" if config.teacher_temperature else ""
+    signals = {"online": "model", "hidden": "cached hidden states", "topk": "cached top k"}
+    logger.info(
+        "loss: %g x %g^2 x %s%s + %g x CE over %d shared tokens, the teacher's %s; %s trainable parameters; "
+        "products in %s%s",
+        config.alpha, config.temperature, config.divergence, own, 1 - config.alpha, run.student.vocab_size,
+        signals[config.teacher_signal], f"{trainable:,}", "bf16 autocast" if config.bf16 else "fp32",
+        ", compiled loss" if run.compiled else "",
+    )  # fmt: skip
 
 
 MODEL_CARD = """---
@@ -217,228 +489,39 @@ def _model_card(config: KDConfig, rows: int, steps: int, end: str) -> str:
     )  # fmt: skip
 
 
-def _save_final(trainer: KDTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None  # on every rank
-    if not trainer.is_world_process_zero():
-        return
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    ends = end_token_ids(tokenizer, causal_lm(model).generation_config.eos_token_id)
-    with atomic_path(folder / "final_model") as made:
-        model.save_pretrained(made, state_dict=weights)
+def _save_final(run: Run, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with contextlib.ExitStack() as stack:
+        main = run.accelerator.is_main_process
+        made = stack.enter_context(atomic_path(folder / "final_model")) if main else folder
+        save_adapter(run, made)
+        if not main:
+            return
         # a base model's own settings stop at the end of a text only: engines must hear of the end of turn it has learnt
-        ending = ending_tokenizer(tokenizer)
-        ending.save_pretrained(made)
+        ends = end_token_ids(tokenizer, causal_lm(run.model).generation_config.eos_token_id)
+        ending_tokenizer(tokenizer).save_pretrained(made)
         GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(made)
         steps, end = training_facts(folder)["steps"], tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
-        write_text(made / "README.md", _model_card(trainer.args, rows, steps, end))
+        write_text(made / "README.md", _model_card(run.config, len(run.data.train), steps, end))
 
 
-def _heldout(trainer: KDTrainer, data: TrainingData) -> dict[str, Any]:
-    """Before, after and teacher on the held-out rows, which are read here for the first time and only here."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    arms = {"before": model.disable_adapter, "after": contextlib.nullcontext}
-    with Progress(len(data.heldout), "held-out rows") as progress:
-        rows = trainer.score(data.heldout, arms, progress)
-    before, after = (summarise([row for row in rows if row["arm"] == arm]) for arm in arms)
-    teacher = summarise_teacher([row for row in rows if row["arm"] == "after"])
+def _heldout(run: Run, folder: Path) -> dict[str, Any]:
+    """Before, after and teacher on the held-out rows, which are read here for the first time and only here.
+
+    Writes heldout.jsonl, the sums of every row.
+    """
+    arms = {"before": run.model.disable_adapter, "after": contextlib.nullcontext}
+    with Progress(len(run.data.heldout), "held-out rows") as progress:
+        rows = score(run, run.data.heldout, arms, progress)
+    if run.accelerator.is_main_process:
+        write_jsonl(folder / "heldout.jsonl", rows)
+    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
+    before, after = summarise(by_arm["before"]), summarise(by_arm["after"])
+    teacher = summarise_teacher(by_arm["after"])
     return {
         "before": before,
         "after": after,
         "teacher": teacher,
         "gap_recovered": gap_recovered(before, after, teacher),
-        "heldout_rows": len(data.heldout),
-        "heldout_tokens": sum(row["num_tokens"] for row in rows if row["arm"] == "after"),
+        "heldout_rows": len(run.data.heldout),
+        "heldout_tokens": sum(row["num_tokens"] for row in by_arm["after"]),
     }
-
-
-def _read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
-    """A config of the caller's own, checked against the processes it runs in."""
-    if isinstance(config, str | Path):
-        config = build_config(KDConfig, read_profile(config, SECTION, KDConfig), where=str(config))
-    elif isinstance(config, dict):
-        config = build_config(KDConfig, config)
-    config = copy.deepcopy(config)
-    for field in ("model_name_or_path", "teacher_model_name_or_path"):
-        if not getattr(config, field):
-            raise UserError(f"{field} is not set; name a profile with --config, or pass --{field}")
-        refuse_adapter(getattr(config, field))
-    if config.gradient_accumulation_steps % config.world_size:
-        raise UserError(
-            f"gradient_accumulation_steps = {config.gradient_accumulation_steps} does not divide among "
-            f"{config.world_size} processes; a step always takes {config.rows_per_step} rows, so choose a divisor"
-        )
-    resident = config.teacher_devices if config.teacher_signal == "online" else []
-    if config.world_size > 1 and (resident or config.student_devices):
-        raise UserError(
-            "student_devices, and teacher_devices with an online teacher, are for one process; with several pass "
-            "--student_devices (and --teacher_devices) with nothing behind it"
-        )
-    return config
-
-
-def _teacher_tokenizer(config: KDConfig) -> tuple[PreTrainedTokenizerBase, str]:
-    """The teacher's tokenizer and fingerprint; with a cached signal the cache's own, and nothing else of the teacher.
-
-    Raises:
-        UserError: the cache is of another teacher.
-    """
-    name = config.teacher_model_name_or_path
-    if config.teacher_signal == "online":
-        return load_tokenizer(name, config.experiment_dir), model_fingerprint(name)
-    folder = Path(config.experiment_dir) / "teacher_cache"
-    index = read_index(folder)
-    same = model_fingerprint(name) == index["teacher"] if Path(name).is_dir() else (
-        name == index["teacher_model_name_or_path"])  # fmt: skip
-    if not same:
-        raise UserError(f"{folder} is of the teacher {index['teacher_model_name_or_path']!r}, this run names {name!r}; "
-                        "run scripts/cache_teacher.py --overwrite")  # fmt: skip
-    return cached_tokenizer(folder, index, config.experiment_dir), index["teacher"]
-
-
-def _open_teacher(
-    config: KDConfig, data: TrainingData, vocabulary: int, pad_id: int, dtype: torch.dtype
-) -> TeacherSignal:
-    """The teacher's signal: of its cache, or of the model itself, loaded here."""
-    if config.teacher_signal != "online":
-        train, measured = data.train, data.validation + data.heldout
-        return open_cache(
-            Path(config.experiment_dir) / "teacher_cache", config.teacher_signal, data.hashes,
-            [pair.teacher for pair in train], [pair.teacher for pair in measured], vocabulary,
-            config.teacher_temperature or config.temperature,
-        )  # fmt: skip
-    name, devices = config.teacher_model_name_or_path, config.teacher_devices
-    teacher = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
-    teacher.requires_grad_(False)
-    if not devices:
-        teacher.to(config.device)  # Trainer's device, one a rank
-    logger.info("teacher %s: %s", name, describe_size(teacher))
-    if config.packing:
-        check_packing(teacher, [pair.teacher for pair in data.train], pad_id)
-    return online_signal(teacher, pad_id, config.packing)
-
-
-def _make_trainer(config: KDConfig, data: TrainingData, tokenizers: Tokenizers, folder: Path) -> KDTrainer:
-    """Load both models and say what follows from the settings."""
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    set_seed(config.seed)
-    name, devices = config.model_name_or_path, config.student_devices
-    student = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
-    if len(devices) == 1:  # from_pretrained keeps no map of a single GPU, and Trainer would take the model to the first
-        student.hf_device_map = dict.fromkeys(("model", "lm_head"), devices[0])
-    elif not devices and not _sharding():
-        student.to(config.device)  # the packing is checked where it will run
-    logger.info("student %s: %s", name, describe_size(student))
-    pad_id, own_logits = tokenizers[0].pad_token_id, student.get_output_embeddings().weight.shape[0]
-    teacher = _open_teacher(config, data, max(tokenizers[1].get_vocab().values()) + 1, pad_id, dtype)
-    pairs = data.train + data.validation + data.heldout
-    vocab_size = shared_vocabulary(
-        *tokenizers,
-        own_logits,
-        len(teacher.head_VG),
-        [pair.student for pair in pairs],
-        [pair.teacher for pair in pairs],
-    )
-    if config.packing:
-        check_packing(student, [pair.student for pair in data.train], pad_id)
-    model = add_lora(student, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
-    if config.activation_checkpointing or config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    trainable = count_parameters(model, trainable=True)
-    require_disk(folder, trainable * 4 * (3 * (config.save_total_limit or 2) + 4), "the run's checkpoints")
-    compiled = config.compile_loss is not False and compiler_works(config.device.type)
-    if config.compile_layers:
-        compile_layers(model)
-    trainer = KDTrainer(
-        model=model, args=config, train_dataset=data.train, teacher=teacher.cut(vocab_size), vocab_size=vocab_size,
-        eval_dataset=data.validation, pad_id=pad_id, parts=config.gradient_accumulation_steps * config.world_size,
-        compiled=compiled, callbacks=[RunRecorder(folder)],
-    )  # fmt: skip
-    _say_sizes(config, data, trainer, trainable)
-    return trainer
-
-
-def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str, Any]:
-    """One training run, from clean rows to `final_model/`; with alpha = 0 it is the SFT control.
-
-    Reads sft/sft_{train,eval}_data_clean.jsonl of `experiment_dir` and, for a cached signal, its teacher_cache/. A
-    finished run with the same fingerprint is returned as it is, an unfinished one is gone on with from its newest
-    complete checkpoint.
-
-    Args:
-        config: a KDConfig, a mapping of its settings (names or aliases), or the path of a profile.
-
-    Returns:
-        What kd_results.json holds, and the paths `run_dir` and `final_model`.
-
-    Raises:
-        UserError: something the user must put right; the text says what and how.
-    """
-    config = _read_config(config)
-    teacher_tokenizer, teacher_fingerprint = _teacher_tokenizer(config)
-    tokenizers = load_tokenizer(config.model_name_or_path, config.experiment_dir), teacher_tokenizer
-    data = load_training_data(
-        Path(config.experiment_dir) / "sft", *tokenizers, config.max_length, config.validation_fraction,
-        config.rows_per_step,
-    )  # fmt: skip
-    fingerprint = _fingerprint(config, data, teacher_fingerprint, tokenizers)
-    config.gradient_accumulation_steps = _micro_batches(config, data) // config.world_size
-    with _own_folder(config, fingerprint, data) as folder:
-        paths = {"run_dir": str(folder), "final_model": str(folder / "final_model")}
-        results_path = folder / "kd_results.json"
-        if results_path.is_file():
-            logger.info("%s is finished; nothing to do (--overwrite trains again)", folder)
-            return read_json(results_path) | paths
-        config.output_dir = str(folder)
-        return _run(config, data, tokenizers, folder) | paths
-
-
-def _run(config: KDConfig, data: TrainingData, tokenizers: Tokenizers, folder: Path) -> dict[str, Any]:
-    """Train in `folder`, save the model, measure it once; what kd_results.json then holds."""
-    trainer = _make_trainer(config, data, tokenizers, folder)
-    if (folder / "final_model").is_dir():
-        _load_adapter(trainer, folder / "final_model")
-    else:
-        _train(trainer, folder)
-        _save_final(trainer, folder, tokenizers[0], len(data.train))
-    heldout = _heldout(trainer, data)
-    results = {
-        "experiment": Path(config.experiment_dir).name,
-        "arm": "kd" if config.alpha > 0 else "sft",
-        **heldout,
-        **training_facts(folder),
-        "trainable_parameters": count_parameters(trainer.model, trainable=True),
-        "total_parameters": count_parameters(trainer.model),
-    }
-    if trainer.is_world_process_zero():
-        write_json(folder / "kd_results.json", results)
-    return results
-
-
-def _say_sizes(config: KDConfig, data: TrainingData, trainer: KDTrainer, trainable: int) -> None:
-    """Print what follows from the settings, before the work starts."""
-    rows = [pair.student for pair in data.train]
-    padding, shared = waste(rows, trainer.batches)
-    steps_per_epoch = len(data.train) // config.rows_per_step
-    steps = config.max_steps if config.max_steps > 0 else int(steps_per_epoch * config.num_train_epochs)
-    share = config.rows_per_step / len(data.train)
-    logger.info(
-        "rows: %d to train on, %d validation, %d held out, %d dropped as longer than %d tokens",
-        len(data.train), len(data.validation), len(data.heldout), data.dropped, config.max_length,
-    )  # fmt: skip
-    logger.info(
-        "a step: %d rows in %d x %d passes (accumulation x processes), about %d tokens, %d of them answers, and "
-        "%.1f %% of them are beginnings that rows share, run once; %.1f %% of what is run is padding",
-        config.rows_per_step, config.gradient_accumulation_steps, config.world_size, sum(map(len, rows)) * share,
-        sum(len(row.response_ids) for row in rows) * share, 100 * shared, 100 * padding,
-    )  # fmt: skip
-    reason = f"max_steps wins over {config.num_train_epochs:g} epochs" if config.max_steps > 0 else "from epochs"
-    logger.info("%d steps (%s), %.2f epochs", steps, reason, steps / steps_per_epoch)
-    logger.info(
-        "loss: %g x %g^2 x %s%s + %g x CE over %d shared tokens, the teacher's %s; %s trainable parameters; "
-        "products in %s%s",
-        config.alpha, config.temperature, config.divergence,
-        f" (teacher at {config.teacher_temperature:g})" if config.teacher_temperature else "",
-        1 - config.alpha, trainer.vocab_size,
-        {"online": "model", "hidden": "cached hidden states", "topk": "cached top k"}[config.teacher_signal],
-        f"{trainable:,}", "bf16 autocast" if config.bf16 else "fp32", ", compiled loss" if trainer.compiled else "",
-    )  # fmt: skip

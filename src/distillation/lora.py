@@ -4,7 +4,8 @@ peft's own forward scales and adds in passes over `[tokens, outputs]`, forward a
 place.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from src.distillation.base import LORA_TARGETS
@@ -25,14 +27,25 @@ def _products(flat: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     return [out.addmm_(inner, b.T, alpha=scale), inner]
 
 
+def _gradient(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` for an fp32 parameter: on a GPU in fp32 at once; a CPU rounds to the factors' type first."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
 class _AdaptedLinear(torch.autograd.Function):
-    """`_products` with no gradient for W and b, which are frozen."""
+    """`_products` with no gradient for W and b, which are frozen; A and B are fp32, their copies in the products' type
+    do the work."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+        a_copy: Tensor, b_copy: Tensor,
+    ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
-        out, inner = _products(flat, weight, bias, a, b, scale)
-        ctx.save_for_backward(flat, weight, a, b, inner)
+        out, inner = _products(flat, weight, bias, a_copy, b_copy, scale)
+        ctx.save_for_backward(flat, weight, a_copy, b_copy, inner)
         ctx.scale = scale
         return out.view(*x.shape[:-1], -1)
 
@@ -44,12 +57,16 @@ class _AdaptedLinear(torch.autograd.Function):
         g_x = None
         if ctx.needs_input_grad[0]:
             g_x = (g @ weight).addmm_(g_inner, a).view(*gradient.shape[:-1], -1)
-        return g_x, None, None, g_inner.T @ flat, (g.T @ inner).mul_(ctx.scale), None
+        g_a, g_b = _gradient(g_inner.T, flat), _gradient(g.T, inner).mul_(ctx.scale)
+        return g_x, None, None, g_a, g_b, None, None, None
 
 
 class _FusedLinear(Linear):
     """peft's layer, run as the one function wherever that says the same: one adapter on, with a plain A and B in this
     layer (no DoRA, no bias), not merged, no dropout."""
+
+    # A and B of the active adapter in the products' type, while `adapters_cast` holds them
+    copies: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -60,12 +77,32 @@ class _FusedLinear(Linear):
         device, base, name = x.device.type, self.base_layer, names[0]
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
-        factors = base.weight.to(dtype), bias, self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
+        a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        copies = self.copies or (a.detach().to(dtype), b.detach().to(dtype))
         if torch.is_grad_enabled():
-            return _AdaptedLinear.apply(x.to(dtype), *factors, self.scaling[name])
+            return _AdaptedLinear.apply(x.to(dtype), base.weight.to(dtype), bias, a, b, scale, *copies)
         flat = x.to(dtype).reshape(-1, x.shape[-1])  # without autograd's function: a decoding step is short
-        out, _ = _products(flat, *factors, self.scaling[name])
+        out, _ = _products(flat, base.weight.to(dtype), bias, *copies, scale)
         return out.view(*x.shape[:-1], -1)
+
+
+@contextlib.contextmanager
+def adapters_cast(model: PeftModel, dtype: torch.dtype) -> Iterator[None]:
+    """Within it the adapters do not change, so that each is cast to the products' type once for all passes.
+
+    Not for sharded adapters, which exist as a whole only while their layer runs.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _FusedLinear)]
+    try:
+        for layer in layers:
+            names = [name for name in layer.active_adapters if name in layer.lora_A]
+            if len(names) == 1 and not isinstance(layer.lora_A[names[0]].weight, DTensor):
+                weights = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
+                layer.copies = tuple(weight.detach().to(dtype) for weight in weights)
+        yield
+    finally:
+        for layer in layers:
+            layer.copies = None
 
 
 def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: Sequence[str] = LORA_TARGETS,

@@ -22,7 +22,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,10 @@ from torch.nn.functional import log_softmax
 logger = logging.getLogger("kd")
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-CHUNK_BYTES = 256 * 2**20  # what the [C, V] tensors of one chunk may take together
+CHUNK_BYTES = 256 * 2**20  # what the [C, V] tensors of one chunk may take together on a CPU
 CHUNK_TENSORS = 8  # how many of them are alive at the peak; a compiled kernel holds a quarter of that
+KERNEL_BYTES = 10  # of one [C, V] entry on a GPU: two fp32 logits and a bf16 gradient
+ALIGNED = 128  # columns; tensor cores cannot load bf16 rows of an odd length
 
 
 class LossSums(NamedTuple):
@@ -77,25 +79,58 @@ class TopK(NamedTuple):
 
 
 class HeldoutStats(NamedTuple):
-    """Per-token measures at T = 1, each `[N]` fp32: nats for the first three, 0 or 1 for the last."""
+    """Per-token measures at T = 1, each `[N]` fp32: nats for the first three, 0 or 1 for the fourth.
+
+    expected_acceptance: sum_v min(p_v, q_v), the chance that the teacher accepts a token that the student drafts for it
+        in speculative decoding (Leviathan et al. 2023, theorem 3.5); 1 minus the total variation distance.
+    """
 
     kl_to_teacher: Tensor
     nll: Tensor
     teacher_nll: Tensor
     top1_agreement: Tensor
+    expected_acceptance: Tensor
 
 
-def chunk_tokens(vocab_size: int, compiled: bool = False, device_type: str = "cpu") -> int:
-    """How many tokens a chunk holds for `CHUNK_BYTES`.
+def chunk_tokens(vocab_size: int, compiled: bool = False, device: torch.device | str = "cpu") -> int:
+    """How many tokens a chunk holds.
 
-    A compiled kernel takes chunks of one size alone and the last is filled up, so that a large one would waste work: a
-    CPU's products are as fast with 128 rows as with more. Plain torch on a CPU takes 96 at most: at V = 49,152
-    more cost up to a third (measured; learn.md's log).
+    On a GPU its tensors may take a 64th of the card's memory, 1.2 GiB at most: larger ones gain nothing. It is not a
+    share of what is free, so that the same card cuts the same run alike, whatever else it holds.
+
+    A CPU's compiled kernel takes chunks of one size alone and the last is filled up, so that a large one would waste
+    work: products are as fast with 128 rows as with more. Plain torch on a CPU takes 96 at most: at V = 49,152 more
+    cost up to a third (measured; learn.md's log).
     """
+    device = torch.device(device)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        budget = min(memory // 64, int(1.2 * 2**30))
+        tokens = budget // (vocab_size * (KERNEL_BYTES if compiled else 4 * CHUNK_TENSORS))
+        return max(64, tokens // 64 * 64)
     if not compiled:
-        most = 96 if device_type == "cpu" else 2**20
-        return max(8, min(CHUNK_BYTES // (4 * CHUNK_TENSORS * vocab_size), most))
-    return max(8, min(CHUNK_BYTES // (CHUNK_TENSORS * vocab_size), 128 if device_type == "cpu" else 512))
+        return max(8, min(CHUNK_BYTES // (4 * CHUNK_TENSORS * vocab_size), 96))
+    return max(8, min(CHUNK_BYTES // (CHUNK_TENSORS * vocab_size), 128))
+
+
+def shared_head(weight_VH: Tensor, vocab_size: int) -> Tensor:
+    """An output matrix cut to the shared vocabulary; on a GPU to the next width that its tensor cores can load.
+
+    Qwen3 stores 151,936 rows for 151,669 tokens. Cut to the odd number, products run at a seventh of the rate; so up to
+    127 rows more are kept, or zeros added where none are stored, and `kd_loss` is told where the vocabulary ends.
+
+    Args:
+        weight_VH: all rows that are stored, `[at least vocab_size, H]`.
+
+    Returns:
+        `[vocab_size, H]`, on a GPU `[next multiple of 128, H]`; a view wherever there is one.
+    """
+    if not weight_VH.is_cuda:
+        return weight_VH[:vocab_size]
+    width = -(-vocab_size // ALIGNED) * ALIGNED
+    if len(weight_VH) >= width:
+        return weight_VH[:width]
+    return _fill(weight_VH[:vocab_size], width)
 
 
 def _log_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -190,6 +225,7 @@ class _Objective(NamedTuple):
     student_map: LogitMap
     teacher_map: LogitMap
     dtype: torch.dtype  # of the products
+    vocab_size: int
 
 
 def _chunk(
@@ -227,21 +263,73 @@ def _chunk(
     return student_CV.copy_(grad), kd.sum(), ce.sum()
 
 
+def _plain_middle(student_CW: Tensor, teacher_CW: Tensor | TopK | None, labels_C: Tensor, o: _Objective) -> Any:
+    """`_chunk` of logits that may be wider than the vocabulary."""
+    if student_CW.shape[1] == o.vocab_size:
+        return _chunk(student_CW, teacher_CW, labels_C, None, o)
+    teacher = teacher_CW[:, : o.vocab_size] if isinstance(teacher_CW, Tensor) else teacher_CW
+    _, kd, ce = _chunk(student_CW[:, : o.vocab_size], teacher, labels_C, None, o)
+    student_CW[:, o.vocab_size :] = 0  # these have a gradient of 0, and logits no more
+    return student_CW, kd, ce
+
+
+@functools.cache
+def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_chunk, dynamic=False)
+
+
+def _compiled_middle(student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, o: _Objective) -> Any:
+    """`_chunk` as one kernel by Inductor; it wants every chunk of one shape, so that the last is filled up."""
+    rows, size = len(labels_C), chunk_tokens(o.vocab_size, True)
+    counted = _fill(torch.ones(rows), size)
+    teacher = None if teacher_CV is None else _fill(teacher_CV, size)
+    grad, kd, ce = _compiled_chunk()(_fill(student_CV, size), teacher, _fill(labels_C, size), counted, o)
+    return grad[:rows], kd, ce
+
+
+def _kernel_middle(student_CW: Tensor, teacher_CW: Tensor | None, labels_C: Tensor, o: _Objective) -> Any:
+    """`_chunk` as one Triton kernel, which never reads the columns beyond the vocabulary."""
+    from src.distillation.loss_kernel import logits_to_gradient
+
+    grad, kd, ce = logits_to_gradient(
+        student_CW, teacher_CW, labels_C, o.vocab_size, o.dtype, temperature=o.temperature,
+        teacher_temperature=o.teacher_temperature, alpha=o.alpha, kind=o.kind, beta=o.beta,
+        student_map=o.student_map, teacher_map=o.teacher_map,
+    )  # fmt: skip
+    return grad, kd.sum(), ce.sum()
+
+
 @functools.cache
 def compiler_works(device_type: str) -> bool:
-    """Whether torch.compile makes kernels for this kind of device here; said once in the log where it does not."""
+    """Whether there is a compiled kernel for this kind of device here: Inductor's on a CPU, our own by Triton on a GPU.
+
+    Said once in the log where there is none.
+    """
     try:
-        torch.compile(lambda x: x.exp().sum(-1))(torch.ones(2, 2, device=device_type))
-    except torch._dynamo.exc.TorchDynamoException as error:
+        if device_type == "cuda":
+            _try_kernel()
+        else:
+            torch.compile(lambda x: x.exp().sum(-1))(torch.ones(2, 2, device=device_type))
+    except (torch._dynamo.exc.TorchDynamoException, ImportError, RuntimeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         logger.info("no compiled loss kernel (%s); plain torch does the same, slower", reason.strip()[:120])
         return False
     return True
 
 
-@functools.cache
-def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_chunk, dynamic=False)
+def _try_kernel() -> None:
+    """Compare the Triton kernel with plain torch on a few logits.
+
+    Raises:
+        RuntimeError: its gradient is another.
+    """
+    logits = [torch.randn(4, 1024, device="cuda") for _ in range(2)]
+    labels = torch.tensor([0, 7, 900, 999], device="cuda")
+    o = _Objective(2.0, 2.0, 0.8, "forward_kl", 0.5, IDENTITY, IDENTITY, torch.float32, 1000)
+    found, *_ = _kernel_middle(*logits, labels, o)
+    wanted, *_ = _plain_middle(*logits, labels, o)
+    if not torch.allclose(found, wanted, atol=1e-5):
+        raise RuntimeError("the Triton kernel's gradient is not that of plain torch")
 
 
 def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
@@ -253,7 +341,9 @@ def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
 
 
 def _fill(tensor: Tensor, rows: int) -> Tensor:
-    """`tensor` with zero rows added up to `rows`: a compiled kernel wants every chunk of one shape."""
+    """`tensor` with zero rows added up to `rows`; itself where it has them."""
+    if len(tensor) == rows:
+        return tensor
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
 
 
@@ -261,42 +351,42 @@ class _ChunkedKD(torch.autograd.Function):
     """`kd_loss`, its gradients formed in the forward pass: a chunk's logits are gone before the next one's exist."""
 
     @staticmethod
-    def forward(ctx, student_NH, student_VH, teacher, teacher_VG, labels_N, o, compiled):
-        student_head = student_VH.to(o.dtype)
-        teacher_head = None if teacher_VG is None else teacher_VG.to(o.dtype)
+    def forward(ctx, student_NH, student_WH, teacher, teacher_WG, labels_N, o, compiled):
+        tokens, device = len(labels_N), student_NH.device
+        middle = _plain_middle
+        if compiled:
+            middle = _kernel_middle if device.type == "cuda" else _compiled_middle
+        student_head = student_WH.to(o.dtype)
+        teacher_head = None if teacher_WG is None else teacher_WG.to(o.dtype)
         grad_hidden = torch.empty_like(student_NH) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(student_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        sums = torch.zeros(2, device=student_NH.device)
-        size = chunk_tokens(len(student_VH), compiled, student_NH.device.type)
-        if not compiled and len(labels_N):  # of one size, so that no product is a sliver of a few rows
-            size = math.ceil(len(labels_N) / math.ceil(len(labels_N) / size))
-        chunk = _compiled_chunk() if compiled else _chunk
-        counted = None
+        grad_head = torch.zeros_like(student_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        sums = torch.zeros(2, device=device)
+        size = chunk_tokens(o.vocab_size, compiled, device)
+        if not compiled and tokens:  # of one size, so that no product is a sliver of a few rows
+            size = math.ceil(tokens / math.ceil(tokens / size))
         # a CPU's allocator gives memory this large back each time, and takes a tenth of the time to get it again
         buffers = [None, None]
-        if not student_NH.is_cuda:
-            shape = min(size, max(len(labels_N), 1)) if not compiled else size, len(student_VH)
-            buffers = [torch.empty(shape, dtype=o.dtype) for _ in buffers]
-        for start in range(0, len(labels_N), size):
+        if device.type == "cpu":
+            buffers = [torch.empty(min(size, max(tokens, 1)), len(student_WH), dtype=o.dtype) for _ in buffers]
+        for start in range(0, tokens, size):
             part = slice(start, start + size)
-            hidden, labels = student_NH[part].to(o.dtype), labels_N[part]
-            states = teacher.part(part) if isinstance(teacher, TopK) else None if teacher is None else teacher[part]
-            rows = len(labels)
-            if compiled:
-                counted = _fill(sums.new_ones(rows), size)
-                hidden, labels = _fill(hidden, size), _fill(labels, size)
-                states = None if states is None else _fill(states, size)
+            # 1. logits of both models
+            hidden_CH = student_NH[part].to(o.dtype)
+            student_CW = _product(hidden_CH, student_head.T, buffers[0])
+            beliefs = teacher.part(part) if isinstance(teacher, TopK) else None
             if teacher_head is not None:
-                states = _product(states.to(o.dtype), teacher_head.T, buffers[1])
-            grad, *chunk_sums = chunk(_product(hidden, student_head.T, buffers[0]), states, labels, counted, o)
+                beliefs = _product(teacher[part].to(o.dtype), teacher_head.T, buffers[1])
+            # 2. both terms, and their gradient by the student's logits
+            grad_CW, *chunk_sums = middle(student_CW, beliefs, labels_N[part], o)
             sums += torch.stack(chunk_sums)
-            grad = grad.to(o.dtype)
+            # 3. the gradient of the hidden state, and of the head if that learns
+            grad_CW = grad_CW.to(o.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = _product(grad, student_head)[:rows]
+                grad_hidden[part] = _product(grad_CW, student_head)
             if grad_head is not None:
-                grad_head += _product(grad.T, hidden)
+                grad_head += _product(grad_CW.T, hidden_CH)
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.head_dtype = student_VH.dtype
+        ctx.head_dtype = student_WH.dtype
         kd_sum, ce_sum = sums.unbind()
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         return o.alpha * o.temperature**2 * kd_sum + (1 - o.alpha) * ce_sum, kd_sum, ce_sum
@@ -326,6 +416,7 @@ def kd_loss(
     teacher_map: LogitMap = IDENTITY,
     compiled: bool = False,
     teacher_temperature: float | None = None,
+    vocab_size: int | None = None,
 ) -> LossSums:
     """The objective, summed over N response tokens, never holding more than a chunk of logits.
 
@@ -334,10 +425,10 @@ def kd_loss(
 
     Args:
         student_hidden_NH: final hidden states (after the last norm) at the positions that predict `labels_N`.
-        student_head_VH: the output matrix cut to the shared vocabulary; its gradient is formed only if it needs one.
+        student_head_VH: the output matrix, see `shared_head`; its gradient is formed only if it needs one.
         teacher_hidden_NG: the teacher's hidden states at the same response positions, which never receive a gradient;
             or its top k (forward KL only, and then `teacher_head_VG` is None).
-        teacher_head_VG: the teacher's output matrix cut to the shared vocabulary.
+        teacher_head_VG: the teacher's output matrix, as wide as the student's.
         labels_N: the response token ids.
         temperature: T > 0, of both softmaxes; its square weighs the divergence.
         alpha: the weight of the divergence, in [0, 1].
@@ -346,9 +437,17 @@ def kd_loss(
         student_map: what the student does to its logits; `teacher_map` likewise.
         compiled: run what lies between the products as one compiled kernel; the caller has asked `compiler_works`.
         teacher_temperature: of the teacher's softmax alone, where it is not T.
+        vocab_size: logits beyond it have no part in any softmax and no gradient (default: all rows of the head).
 
     Raises:
         ValueError: a top-k teacher with another divergence than the forward KL.
+
+    Example:
+        >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8)
+        >>> teacher_hidden, teacher_head = torch.randn(6, 16), torch.randn(50, 16)
+        >>> labels = torch.randint(50, (6,))
+        >>> sums = kd_loss(hidden, head, teacher_hidden, teacher_head, labels, temperature=2.0, alpha=0.8)
+        >>> (sums.loss / 6).backward()  # hidden.grad is [6, 8]
     """
     topk = isinstance(teacher_hidden_NG, TopK)
     if topk and kind != "forward_kl":
@@ -359,8 +458,9 @@ def kd_loss(
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else student_head_VH.dtype
     objective = _Objective(
-        temperature, teacher_temperature or temperature, alpha, kind, beta, student_map, teacher_map, dtype
-    )
+        temperature, teacher_temperature or temperature, alpha, kind, beta, student_map, teacher_map, dtype,
+        vocab_size or len(student_head_VH),
+    )  # fmt: skip
     with torch.autocast(device_type, enabled=False):
         return LossSums(
             *_ChunkedKD.apply(
@@ -379,14 +479,16 @@ def heldout_stats(
     labels_N: Tensor,
     student_map: LogitMap = IDENTITY,
     teacher_map: LogitMap = IDENTITY,
+    vocab_size: int | None = None,
 ) -> HeldoutStats:
-    """Forward KL to the teacher, negative log-likelihoods and top-1 agreement per response token, at T = 1."""
+    """How the student compares with the teacher at every response token, at T = 1; arguments as for `kd_loss`."""
     parts = []
-    size = chunk_tokens(len(student_head_VH))
+    vocab_size = vocab_size or len(student_head_VH)
+    size = chunk_tokens(vocab_size, device=student_hidden_NH.device)
     for start in range(0, len(labels_N), size):
         part = slice(start, start + size)
-        logits_q = student_hidden_NH[part].to(student_head_VH.dtype) @ student_head_VH.T
-        logits_p = teacher_hidden_NG[part].to(teacher_head_VG.dtype) @ teacher_head_VG.T
+        logits_q = (student_hidden_NH[part].to(student_head_VH.dtype) @ student_head_VH.T)[:, :vocab_size]
+        logits_p = (teacher_hidden_NG[part].to(teacher_head_VG.dtype) @ teacher_head_VG.T)[:, :vocab_size]
         log_q, log_p = log_softmax(student_map(logits_q), -1), log_softmax(teacher_map(logits_p), -1)
         labels = labels_N[part, None]
         parts.append(
@@ -395,6 +497,7 @@ def heldout_stats(
                 -log_q.gather(1, labels)[:, 0],
                 -log_p.gather(1, labels)[:, 0],
                 (logits_q.argmax(-1) == logits_p.argmax(-1)).float(),
+                torch.minimum(log_p, log_q).exp().sum(-1),
             )
         )
     return HeldoutStats(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -3,14 +3,17 @@
 What several rows begin alike with (the template, a system message, the whole prompt of several answers) is run once and
 read by all of them, as in Wang & Hegde (2024, arXiv:2410.20305): a causal model's states there are the same in every
 row, and its gradient is the sum of theirs. Everything in a transformer but attention treats positions one by one, so a
-packed pass costs what its tokens cost. The attention function below runs torch's fused causal kernel once a row, on any
-device; short rows on a CPU take plain products instead, whose backward costs half of that kernel's.
+packed pass costs what its tokens cost. Attention itself is one call of torch's varlen kernel where a GPU has it; short
+rows on a CPU take plain products, whose backward costs half of the fused kernel's; else that kernel runs once a row.
 """
 
 import contextlib
+import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from src.distillation.base import IGNORED, EncodedRow, causal_lm, collate, response_hidden
-from src.utils.common import UserError
+from src.utils.common import UserError, logger
 
 ATTENTION = "packed_sdpa"
 SHORT = 512  # on a CPU the fused kernel wins on longer rows only
@@ -72,6 +75,63 @@ def segments(rows: Sequence[EncodedRow]) -> list[Segment]:
     return found
 
 
+class _Places(NamedTuple):
+    """Where varlen attention finds each segment's queries and keys, on one device."""
+
+    query_ends: Tensor  # [segments + 1] int32, running sums of the lengths
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
+    keys: Tensor | None  # the position of every key in the pack; None where each segment reads itself alone
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of a pack, prepared once for all layers: their lengths, and which one each follows (-1: none).
+
+    <------ shared beginning ------><-- row a --><---- row b ---->
+    lengths = [9, 4, 5]             parents = [-1, 0, 0]            chains = [[0], [0, 1], [0, 2]]
+    """
+
+    lengths: list[int]
+    parents: list[int]
+
+    @functools.cached_property
+    def chains(self) -> list[list[int]]:
+        """Of each segment those that it reads, the first of the row first, itself last."""
+        chains: list[list[int]] = []
+        for index, parent in enumerate(self.parents):
+            before = chains[parent] if parent >= 0 else []
+            chains.append([*before, index])
+        return chains
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row, what it shares included."""
+        return max(sum(self.lengths[index] for index in chain) for chain in self.chains)
+
+    @functools.cached_property
+    def _on_devices(self) -> dict[torch.device, _Places]:
+        return {}
+
+    def on(self, device: torch.device) -> _Places:
+        """For varlen attention; made once a device."""
+        if device not in self._on_devices:
+            self._on_devices[device] = self._places(device)
+        return self._on_devices[device]
+
+    def _places(self, device: torch.device) -> _Places:
+        starts = [0, *itertools.accumulate(self.lengths)]
+        key_lengths = [sum(self.lengths[index] for index in chain) for chain in self.chains]
+        keys = None
+        if max(self.parents) >= 0:
+            spans = [range(starts[i], starts[i + 1]) for chain in self.chains for i in chain]
+            keys = torch.tensor([position for span in spans for position in span], device=device)
+        ends = [torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32, device=device)
+                for part in (self.lengths, key_lengths)]  # fmt: skip
+        return _Places(*ends, max(self.lengths), max(key_lengths), keys)
+
+
 class _ShortRows(torch.autograd.Function):
     """Causal attention within each row by plain products: `[1, heads, L, width]` in, `[1, L, heads, width]` out.
 
@@ -80,124 +140,203 @@ class _ShortRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], chains: list[list[int]],
-                scale: float) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         kept = []
-        pieces = zip(_grouped(query, len(key[0]), lengths), _joined(key, lengths, chains),
-                     _joined(value, lengths, chains), out[0].split(lengths), strict=True)  # fmt: skip
+        pieces = zip(_grouped(query, len(key[0]), layout), _joined(key, layout), _joined(value, layout),
+                     out[0].split(layout.lengths), strict=True)  # fmt: skip
         for q, k, v, into in pieces:
             scores = torch.bmm(q, k.mT).float().mul_(scale).view(-1, len(into), k.shape[1])
-            scores += torch.full(scores.shape[1:], -math.inf).triu_(1 + k.shape[1] - len(into))
+            scores += _future(len(into), k.shape[1])
             p = scores.softmax(-1).to(q.dtype).view(len(k), -1, k.shape[1])
             kept.append(p)
             into.copy_(torch.bmm(p, v).view(-1, len(into), v.shape[2]).transpose(0, 1))
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.lengths, ctx.chains, ctx.scale = lengths, chains, scale
+        ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
+        layout, heads = ctx.layout, key.shape[1]
         g_query = torch.empty_like(query)
         # in fp32: what rows share gets a part from each of them
         g_key, g_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
-        gqs, gks, gvs = (states[0].split(ctx.lengths, 1) for states in (g_query, g_key, g_value))
-        heads = len(key[0])
-        pieces = zip(ctx.chains, gqs, _grouped(query, heads, ctx.lengths), _joined(key, ctx.lengths, ctx.chains),
-                     _joined(value, ctx.lengths, ctx.chains), _grouped(gradient.transpose(1, 2), heads, ctx.lengths),
-                     kept, strict=True)  # fmt: skip
+        gqs, gks, gvs = (states[0].split(layout.lengths, 1) for states in (g_query, g_key, g_value))
+        pieces = zip(layout.chains, gqs, _grouped(query, heads, layout), _joined(key, layout), _joined(value, layout),
+                     _grouped(gradient.transpose(1, 2), heads, layout), kept, strict=True)  # fmt: skip
         for chain, gq, q, k, v, go, p in pieces:
+            # softmax backwards: gs = p * (gp - sum(p * gp)), gp the gradient of the probabilities
             p_float, gp = p.float(), torch.bmm(go, v.mT).float()
             gp -= (p_float * gp).sum(-1, keepdim=True)
             gs = gp.mul_(p_float).mul_(ctx.scale).to(q.dtype)
             gq.copy_(torch.bmm(gs, k).view_as(gq))
-            own = [ctx.lengths[index] for index in chain]
+            own = [layout.lengths[index] for index in chain]
             for into, found in ((gks, torch.bmm(gs.mT, q)), (gvs, torch.bmm(p.mT, go))):
                 for index, part in zip(chain, found.split(own, 1), strict=True):
                     into[index].add_(part)
-        return g_query, g_key.to(key.dtype), g_value.to(value.dtype), None, None, None
+        return g_query, g_key.to(key.dtype), g_value.to(value.dtype), None, None
 
 
-def _grouped(states: Tensor, heads: int, lengths: list[int]) -> list[Tensor]:
+@functools.lru_cache(maxsize=32)  # the same in every layer; 1 MiB at most
+def _future(queries: int, keys: int) -> Tensor:
+    """-inf where a key comes after its query, the last query being the last key's own; else 0."""
+    return torch.full((queries, keys), -math.inf).triu_(1 + keys - queries)
+
+
+def _grouped(states: Tensor, heads: int, layout: Layout) -> list[Tensor]:
     """Each segment's `[key heads, heads of the group x length, width]` of a query, or of what is shaped like one."""
-    return [segment.reshape(heads, -1, segment.shape[-1]) for segment in states[0].split(lengths, 1)]
+    return [segment.reshape(heads, -1, segment.shape[-1]) for segment in states[0].split(layout.lengths, 1)]
 
 
-def _joined(states: Tensor, lengths: list[int], chains: list[list[int]]) -> list[Tensor]:
+def _joined(states: Tensor, layout: Layout) -> list[Tensor]:
     """Of each segment the keys or values of all that it reads, itself last, `[key heads, length, width]`."""
-    split = states[0].split(lengths, 1)
-    return [split[chain[0]] if len(chain) == 1 else torch.cat([split[i] for i in chain], 1) for chain in chains]
+    split = states[0].split(layout.lengths, 1)
+    joined = []
+    for chain in layout.chains:
+        joined.append(split[chain[0]] if len(chain) == 1 else torch.cat([split[i] for i in chain], 1))
+    return joined
 
 
-def chains_of(parents: Sequence[int]) -> list[list[int]]:
-    """Of each segment those that it reads, the first of the row first, itself last."""
-    chains: list[list[int]] = []
-    for index, parent in enumerate(parents):
-        chains.append([*(chains[parent] if parent >= 0 else []), index])
-    return chains
+class _Gathered(torch.autograd.Function):
+    """`states[positions]`, its gradient summed in fp32: what rows share gets a part from each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.shape = states.shape
+        return states.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        [positions] = ctx.saved_tensors
+        summed = gradient.new_zeros(ctx.shape, dtype=torch.float32)
+        return summed.index_add_(0, positions, gradient.float()).to(gradient.dtype), None
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None,
+            window: int | None) -> Tensor:  # fmt: skip
+    """All segments in one call: each one's own tokens ask, what it shares and its own tokens answer.
+
+    The causal mask is aligned at the ends (bottom right), so that the last query sees every key.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and later
+
+    places = layout.on(query.device)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [L, heads, width]
+    if places.keys is not None:
+        k, v = _Gathered.apply(k, places.keys), _Gathered.apply(v, places.keys)
+    back = -1 if window is None else window - 1
+    return varlen_attn(
+        q, k, v, places.query_ends, places.key_ends, places.longest_query, places.longest_key, scale=scale,
+        window_size=(back, 0), enable_gqa=q.shape[1] != k.shape[1],
+    )[None]  # fmt: skip
+
+
+@functools.cache
+def varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether torch's varlen attention gives on this device what one SDPA call a row gives, gradients too.
+
+    Tried once, on rows that share a beginning; said in the log where it does not.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    layout = Layout([40, 24, 33], [-1, 0, 0])
+    shapes = [(1, heads, sum(layout.lengths), width) for heads in (4, 2, 2)]
+    states = [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes]
+    try:
+        found, wanted = (attend(*states, layout, None, None).float() for attend in (_varlen, _row_by_row))
+        pairs = [(found, wanted)]
+        weights = torch.randn(found.shape, generator=generator, device=device)
+        pairs += zip(*(torch.autograd.grad((out * weights).sum(), states) for out in (found, wanted)), strict=True)
+    except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        logger.info("no varlen attention (%s); a call a row does the same, slower", str(error).split("\n")[0][:120])
+        return False
+    off = max(((one.float() - other.float()).norm() / other.float().norm()).item() for one, other in pairs)
+    if off > 0.02:  # rounding in bf16 is 0.005
+        logger.info("varlen attention is off by %.0f %% here; a call a row instead, slower", 100 * off)
+    return off <= 0.02
+
+
+def _row_by_row(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None, window: int | None,
+                dropout: float = 0.0) -> Tensor:  # fmt: skip
+    """One call of torch's fused kernel a segment, on any device."""
+    split = [states.split(layout.lengths, 2) for states in (query, key, value)]
+    parts = []
+    for chain in layout.chains:  # with the queries of what it shares too: fused kernels know whole rows only
+        q, k, v = (torch.cat([states[index] for index in chain], 2) for states in split)
+        mask, length = None, q.shape[2]
+        if window is not None and length > window:
+            steps = torch.arange(length, device=q.device)
+            back = steps[:, None] - steps
+            mask = (back >= 0) & (back < window)
+        out = scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        parts.append(out[:, :, length - layout.lengths[chain[-1]] :])
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
 @torch.compiler.disable  # a compiled layer would be compiled again for every list of lengths
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    segment_lengths: Tensor, segment_parents: Tensor, dropout: float = 0.0, scaling: float | None = None,
-    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: object,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, layout: Layout,
+    dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention within each row, made of the `segment_lengths` `[segments]` that follow their
-    `segment_parents`; the interface is that of transformers.
+    """Causal attention within each row of a pack, `[1, heads, L, width]` in, `[1, L, heads, width]` out; the interface
+    is that of transformers.
 
     Raises:
         UserError: the model caps its attention scores or has attention sinks, which torch's fused kernel does not know.
     """
     if softcap is not None or s_aux is not None:
         raise UserError("this model's attention has a soft-cap or sinks, so its rows cannot be packed; --no_packing")
-    lengths, chains = segment_lengths.tolist(), chains_of(segment_parents.tolist())
-    longest = max(sum(lengths[index] for index in chain) for chain in chains)
-    window = sliding_window is not None and longest > sliding_window
-    if query.device.type == "cpu" and longest <= SHORT and not (dropout or window):
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what RoPE has touched in fp32
+    window = sliding_window if sliding_window is not None and layout.longest > sliding_window else None
+    half = value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
+    if half and not dropout and varlen_works(value.device, value.dtype, value.shape[-1]):
+        return _varlen(query, key, value, layout, scaling, window), None
+    if value.device.type == "cpu" and layout.longest <= SHORT and not dropout and window is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _ShortRows.apply(query.to(value.dtype), key.to(value.dtype), value, lengths, chains, scale), None
-    split, parts = [states.split(lengths, 2) for states in (query, key, value)], []
-    for chain in chains:  # with the queries of what it shares too: fused kernels know whole rows only
-        q, k, v = (torch.cat([states[index] for index in chain], 2) for states in split)
-        mask, length = None, q.shape[2]
-        if sliding_window is not None and length > sliding_window:
-            steps = torch.arange(length, device=q.device)
-            back = steps[:, None] - steps
-            mask = (back >= 0) & (back < sliding_window)
-        out = scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        parts.append(out[:, :, length - lengths[chain[-1]] :])
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+        return _ShortRows.apply(query, key, value, layout, scale), None
+    return _row_by_row(query, key, value, layout, scaling, window, dropout), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
 
 
-def pack(rows: Sequence[EncodedRow], pad_id: int, multiple: int = MULTIPLE) -> dict[str, object]:
-    """Rows end to end, shared beginnings once: `input_ids`, `position_ids`, `labels`, each `[1, L]`, and of every
-    segment `segment_lengths`, `segment_parents`.
+def pack(rows: Sequence[EncodedRow], pad_id: int, multiple: int = MULTIPLE) -> dict[str, Any]:
+    """Rows end to end, shared beginnings once: `input_ids`, `position_ids`, `labels`, each `[1, L]`, and `layout`.
 
     What fills L up to `multiple` is one more segment, of padding.
     """
-    found = segments(rows)
-    tokens = [(*row.prompt_ids, *row.response_ids) for row in rows]
-    marked = [(*[IGNORED] * len(row.prompt_ids), *row.response_ids) for row in rows]
-    fill = -sum(end - start for _, start, end, _ in found) % multiple
-    ids, labels = ([t for row, start, end, _ in found for t in of[row][start:end]] for of in (tokens, marked))
-    spans = [(start, end) for _, start, end, _ in found] + [(0, fill)] * bool(fill)
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    parents: list[int] = []
+    for segment in segments(rows):
+        row, span = rows[segment.row], slice(segment.start, segment.end)
+        ids += (*row.prompt_ids, *row.response_ids)[span]
+        labels += (*[IGNORED] * len(row.prompt_ids), *row.response_ids)[span]
+        positions += range(segment.start, segment.end)
+        lengths.append(segment.end - segment.start)
+        parents.append(segment.parent)
+    fill = -len(ids) % multiple
+    if fill:
+        ids += [pad_id] * fill
+        labels += [IGNORED] * fill
+        positions += range(fill)
+        lengths.append(fill)
+        parents.append(-1)
     return {
-        "input_ids": torch.tensor([ids + [pad_id] * fill]),
-        "position_ids": torch.cat([torch.arange(start, end) for start, end in spans])[None],
-        "labels": torch.tensor([labels + [IGNORED] * fill]),
-        "segment_lengths": [end - start for start, end in spans],
-        "segment_parents": [segment.parent for segment in found] + [-1] * bool(fill),
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "labels": torch.tensor([labels]),
+        "layout": Layout(lengths, parents),
     }
 
 
-def batch_of(rows: Sequence[EncodedRow], pad_id: int, packing: bool) -> dict[str, object]:
+def batch_of(rows: Sequence[EncodedRow], pad_id: int, packing: bool) -> dict[str, Any]:
     """What `response_hidden` reads: the rows packed, or padded to the longest."""
     return pack(rows, pad_id) if packing else collate(rows, pad_id)
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.distillation.base import (
     EncodedRow,
@@ -34,10 +34,11 @@ from src.distillation.base import (
     model_fingerprint,
     place,
 )
-from src.distillation.batching import is_validation, read_clean
+from src.distillation.batching import TrainingData, clean_files, consecutive, is_validation, read_clean
+from src.distillation.gpu import memory_of, tokens_that_fit
 from src.distillation.losses import LogitMap, TopK, chunk_tokens
 from src.distillation.packing import check_packing
-from src.distillation.teacher_signal import Rows, TeacherSignal, online_signal
+from src.distillation.teacher import Reader, Rows, model_reader
 from src.utils.common import (
     Progress,
     UserError,
@@ -61,7 +62,11 @@ from src.utils.stages import hold
 
 FORMAT = 2
 SAMPLED = 256  # positions of a file of hidden states on which the share outside the top k is measured
-NOT_IN_FINGERPRINT = ("teacher_model_name_or_path", "experiment_dir", "overwrite", "teacher_devices", "gpu_memory_gb")
+NOT_IN_FINGERPRINT = (
+    "teacher_model_name_or_path", "experiment_dir", "overwrite", "teacher_devices", "gpu_memory_gb", "tokens_per_batch",
+)  # fmt: skip
+CPU_TOKENS = 4096  # in one pass on a CPU
+MOST_TOKENS = 32_768  # in one pass on a GPU that has memory for more: nothing is gained
 MADE_BY = "run scripts/cache_teacher.py"
 HEAD = "head.safetensors"
 WRITTEN = "written.jsonl"  # until the cache is complete: each file that is, with its hash
@@ -81,7 +86,9 @@ class CacheTeacherConfig:
     max_length: int = setting(1024, "longer rows (prompt and answer, tokens) are left out, as in training")
     bf16: bool | None = setting(None, "compute and keep bf16 (default: where the processor multiplies it), else fp32")
     packing: bool = setting(True, "read several rows in one pass without padding")
-    tokens_per_batch: int = setting(4096, "tokens in one forward pass; a longer row is one by itself")
+    tokens_per_batch: int | None = setting(
+        None, "tokens in one forward pass; a longer row is one by itself (default: what the device has memory for)"
+    )
     tokens_per_shard: int = setting(65536, "response tokens in one file, the unit in which a killed run goes on")
     teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
@@ -89,7 +96,7 @@ class CacheTeacherConfig:
 
     def __post_init__(self) -> None:
         for name in ("top_k", "tokens_per_batch", "tokens_per_shard", "max_length"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1")
         if self.bf16 is None:
             self.bf16 = compute_dtype() is torch.bfloat16
@@ -119,39 +126,29 @@ class _Shard(NamedTuple):
     rows: list[EncodedRow]
 
 
-def _groups(rows: Rows, size: int, tokens: Callable[[EncodedRow], int]) -> list[list[EncodedRow]]:
-    """Consecutive rows whose `tokens` add up to `size` at most, one row at least."""
-    groups: list[list[EncodedRow]] = []
-    held = size
-    for row in rows:
-        if held + tokens(row) > size:
-            groups.append([])
-            held = 0
-        groups[-1].append(row)
-        held += tokens(row)
-    return groups
-
-
 def _shards(rows: Rows, topk: Callable[[EncodedRow], bool], tokens_per_shard: int) -> list[_Shard]:
     """Rows in the order of their length, cut into files; those kept as top k in files of their own."""
     ordered = sorted(rows, key=lambda row: (len(row), _key(row)))
     shards: list[_Shard] = []
     for kind in ("hidden", "topk"):
         own = [row for row in ordered if topk(row) == (kind == "topk")]
-        for group in _groups(own, tokens_per_shard, lambda row: len(row.response_ids)):
+        for group in consecutive(own, tokens_per_shard, lambda row: len(row.response_ids)):
             shards.append(_Shard(f"shard_{len(shards):05d}.safetensors", kind, group))
     return shards
 
 
 @torch.no_grad()
 def _top_k(
-    hidden_NG: Tensor, signal: TeacherSignal, k: int, temperatures: Sequence[float]
+    hidden_NG: Tensor, reader: Reader, k: int, temperatures: Sequence[float]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The top k of each position, and the share outside it at each temperature, summed over positions."""
     parts: dict[str, list[Tensor]] = {"ids": [], "log_p": [], "log_sums": []}
     outside = torch.zeros(len(temperatures), dtype=torch.float64)
-    for states in hidden_NG.split(chunk_tokens(len(signal.head_VG))):
-        log_p = torch.log_softmax(signal.logit_map(states.to(signal.head_VG.device) @ signal.head_VG.T), -1)
+    device = reader.head().device
+    head_VG = reader.head_on(device)
+    for states in hidden_NG.split(chunk_tokens(reader.vocab_size, device=device)):
+        logits = (states.to(device) @ head_VG.T)[:, : reader.vocab_size]
+        log_p = torch.log_softmax(reader.logit_map(logits), -1)
         kept, ids = log_p.topk(k)
         sums = torch.stack([(log_p / t).logsumexp(-1) for t in temperatures], -1)
         for index, t in enumerate(temperatures):
@@ -161,15 +158,31 @@ def _top_k(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}, outside
 
 
-def _write_shard(path: Path, shard: _Shard, signal: TeacherSignal, config: CacheTeacherConfig) -> None:
-    batches = _groups(shard.rows, config.tokens_per_batch, len)
-    hidden = torch.cat([signal.hidden(batch).cpu() for batch in batches])
+def _write_shard(path: Path, shard: _Shard, reader: Reader, config: CacheTeacherConfig) -> None:
+    hidden = _read_within_memory(reader, shard.rows, config.tokens_per_batch)
     # the share outside the top k is printed for either kind; for hidden states a sample of positions tells it
     looked_at = hidden if shard.kind == "topk" else hidden[:: max(1, len(hidden) // SAMPLED)]
-    tensors, outside = _top_k(looked_at, signal, config.top_k, config.temperatures)
+    tensors, outside = _top_k(looked_at, reader, config.top_k, config.temperatures)
     kept = tensors if shard.kind == "topk" else {"hidden": hidden}
     with atomic_path(path) as made:
         save_file(kept | {"outside": outside, "looked_at": torch.tensor(len(looked_at))}, made)
+
+
+def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> Tensor:
+    """The hidden states of some rows, in passes of `tokens`; where memory runs out, of half as many.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    while True:
+        try:
+            return torch.cat([reader.hidden(batch).cpu() for batch in consecutive(rows, tokens, len)])
+        except torch.OutOfMemoryError as error:
+            if tokens <= max(map(len, rows)):
+                raise UserError("out of GPU memory with one row; lower --max_length, or name more devices") from error
+        tokens //= 2
+        logger.warning("out of GPU memory; passes of %d tokens (--tokens_per_batch %d begins there)", tokens, tokens)
+        torch.cuda.empty_cache()
 
 
 def _read_rows(
@@ -178,8 +191,7 @@ def _read_rows(
     """The clean rows that fit, the keys of those that measure (validation, held out), and the hashes of their files."""
     folder, end_id = Path(config.experiment_dir) / "sft", end_of_turn_id(tokenizer)
     rows, measuring, hashes = [], set(), {}
-    for split in ("train", "eval"):
-        path = folder / f"sft_{split}_data_clean.jsonl"
+    for split, path in clean_files(folder).items():
         hashes[path.name] = sha256_file(path) if path.is_file() else None
         for row in read_clean(path):
             rows.append(encode_row(tokenizer, row, end_id))
@@ -208,9 +220,9 @@ def make_cache(config: CacheTeacherConfig) -> dict[str, Any]:
 
 def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str, Any]:
     """`make_cache` in a folder that is held."""
+    # 1. what it is to be made of; is it there?
     tokenizer = load_tokenizer(name, config.experiment_dir)
     rows, measuring, hashes = _read_rows(config, tokenizer)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
     made_of = {
         "format": FORMAT, "teacher": model_fingerprint(name), **_template_hashes(tokenizer), "data": hashes,
         **{key: value for key, value in asdict(config).items() if key not in NOT_IN_FINGERPRINT},
@@ -225,44 +237,30 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str
             left_over.unlink()
     written = _written_before(folder)
 
+    # 2. the teacher, and the files that do not depend on the rows
     shards = _shards(rows, lambda r: config.signal == "topk" and _key(r) not in measuring, config.tokens_per_shard)
-    model = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
-    tokens = sum(len(row.response_ids) for row in rows)
-    vocab_size, width = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings().weight.shape[1]
-    kept = 6 * config.top_k if config.signal == "topk" else dtype.itemsize * width
-    require_disk(folder, 1.1 * (tokens * kept + vocab_size * width * dtype.itemsize), "the teacher cache")
+    reader = _open_teacher(config, name, folder, rows, tokenizer)
     start_stage(marker, made_of)
-    if config.packing:
-        check_packing(model, rows, tokenizer.pad_token_id)
-    signal = online_signal(model, tokenizer.pad_token_id, config.packing).cut(vocab_size)
     tokenizer.save_pretrained(folder / "tokenizer")
     with atomic_path(folder / HEAD) as made:
-        save_file({"head": signal.head_VG.cpu().contiguous()}, made)
-    seconds, passed = 0.0, 0
-    with Progress(len(rows), "teacher cache") as progress:
-        for shard in shards:
-            if shard.file in written:
-                progress.skip(len(shard.rows))
-                continue
-            started = time.monotonic()
-            _write_shard(folder / shard.file, shard, signal, config)
-            written[shard.file] = _written(folder / shard.file)
-            append_jsonl(folder / WRITTEN, [{"file": shard.file, **written[shard.file]}])
-            seconds += time.monotonic() - started
-            passed += sum(map(len, shard.rows))
-            progress.advance(len(shard.rows), tokens_per_second=f"{passed / seconds:.0f}")
+        save_file({"head": reader.head()[: reader.vocab_size].cpu().contiguous()}, made)
 
+    # 3. the rows, a file at a time
+    speed = _write_missing(folder, shards, written, reader, config)
+
+    # 4. the index, which makes it complete
     measured = [[_tensor(folder / s.file, name) for s in shards] for name in ("outside", "looked_at")]
     outside = sum(measured[0]) / sum(measured[1])
     written = {shard.file: written[shard.file] for shard in shards}
+    tokens = sum(len(row.response_ids) for row in rows)
     index = {
         **made_of,
         "teacher_model_name_or_path": name,
-        "logit_map": list(signal.logit_map),
-        "vocab_size": vocab_size,
+        "logit_map": list(reader.logit_map),
+        "vocab_size": reader.vocab_size,
         "tokens": tokens,
         "bytes_per_token": sum(facts["bytes"] for facts in written.values()) / tokens,
-        "tokens_per_second": passed / seconds if seconds else None,
+        "tokens_per_second": speed,
         "share_outside_top_k": dict(zip(map(str, config.temperatures), outside.tolist(), strict=True)),
         "shards": written,
         "head": _written(folder / HEAD),
@@ -273,6 +271,53 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str
     finish_stage(marker, made_of, index_sha256=sha256_file(index_path))
     (folder / WRITTEN).unlink(missing_ok=True)
     return index
+
+
+def _open_teacher(
+    config: CacheTeacherConfig, name: str, folder: Path, rows: list[EncodedRow], tokenizer: PreTrainedTokenizerBase
+) -> Reader:
+    """The teacher, once the disk is known to have room for what it will say."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
+    tokens = sum(len(row.response_ids) for row in rows)
+    vocab_size, width = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings().weight.shape[1]
+    kept = 6 * config.top_k if config.signal == "topk" else dtype.itemsize * width
+    require_disk(folder, 1.1 * (tokens * kept + vocab_size * width * dtype.itemsize), "the teacher cache")
+    if config.packing:
+        check_packing(model, rows, tokenizer.pad_token_id)
+    reader = model_reader(model, tokenizer.pad_token_id, config.packing).cut(vocab_size)
+    if config.tokens_per_batch is None:
+        config.tokens_per_batch = _measured_tokens(model, reader, rows)
+        logger.info("passes of %d tokens", config.tokens_per_batch)
+    return reader
+
+
+def _measured_tokens(model: PreTrainedModel, reader: Reader, rows: Rows) -> int:
+    memory = memory_of(model)
+    if memory is None:
+        return CPU_TOKENS
+    lengths = [len(row) for row in rows]
+    fits = tokens_that_fit(lengths, lambda chosen: reader.hidden([rows[index] for index in chosen]), memory)
+    return min(fits or CPU_TOKENS, MOST_TOKENS)
+
+
+def _write_missing(folder: Path, shards: list[_Shard], written: dict[str, dict[str, Any]], reader: Reader,
+                   config: CacheTeacherConfig) -> float | None:  # fmt: skip
+    """Write the files that are not in `written` and enter them there; tokens a second, if there were any to write."""
+    seconds, passed = 0.0, 0
+    with Progress(sum(len(shard.rows) for shard in shards), "teacher cache") as progress:
+        for shard in shards:
+            if shard.file in written:
+                progress.skip(len(shard.rows))
+                continue
+            started = time.monotonic()
+            _write_shard(folder / shard.file, shard, reader, config)
+            written[shard.file] = _written(folder / shard.file)
+            append_jsonl(folder / WRITTEN, [{"file": shard.file, **written[shard.file]}])
+            seconds += time.monotonic() - started
+            passed += sum(map(len, shard.rows))
+            progress.advance(len(shard.rows), tokens_per_second=f"{passed / seconds:.0f}")
+    return passed / seconds if seconds else None
 
 
 def _places(shards: Iterable[_Shard]) -> dict[str, list[Any]]:
@@ -375,47 +420,25 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def open_cache(folder: Path, signal: str, data_hashes: dict[str, str], train: Rows, measured: Rows,
-               vocab_size: int, temperature: float) -> TeacherSignal:  # fmt: skip
-    """The signal of a finished cache, every row of it verified.
+def open_cache(folder: Path, signal: str, temperature: float, data: TrainingData) -> Reader:
+    """A finished cache as a reader of the rows that it was made of, every row of a run verified.
 
     Args:
         folder: the cache.
         signal: `hidden` or `topk`, what training rows are to give.
-        data_hashes: file name -> sha256 of the clean files.
-        train: the rows to train on as the teacher's template renders them; `measured` those that only measure.
-        vocab_size: the shared vocabulary.
-        temperature: that of the loss; a top-k cache knows the softened rest for its own temperatures only.
+        temperature: the teacher's; a top-k cache knows the softened rest for its own temperatures only.
+        data: the rows to train on and those that only measure, as the teacher's template renders them.
 
     Raises:
         UserError: the cache was made of something else, lacks a row, or a file is not as it was written.
     """
     index = read_index(folder)
-    remedy = f"{MADE_BY} --overwrite"
-    for name, wanted, found in (
-        ("signal", signal, index["signal"]), ("vocabulary", vocab_size, index["vocab_size"]),
-        *((name, value, index["data"].get(name)) for name, value in data_hashes.items()),
-    ):  # fmt: skip
-        if wanted != found:
-            raise UserError(f"{folder} was made with {name} = {found}, this run has {wanted}; {remedy}")
-    if signal == "topk" and temperature not in index["temperatures"]:
-        known = ", ".join(f"{t:g}" for t in index["temperatures"])
-        raise UserError(f"{folder} keeps the top k for T = {known}, not {temperature:g}; {remedy} --temperatures ...")
-    for row in (*train, *measured):
-        place = index["rows"].get(_key(row))
-        if place is None or place[3] != _token_hash(row):
-            why = "is not in it" if place is None else "has other tokens there (data, tokenizer or template changed)"
-            raise UserError(f"{folder}: row {_key(row)} {why}; {remedy}")
+    _check_index(folder, index, signal, temperature, data)
     _check_files(folder, index)
 
     @functools.cache
     def shard(file: str) -> Any:
         return safe_open(folder / file, "pt")  # memory-mapped: only what is asked for is read
-
-    for rows, tensor in ((train, "ids"), (measured, "hidden")) if signal == "topk" else ():
-        files = {index["rows"][_key(row)][0] for row in rows}
-        if not all(tensor in list(shard(file).keys()) for file in files):
-            raise UserError(f"{folder} was made with another validation_fraction; {remedy} with this run's")
 
     def read(rows: Rows, tensor: str) -> Tensor:
         parts = []
@@ -428,9 +451,41 @@ def open_cache(folder: Path, signal: str, data_hashes: dict[str, str], train: Ro
         log_sums = read(rows, "log_sums")[:, index["temperatures"].index(temperature)]
         return TopK(read(rows, "ids").long(), read(rows, "log_p"), log_sums)
 
-    return TeacherSignal(
-        lambda rows: read(rows, "hidden"),
-        _tensor(folder / HEAD, "head"),
-        LogitMap(*index["logit_map"]),
-        topk if signal == "topk" else None,
+    if signal == "topk":
+        for pairs, tensor in ((data.train, "ids"), (data.validation + data.heldout, "hidden")):
+            files = {index["rows"][_key(pair.teacher)][0] for pair in pairs}
+            if not all(tensor in list(shard(file).keys()) for file in files):
+                raise UserError(
+                    f"{folder} was made with another validation_fraction; {MADE_BY} --overwrite with this run's"
+                )
+    return Reader(
+        hidden=lambda rows: read(rows, "hidden"),
+        head=lambda: _tensor(folder / HEAD, "head"),
+        logit_map=LogitMap(*index["logit_map"]),
+        vocab_size=index["vocab_size"],
+        topk=topk if signal == "topk" else None,
     )
+
+
+def _check_index(folder: Path, index: dict[str, Any], signal: str, temperature: float, data: TrainingData) -> None:
+    """Refuse a cache that is of other data, of another kind, or lacks a row.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    remedy = f"{MADE_BY} --overwrite"
+    known = {"signal": index["signal"], **index["data"]}
+    for name, wanted in {"signal": signal, **data.hashes}.items():
+        if known.get(name) != wanted:
+            raise UserError(f"{folder} was made with {name} = {known.get(name)}, this run has {wanted}; {remedy}")
+    if signal == "topk" and temperature not in index["temperatures"]:
+        temperatures = ", ".join(f"{t:g}" for t in index["temperatures"])
+        raise UserError(
+            f"{folder} keeps the top k for T = {temperatures}, not {temperature:g}; {remedy} --temperatures ..."
+        )
+    for pair in data.all():
+        row = pair.teacher
+        place = index["rows"].get(_key(row))
+        if place is None or place[3] != _token_hash(row):
+            why = "is not in it" if place is None else "has other tokens there (data, tokenizer or template changed)"
+            raise UserError(f"{folder}: row {_key(row)} {why}; {remedy}")

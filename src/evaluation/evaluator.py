@@ -24,13 +24,13 @@ from src.distillation.heldout import score_heldout
 from src.distillation.lora import load_adapters
 from src.distillation.packing import check_packing
 from src.distillation.sft import Sampling, generate, make_requests
-from src.distillation.teacher_signal import online_signal
+from src.distillation.teacher import model_reader
 from src.evaluation.arms import Arms, resolve_arms, run_of_model, use_arm
 from src.evaluation.graders import Grade, check_dataset_row, grade_all
 from src.evaluation.report import write_reports
 from src.evaluation.results import ARMS, make_results, run_files
 from src.evaluation.sandbox import Sandbox, open_sandbox
-from src.evaluation.schema import read_results, write_results
+from src.evaluation.schema import SCHEMA_VERSION, read_results, write_results
 from src.utils.common import (
     ROOT,
     ROW_KEYS,
@@ -161,18 +161,15 @@ def _score_heldout(config: EvaluateConfig, arms: Arms, models: Models, rows: lis
     pairs, _ = encode_pairs(rows, *tokenizers, config.max_length, "held-out rows")
     todo = [p for p in pairs if not all((arm, p.student.id, p.student.sample_index) in done for arm in names)]
     ours, theirs = [pair.student for pair in todo], [pair.teacher for pair in todo]
-    logits = [m.get_output_embeddings().weight.shape[0] for m in (causal_lm(models.student), models.teacher)]
-    vocab_size = shared_vocabulary(*tokenizers, *logits, ours, theirs)
     pad_id = models.student_tokenizer.pad_token_id
-    signal = online_signal(models.teacher, pad_id, config.packing).cut(vocab_size)
+    student, teacher = (model_reader(m, pad_id, config.packing) for m in (models.student, models.teacher))
+    vocab_size = shared_vocabulary(*tokenizers, student.vocab_size, teacher.vocab_size, ours, theirs)
     if config.packing and todo:
         check_packing(models.teacher, theirs, pad_id)
         check_packing(models.student, ours, pad_id)
     contexts = {arm: lambda arm=arm: use_arm(models.student, arm) for arm in names}
     with Progress(len(todo), "held-out rows") as progress:
-        for part in score_heldout(
-            models.student, signal, ours, theirs, vocab_size, pad_id, 8, contexts, config.packing
-        ):
+        for part in score_heldout(student.cut(vocab_size), teacher.cut(vocab_size), todo, contexts):
             append_jsonl(path, [row for row in part if (row["arm"], row["id"], row["sample_index"]) not in done])
             progress.advance(len(part) // len(names))
 
@@ -290,6 +287,7 @@ def _evaluate(config: EvaluateConfig, arms: Arms) -> dict[str, Any]:
     placement = {"teacher_devices", "student_devices", "gpu_memory_gb"}  # others may finish what these began
     fingerprint = {
         **{name: value for name, value in settings.items() if name not in placement},
+        "schema_version": SCHEMA_VERSION,
         "data": sha256_file(data),
         "heldout_rows": sha256_file(heldout_file) if with_heldout else None,
         "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},

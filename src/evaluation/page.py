@@ -21,6 +21,7 @@ METRIC_NAMES = {
     "kl_to_teacher": ("KL to the teacher", "nats per token; less is closer"),
     "nll": ("Negative log-likelihood", "nats per token; the line is the teacher's own"),
     "top1_agreement": ("Top-1 agreement", "share of tokens; more is closer"),
+    "expected_acceptance": ("Expected acceptance", "share of drafts the teacher would take; more is closer"),
 }
 
 
@@ -67,7 +68,7 @@ def _heldout_figures(held: dict[str, Any]) -> str:
     figures = []
     for metric in METRICS:
         title, note = METRIC_NAMES[metric]
-        text = _percent if metric == "top1_agreement" else _plain
+        text = _percent if metric in ("top1_agreement", "expected_acceptance") else _plain
         rows = [
             Dot(NAMES[arm], arm, held["arms"][arm][metric], held["intervals"][arm][metric])
             for arm in ARMS

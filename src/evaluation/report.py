@@ -32,11 +32,11 @@ def _heldout(held: dict[str, Any]) -> list[Section]:
             m = held["arms"][arm]
             gap = held["gap_recovered"].get(arm, {}).get("kl_to_teacher")
             shown = "-" if gap is None else f"{gap['value']:.1%} ({_between(gap['interval'], '.1%')})"
-            rows.append(
-                [NAMES[arm], f"{m['kl_to_teacher']:.4f}", f"{m['nll']:.4f}", f"{m['top1_agreement']:.1%}", shown]
-            )
+            shares = [f"{m[name]:.1%}" for name in ("top1_agreement", "expected_acceptance")]
+            rows.append([NAMES[arm], f"{m['kl_to_teacher']:.4f}", f"{m['nll']:.4f}", *shares, shown])
     title = f"Held-out teacher text ({held['rows']} rows, {held['response_tokens']} response tokens)"
-    first = Section("heldout", title, ["arm", "KL to teacher", "NLL", "top-1 agreement", "KL gap recovered"], rows)
+    header = ["arm", "KL to teacher", "NLL", "top-1 agreement", "expected acceptance", "KL gap recovered"]
+    first = Section("heldout", title, header, rows)
     rows = [
         [f"{NAMES[d['a']]} - {NAMES[d['b']]}", d["metric"], f"{d['difference']:+.4f}", _between(d["interval"], "+.4f"),
          "yes" if d["real"] else "no"]

@@ -32,7 +32,8 @@ from src.utils.common import read_json, read_jsonl
 
 ARMS = ("base", "sft", "kd", "teacher")
 PAIRS = (("kd", "base"), ("kd", "sft"), ("sft", "base"), ("teacher", "base"))
-METRICS = {"kl_to_teacher": "kl_sum", "nll": "nll_sum", "top1_agreement": "agreement_sum"}
+METRICS = {"kl_to_teacher": "kl_sum", "nll": "nll_sum", "top1_agreement": "agreement_sum",
+           "expected_acceptance": "acceptance_sum"}  # fmt: skip
 CURVES = ("loss", "kd_loss", "ce_loss", *(f"validation_{name}" for name in METRICS))
 CONTEXT = ("arms", "missing_arms", "training", "curves", "settings", "provenance")
 

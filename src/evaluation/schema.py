@@ -6,7 +6,7 @@ from typing import Any
 
 from src.utils.common import UserError, read_json, write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # A type; {field: shape} with exactly these fields ("?" at the end: may be missing) or {str: shape} with any; [shape] or
 # [shape, length]; a tuple of alternatives; a text for itself.
@@ -14,7 +14,7 @@ NUMBER = (int, float)
 INTERVAL = ([NUMBER, 2], NoneType)
 ESTIMATE = ({"value": NUMBER, "interval": INTERVAL}, NoneType)
 CELL = {"domain": str, "preset": str, "temperature": NUMBER}
-MEASURES = {"kl_to_teacher": NUMBER, "nll": NUMBER, "top1_agreement": NUMBER}
+MEASURES = {"kl_to_teacher": NUMBER, "nll": NUMBER, "top1_agreement": NUMBER, "expected_acceptance": NUMBER}
 SHAPE = {
     "schema_version": int,
     "headline": str,

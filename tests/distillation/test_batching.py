@@ -3,16 +3,16 @@ import json
 import pytest
 import torch
 
-from src.distillation.base import IGNORED, EncodedRow
+from src.distillation.base import EncodedRow
 from src.distillation.batching import (
-    Pair,
-    StepBatches,
-    collate_pairs,
+    Cutting,
+    StepOrder,
     encode_pairs,
     is_validation,
-    micro_batches,
     read_clean,
+    share_out,
     waste,
+    within,
 )
 from src.utils.common import UserError
 
@@ -21,14 +21,18 @@ LENGTHS = [(7 * index) % 23 + 3 for index in range(ROWS)]
 
 
 def make(parts, seed=0, epoch=0, packing=True, lengths=LENGTHS, rows=PER_STEP):
-    batches = StepBatches(lengths, rows, parts, seed, packing)
-    batches.set_epoch(epoch)
-    return batches
+    """The passes of every step of an epoch, one after the other, as indices of rows."""
+    order, cutting = StepOrder(len(lengths), rows, seed), Cutting(0, parts, 1, packing)
+    passes = []
+    for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
+        taken = order.rows_of(step)
+        passes += [[taken[i] for i in part] for part in cutting.passes([lengths[row] for row in taken])]
+    return passes
 
 
 def steps(parts, **keywords):
     """The rows of each optimisation step."""
-    micro = list(make(parts, **keywords))
+    micro = make(parts, **keywords)
     return [
         sorted(row for batch in micro[start : start + parts] for row in batch) for start in range(0, len(micro), parts)
     ]
@@ -41,9 +45,8 @@ kinds = pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("parts", [8, 4, 2, 1])
 def test_every_step_takes_its_rows(parts, packing):
     """45 rows are 5 whole steps of 8 different rows; five rows sit the epoch out."""
-    batches = make(parts, packing=packing)
-    micro = list(batches)
-    assert len(batches) == len(micro) == 5 * parts
+    micro = make(parts, packing=packing)
+    assert len(micro) == 5 * parts
     assert all(micro)
     if not packing:
         assert {len(batch) for batch in micro} == {PER_STEP // parts}
@@ -89,8 +92,10 @@ def test_packing_wastes_at_most_5_percent(rows):
         EncodedRow(str(i), (i, *[7] * (length // 2)), (8,) * ((length - 1) // 2)) for i, length in enumerate(lengths)
     ]
     lengths = [len(row) for row in encoded]
-    packed, shared = waste(encoded, make(32 // rows, lengths=lengths, rows=32))
-    padded, _ = waste(encoded, make(32 // rows, packing=False, lengths=lengths, rows=32))
+    order = StepOrder(len(lengths), 32, 0)
+    passes, packed, shared = waste(encoded, order, Cutting(0, 32 // rows, 1, True))
+    _, padded, _ = waste(encoded, order, Cutting(0, 32 // rows, 1, False))
+    assert passes == 32 // rows
     assert 0 < packed <= 0.05
     assert padded > packed
     assert shared == 0
@@ -99,23 +104,37 @@ def test_packing_wastes_at_most_5_percent(rows):
 def test_shared_beginnings_are_counted():
     """Four rows of 40 tokens, 30 of them alike: a pass of all runs 30 + 4 x 10 of 160 tokens, and fills up to 96."""
     rows = [EncodedRow(str(i), (*range(30), i), tuple(range(9))) for i in range(4)]
-    padding, shared = waste(rows, StepBatches([40] * 4, 4, 1, 0, True))
+    _, padding, shared = waste(rows, StepOrder(4, 4, 0), Cutting(0, 1, 1, True))
     assert shared == pytest.approx(1 - 70 / 160)
     assert padding == pytest.approx(1 - 70 / 96)
 
 
-def test_a_token_budget_decides_how_many_micro_batches_a_step_takes():
+def test_a_token_budget_decides_how_many_passes_a_step_takes():
+    """Each step the fewest that fit, a multiple of the ranks; a longer row is a pass by itself."""
     lengths = reference_lengths()
-    parts = micro_batches(lengths, 32, 2, 4096, 2, seed=0)
-    assert parts % 2 == 0
-    sizes = [
-        [sum(lengths[row] for row in batch) for batch in make(p, lengths=lengths, rows=32)] for p in (parts, parts - 2)
-    ]
-    assert max(sizes[0]) <= 4096 < max(sizes[1])
-    with pytest.raises(UserError, match="tokens_per_batch = 500, but a row has"):
-        micro_batches(lengths, 32, 1, 500, 1, seed=0)
-    with pytest.raises(UserError, match="a step's 3 rows do not fit on 2 processes"):
-        micro_batches([30] * 6, 3, 2, 40, 1, seed=0)
+    order, cutting = StepOrder(len(lengths), 32, 0), Cutting(4096, 7, 2, True)
+    numbers = set()
+    for step in range(order.steps_per_epoch):
+        taken = [lengths[row] for row in order.rows_of(step)]
+        passes = cutting.passes(taken)
+        assert sorted(index for part in passes for index in part) == list(range(32))
+        assert all(sum(taken[index] for index in part) <= 4096 for part in passes)
+        assert len(passes) % 2 == 0
+        fewer = share_out(taken, len(passes) - 2) if len(passes) > 2 else []
+        assert not fewer or max(sum(taken[index] for index in part) for part in fewer) > 4096
+        numbers.add(len(passes))
+    assert len(numbers) > 1
+    assert within([900, 20, 30, 40], 100) == [[0], [3, 2, 1]]
+    assert within([900, 800, 700], 100) == [[0], [1], [2]]
+    assert within([30] * 6, 40, ranks=3) == [[0], [1], [2], [3], [4], [5]]
+
+
+def test_steps_go_on_over_epochs():
+    order = StepOrder(ROWS, PER_STEP, 3)
+    assert order.steps_per_epoch == 5
+    first, second = ([order.rows_of(step) for step in range(start, start + 5)] for start in (0, 5))
+    assert first != second
+    assert order.rows_of(7) == second[2]
 
 
 def test_steps_are_drawn_from_all_lengths():
@@ -243,15 +262,6 @@ def test_different_ends_of_turn_are_refused(make_tokenizer):
     teacher.chat_template = teacher.chat_template.replace("<|im_end|>", "<|endoftext|>")
     with pytest.raises(UserError, match=r"student ends a turn with <\|im_end\|>, the teacher with <\|endoftext\|>"):
         encode_pairs(sized_rows([10]), make_tokenizer(), teacher, 100, "here")
-
-
-@kinds
-def test_collate_pairs(packing):
-    pair = Pair(EncodedRow("a", (1, 2, 3), (4, 5)), EncodedRow("a", (1,), (4, 5)))
-    batch = collate_pairs([pair], 0, packing)
-    assert batch["labels"][0, :5].tolist() == [IGNORED, IGNORED, IGNORED, 4, 5]
-    assert (batch["labels"][0, 5:] == IGNORED).all()
-    assert (batch["rows"], batch["teacher_rows"]) == ([pair.student], [pair.teacher])
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3])

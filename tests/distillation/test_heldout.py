@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from src.distillation.base import encode_row, load_model
+from src.distillation.batching import Pair
 from src.distillation.heldout import (
     POSITIONS,
     SUMS,
@@ -14,7 +15,7 @@ from src.distillation.heldout import (
     tokens_by_position,
 )
 from src.distillation.lora import add_lora
-from src.distillation.teacher_signal import online_signal
+from src.distillation.teacher import model_reader
 from src.utils.common import UserError
 
 PAD, END, TOKENS = 256, 258, 261
@@ -23,7 +24,8 @@ PAD, END, TOKENS = 256, 258, 261
 @pytest.fixture(scope="module")
 def rows(make_tokenizer, clean_rows):
     """Six rows as the hybrid student's and the plain teacher's template render them."""
-    return [[encode_row(make_tokenizer(hybrid), row, END) for row in clean_rows(6, 5)] for hybrid in (True, False)]
+    encoded = [[encode_row(make_tokenizer(hybrid), row, END) for row in clean_rows(6, 5)] for hybrid in (True, False)]
+    return [Pair(ours, theirs) for ours, theirs in zip(*encoded, strict=True)]
 
 
 @pytest.fixture
@@ -36,11 +38,11 @@ def teacher(tiny_teacher):
     return load_model(tiny_teacher, torch.float32)
 
 
-def score(student, teacher, rows, batch_size=4, arms=None, packing=True):
+def score(student, teacher, rows, tokens=100, arms=None, packing=True):
     """arm -> id -> its row."""
     arms = arms or {"student": contextlib.nullcontext}
-    signal = online_signal(teacher, PAD, packing).cut(TOKENS)
-    parts = list(score_heldout(student, signal, *rows, TOKENS, PAD, batch_size, arms, packing))
+    readers = [model_reader(model, PAD, packing).cut(TOKENS) for model in (student, teacher)]
+    parts = list(score_heldout(*readers, rows, arms, tokens))
     found = {arm: {} for arm in arms}
     for row in (row for part in parts for row in part):
         assert row["id"] not in found[row["arm"]]
@@ -78,27 +80,28 @@ def expected_sums(student, teacher, ours, theirs):
         "nll_sum": -log_q[each, answer].sum().item(),
         "teacher_nll_sum": -log_p[each, answer].sum().item(),
         "agreement_sum": (log_p.argmax(-1) == log_q.argmax(-1)).sum().item(),
+        "acceptance_sum": torch.minimum(log_p.exp(), log_q.exp()).sum().item(),
     }
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_sums_equal_full_logits_row_by_row(student, teacher, rows, batch_size, packing):
-    found = score(student, teacher, rows, batch_size, packing=packing)["student"]
+@pytest.mark.parametrize("tokens", [1, 100, 10_000])
+def test_sums_equal_full_logits_row_by_row(student, teacher, rows, tokens, packing):
+    found = score(student, teacher, rows, tokens, packing=packing)["student"]
     assert len(found) == 6
-    for ours, theirs in zip(*rows, strict=True):
-        expected = expected_sums(student, teacher, ours, theirs)
+    for pair in rows:
+        expected = expected_sums(student, teacher, pair.student, pair.teacher)
         for key, value in expected.items():
-            assert found[ours.id][key] == pytest.approx(value, rel=1e-5), key
+            assert found[pair.student.id][key] == pytest.approx(value, rel=1e-5), key
     assert sum(row["agreement_sum"] for row in found.values()) > 0
 
 
 def test_the_teacher_against_itself(teacher, rows):
     """KL is exactly 0 and every top-1 token agrees, where both read the same prompt."""
-    found = score(teacher, teacher, [rows[1], rows[1]])["student"].values()
+    found = score(teacher, teacher, [Pair(pair.teacher, pair.teacher) for pair in rows])["student"].values()
     assert all(row["kl_sum"] == 0 and row["agreement_sum"] == row["num_tokens"] for row in found)
     assert all(row["nll_sum"] == row["teacher_nll_sum"] for row in found)
-    assert summarise(list(found)) == summarise_teacher(list(found))
+    assert summarise(list(found)) == pytest.approx(summarise_teacher(list(found)), rel=1e-6)
 
 
 def test_each_arm_is_scored_in_its_context(student, teacher, rows):
@@ -118,8 +121,9 @@ def test_each_arm_is_scored_in_its_context(student, teacher, rows):
             yield
         entered.append("out")
 
-    found = score(model, teacher, rows, 4, {"before": adapters_off, "after": contextlib.nullcontext})
-    assert entered == ["in", "out"] * 2
+    found = score(model, teacher, rows, 100, {"before": adapters_off, "after": contextlib.nullcontext})
+    assert len(entered) > 2
+    assert entered == ["in", "out"] * (len(entered) // 2)
     for key, row in base.items():
         assert {k: found["before"][key][k] for k in SUMS} == pytest.approx({k: row[k] for k in SUMS}, rel=1e-6)
         assert found["after"][key]["kl_sum"] != pytest.approx(row["kl_sum"], rel=1e-3)
@@ -135,11 +139,6 @@ def test_dropout_is_off_and_the_mode_comes_back(student, teacher, rows):
     assert score(model.eval(), teacher, rows) == score(model.train(), teacher, rows)
     assert model.training
     assert not next(parameter for parameter in model.parameters() if parameter.requires_grad).grad_fn
-    signal = online_signal(teacher, PAD, True).cut(TOKENS)
-    parts = score_heldout(model, signal, *rows, TOKENS, PAD, 1, {"student": contextlib.nullcontext}, True)
-    next(parts)
-    parts.close()
-    assert model.training
 
 
 @pytest.mark.parametrize(("tokens", "bins"), [(1, [1]), (4, [4]), (5, [4, 1]), (300, [4, 4, 8, 16, 32, 64, 128, 44])])
@@ -150,11 +149,27 @@ def test_tokens_by_position(tokens, bins):
 def test_summaries_are_means_over_tokens():
     """Not over rows: the long row weighs nine times the short one."""
     rows = [
-        {"num_tokens": 1, "kl_sum": 2.0, "nll_sum": 3.0, "teacher_nll_sum": 1.0, "agreement_sum": 0.0},
-        {"num_tokens": 9, "kl_sum": 0.0, "nll_sum": 0.0, "teacher_nll_sum": 4.0, "agreement_sum": 9.0},
+        {
+            "num_tokens": 1,
+            "kl_sum": 2.0,
+            "nll_sum": 3.0,
+            "teacher_nll_sum": 1.0,
+            "agreement_sum": 0.0,
+            "acceptance_sum": 0.5,
+        },
+        {
+            "num_tokens": 9,
+            "kl_sum": 0.0,
+            "nll_sum": 0.0,
+            "teacher_nll_sum": 4.0,
+            "agreement_sum": 9.0,
+            "acceptance_sum": 6.5,
+        },
     ]
-    assert summarise(rows) == pytest.approx({"kl_to_teacher": 0.2, "nll": 0.3, "top1_agreement": 0.9})
-    assert summarise_teacher(rows) == pytest.approx({"kl_to_teacher": 0.0, "nll": 0.5, "top1_agreement": 1.0})
+    means = {"kl_to_teacher": 0.2, "nll": 0.3, "top1_agreement": 0.9, "expected_acceptance": 0.7}
+    assert summarise(rows) == pytest.approx(means)
+    perfect = {"kl_to_teacher": 0.0, "nll": 0.5, "top1_agreement": 1.0, "expected_acceptance": 1.0}
+    assert summarise_teacher(rows) == pytest.approx(perfect)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, load_peft_weights
 from transformers import AutoTokenizer, GenerationConfig, set_seed
 from transformers.utils import chat_template_utils
 
-from src.distillation import kd, runs
+from src.distillation import kd, training
 from src.distillation.base import collate, encode_row, load_model, load_tokenizer
 from src.distillation.kd import KDConfig, run_kd_pipeline
 from src.distillation.kd_config import SECTION
@@ -76,7 +76,7 @@ def test_a_run_leaves_the_promised_artifacts(settings):
     stored = read_json(folder / "kd_results.json")
     assert stored == {k: v for k, v in results.items() if k not in ("run_dir", "final_model")}
     for arm in ("before", "after", "teacher"):
-        assert stored[arm].keys() == {"kl_to_teacher", "nll", "top1_agreement"}
+        assert stored[arm].keys() == {"kl_to_teacher", "nll", "top1_agreement", "expected_acceptance"}
     assert stored["after"]["kl_to_teacher"] < stored["before"]["kl_to_teacher"]
     assert stored["heldout_rows"] == 8
     assert stored["trainable_parameters"] == sum(tensor.numel() for tensor in weights(results).values())
@@ -192,17 +192,20 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, mon
     long = settings | {"max_steps": 7, "save_steps": 2}
     whole = run_kd_pipeline(long | {"output_dir": str(tmp_path / "whole")})
 
-    def stop_at_five(self, args, state, control, **_):
-        if state.global_step == 5:
+    take_step = training.take_step
+
+    def stop_at_five(run):
+        if run.step == 5:
             raise KeyboardInterrupt
+        return take_step(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.RunRecorder, "on_step_end", stop_at_five)
+        patch.setattr(training, "take_step", stop_at_five)
         with pytest.raises(KeyboardInterrupt):
             run_kd_pipeline(long | {"output_dir": str(tmp_path / "cut")})
     half_written = tmp_path / "cut" / "checkpoint-6"
     half_written.mkdir()
-    (half_written / "trainer_state.json").write_text("{")
+    (half_written / "training_state.json").write_text("{")
     resumed = run_kd_pipeline(long | {"output_dir": str(tmp_path / "cut")})
     assert_same(weights(whole), weights(resumed), atol=0, rtol=0)
     assert losses(whole) == losses(resumed)
@@ -227,7 +230,7 @@ def test_an_unfinished_run_of_the_same_settings_is_found(settings, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("src.distillation.kd._train", interrupted)
+        patch.setattr("src.distillation.kd.train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_kd_pipeline(settings)
     [folder] = Path(settings["experiment_dir"]).parent.glob("gpu_optimized_kd_*")
@@ -270,12 +273,14 @@ def refused(settings: dict, words: str) -> None:
             {"teacher_signal": "topk", "divergence": "reverse_kl"},
             "a top-k cache knows forward_kl only; reverse_kl",
         ),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor of transformers' TrainingArguments has no meaning"),
-        ({"load_best_model_at_end": True}, "load_best_model_at_end of transformers' TrainingArguments has no meaning"),
-        ({"save_only_model": True}, "save_only_model of transformers' TrainingArguments has no meaning"),
-        ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint of transformers' TrainingArguments has no meaning"),
-        ({"use_liger_kernel": True}, "use_liger_kernel of transformers' TrainingArguments has no meaning"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type must follow from the step alone"),
+        ({"save_only_model": True}, "unknown setting 'save_only_model'"),
+        ({"resume_from_checkpoint": "x"}, "unknown setting 'resume_from_checkpoint'"),
+        ({"use_liger_kernel": True}, "unknown setting 'use_liger_kernel'"),
+        ({"dataloader_drop_last": True}, "unknown setting 'dataloader_drop_last'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "invalid choice: 'reduce_lr_on_plateau'"),
+        ({"warmup_steps": -1}, "warmup_steps must not be below 0"),
+        ({"packing": False, "tokens_per_batch": 100}, "tokens_per_batch counts packed tokens"),
+        ({"liger": True}, "--liger: the package is not here|its kernels run on a GPU"),
         ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
         ({"learning_rate": 1e30, "max_grad_norm": 0}, r"step \d: (loss|grad_norm) is (nan|inf); lower --learning_rate"),
     ],
@@ -335,8 +340,13 @@ def test_a_full_disk_is_seen_before_the_work(settings, monkeypatch):
 
 
 def test_more_ranks_take_a_share_of_the_accumulation(settings, monkeypatch):
-    config = build_config(KDConfig, settings | {"gradient_accumulation_steps": 3})
-    monkeypatch.setattr(KDConfig, "world_size", 2)
+    config = build_config(KDConfig, settings | {"batch_size": 4, "gradient_accumulation_steps": 3})
+    odd = build_config(KDConfig, settings | {"batch_size": 3, "gradient_accumulation_steps": 3})
+    monkeypatch.setattr(kd.Accelerator, "num_processes", 2)
+    kd._open_accelerator(config)  # six rows each
+    with pytest.raises(UserError, match="rows of a step = 9 does not divide among 2 processes"):
+        run_kd_pipeline(odd)
+    config.tokens_per_batch = 0  # three passes of four rows
     with pytest.raises(UserError, match="does not divide among 2 processes; a step always takes 12 rows"):
         run_kd_pipeline(config)
 
@@ -347,14 +357,15 @@ def test_the_commands_for_several_processes_are_accepted(readme, monkeypatch):
     text = (ROOT / readme).read_text(encoding="utf-8")
     commands = re.findall(r"^accelerate launch .*scripts/run_improved_kd\.py (.*)$", text, re.MULTILINE)
     assert len(commands) >= 2
-    monkeypatch.setattr(KDConfig, "world_size", 8)
+    monkeypatch.setattr(kd.Accelerator, "num_processes", 8)
     monkeypatch.chdir(ROOT)
     for command in commands:
         config = load_config(KDConfig, SECTION, command.split())
-        assert kd._read_config(config).rows_per_step == 32
+        assert config.rows_per_step == 32
+        kd._open_accelerator(config)
         config.teacher_signal = "online"
         with pytest.raises(UserError, match="are for one process; with several pass --student_devices"):
-            kd._read_config(config)
+            kd._open_accelerator(config)
 
 
 def test_the_last_step_is_always_logged(settings):
@@ -362,7 +373,7 @@ def test_the_last_step_is_always_logged(settings):
     results = run_kd_pipeline(settings | {"max_steps": 3, "logging_steps": 2})
     rows = [row["step"] for row in read_jsonl(Path(results["run_dir"]) / "metrics.jsonl") if "loss" in row]
     assert (rows, results["steps"]) == ([2, 3], 3)
-    assert run_kd_pipeline(settings | {"max_steps": 3, "logging_strategy": "no", "seed": 5})["steps"] == 3
+    assert run_kd_pipeline(settings | {"max_steps": 3, "logging_steps": 50, "seed": 5})["steps"] == 3
 
 
 def test_an_adapter_is_no_model(settings, tmp_path):

@@ -29,13 +29,13 @@ def make_rows(lengths):
 def test_a_pack_is_its_rows_end_to_end():
     rows = [EncodedRow("a", (1, 2), (3,)), EncodedRow("b", (4,), (5, 6))]
     batch = pack(rows, pad_id=9)
-    assert batch["segment_lengths"] == [3, 3, MULTIPLE - 6]
-    assert batch["segment_parents"] == [-1, -1, -1]
+    assert batch["layout"].lengths == [3, 3, MULTIPLE - 6]
+    assert batch["layout"].parents == [-1, -1, -1]
     assert batch["input_ids"][0].tolist() == [1, 2, 3, 4, 5, 6] + [9] * (MULTIPLE - 6)
     assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, *range(MULTIPLE - 6)]
     assert batch["labels"][0, :6].tolist() == [IGNORED, IGNORED, 3, IGNORED, 5, 6]
     assert (batch["labels"][0, 6:] == IGNORED).all()
-    assert pack([rows[0]], 9, multiple=3)["segment_lengths"] == [3]
+    assert pack([rows[0]], 9, multiple=3)["layout"].lengths == [3]
 
 
 def test_prompts_that_each_go_on_from_the_one_before():
@@ -66,8 +66,11 @@ def test_what_rows_begin_alike_with_is_there_once():
         (5, 9, 11, 0),
     ]  # fmt: skip
     batch = pack(FAMILY, 0, multiple=1)
-    assert batch["segment_lengths"] == [9, 9, 3, 4, 5, 4, 4, 2]
-    assert batch["segment_parents"] == [-1, 0, 1, -1, 1, 0, 1, 0]
+    layout = batch["layout"]
+    assert layout.lengths == [9, 9, 3, 4, 5, 4, 4, 2]
+    assert layout.parents == [-1, 0, 1, -1, 1, 0, 1, 0]
+    assert layout.chains == [[0], [0, 1], [0, 1, 2], [3], [0, 1, 4], [0, 5], [0, 1, 6], [0, 7]]
+    assert layout.longest == 9 + 9 + 5
     assert batch["position_ids"][0, 18:30].tolist() == [18, 19, 20, 0, 1, 2, 3, 18, 19, 20, 21, 22]
     labels = batch["labels"][0]
     assert labels[labels != IGNORED].tolist() == [token for row in FAMILY for token in row.response_ids]

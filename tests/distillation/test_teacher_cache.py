@@ -9,6 +9,7 @@ import torch
 
 from src.distillation import teacher_cache
 from src.distillation.base import collate, encode_row, head_weight, load_model, load_tokenizer, response_hidden
+from src.distillation.batching import Pair, TrainingData
 from src.distillation.teacher_cache import CacheTeacherConfig, cached_tokenizer, make_cache, open_cache
 from src.utils.common import UserError, read_json, read_jsonl
 
@@ -38,11 +39,18 @@ def rows_of(config, split):
     return [encode_row(tokenizer, row, 258) for row in read_jsonl(path)]
 
 
-def opened(config, train=None, signal=None, temperature=2.5, vocabulary=VOCABULARY):
+def training_data(train, heldout, hashes):
+    pairs = [[Pair(row, row) for row in rows] for rows in (train, heldout)]
+    return TrainingData(pairs[0], [], pairs[1], hashes, 0)
+
+
+def opened(config, train=None, signal=None, temperature=2.5, **hashes):
     folder = Path(config.experiment_dir) / "teacher_cache"
-    hashes = read_json(folder / "index.json")["data"]
+    hashes = read_json(folder / "index.json")["data"] | hashes
     train = rows_of(config, "train") if train is None else train
-    return open_cache(folder, signal or config.signal, hashes, train, rows_of(config, "eval"), vocabulary, temperature)
+    return open_cache(
+        folder, signal or config.signal, temperature, training_data(train, rows_of(config, "eval"), hashes)
+    )
 
 
 def expected_logits(config, rows):
@@ -61,7 +69,7 @@ def test_hidden_states_are_the_teachers(config, packing):
     rows = rows_of(config, "train")[::-3] + rows_of(config, "eval")[:2]
     hidden, logits = expected_logits(config, rows)
     torch.testing.assert_close(signal.hidden(rows), hidden, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(signal.hidden(rows) @ signal.head_VG.T, logits, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(signal.hidden(rows) @ signal.head().T, logits, atol=1e-3, rtol=1e-4)
     assert 48 * 4 <= index["bytes_per_token"] < 48 * 4 + 20
 
 
@@ -134,7 +142,7 @@ def test_a_cache_of_something_else_is_refused(config, clean_rows, write_sft):
     config = config()
     folder = Path(config.experiment_dir) / "teacher_cache"
     with pytest.raises(UserError, match=r"no finished teacher cache; run scripts/cache_teacher.py.*online"):
-        open_cache(folder, "hidden", {}, [], [], VOCABULARY, 1.0)
+        open_cache(folder, "hidden", 1.0, training_data([], [], {}))
     make_cache(config)
     tokenizer = load_tokenizer(config.teacher_model_name_or_path)
     strange = encode_row(tokenizer, clean_rows(1, start=900)[0], 258)
@@ -144,12 +152,10 @@ def test_a_cache_of_something_else_is_refused(config, clean_rows, write_sft):
     other_template = encode_row(tokenizer, clean_rows(1)[0], 258)
     with pytest.raises(UserError, match=r"row sum-00000/0 has other tokens there \(data, tokenizer or template"):
         opened(config, [other_template])
-    with pytest.raises(UserError, match="vocabulary = 261, this run has 300"):
-        opened(config, vocabulary=300)
     with pytest.raises(UserError, match="signal = hidden, this run has topk"):
         opened(config, signal="topk")
     with pytest.raises(UserError, match=r"sft_train_data_clean\.jsonl = .*this run has abc"):
-        open_cache(folder, "hidden", {"sft_train_data_clean.jsonl": "abc"}, [], [], VOCABULARY, 1.0)
+        opened(config, **{"sft_train_data_clean.jsonl": "abc"})
     with pytest.raises(UserError, match=r"made with top_k = 8, this run has 9; pass --overwrite"):
         make_cache(CacheTeacherConfig(**{**vars(config), "top_k": 9}))
     shard = folder / "shard_00001.safetensors"

@@ -73,6 +73,7 @@ def heldout_rows(prompts: int = 40, arms: Sequence[str] = ("base", "sft", "kd"),
             rows.append({
                 "arm": arm, "id": f"row-{number:03d}", "sample_index": 0, "num_tokens": tokens, "kl_sum": kl.sum(),
                 "nll_sum": kl.sum() + 0.7 * tokens, "teacher_nll_sum": 0.6 * tokens, "agreement_sum": agreement.sum(),
+                "acceptance_sum": 0.9 * agreement.sum(),
                 "kl_by_position": kl.tolist(), "agreement_by_position": agreement.tolist(),
             })  # fmt: skip
     return rows
@@ -86,7 +87,12 @@ def context(missing: dict[str, str] | None = None, steps: int = 40, **settings: 
             kd = 2.0 * 0.95**step if arm == "kd" else 0.0
             rows.append({"step": step, "loss": 3.0 * 0.96**step, "kd_loss": kd, "ce_loss": 3.0 * 0.97**step})
             if step % 10 == 0:
-                metrics = {"kl_to_teacher": 2.0 * 0.96**step, "nll": 2.0, "top1_agreement": 0.4 + step / 200}
+                metrics = {
+                    "kl_to_teacher": 2.0 * 0.96**step,
+                    "nll": 2.0,
+                    "top1_agreement": 0.4 + step / 200,
+                    "expected_acceptance": 0.5,
+                }
                 rows.append({"step": step} | {f"validation_{name}": value for name, value in metrics.items()})
     missing = missing or {}
     return {

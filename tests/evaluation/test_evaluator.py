@@ -26,7 +26,7 @@ SAMPLE_FIELDS = {
 }  # fmt: skip
 HELDOUT_FIELDS = {
     "arm", "id", "sample_index", "num_tokens", "kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum",
-    "kl_by_position", "agreement_by_position",
+    "acceptance_sum", "kl_by_position", "agreement_by_position",
 }  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_the_report_shows_the_numbers_and_no_model_text(evaluated):
 
 def test_several_answers_to_a_prompt_are_one_unit():
     """Sums per prompt, not the last answer alone: 2 prompts with 2 answers each, of 10 and 30 tokens."""
-    sums = {"teacher_nll_sum": 0.0, "agreement_sum": 0.0, "nll_sum": 0.0}
+    sums = {"teacher_nll_sum": 0.0, "agreement_sum": 0.0, "nll_sum": 0.0, "acceptance_sum": 0.0}
     rows = [
         {"arm": arm, "id": row_id, "sample_index": index, "num_tokens": tokens, "kl_sum": kl * tokens}
         | sums

@@ -129,7 +129,14 @@ def test_repetition(text, expected):
 
 
 def test_positions_are_summed_over_the_rows_that_reach_them():
-    sums = {"sample_index": 0, "kl_sum": 9.0, "nll_sum": 9.0, "teacher_nll_sum": 5.0, "agreement_sum": 4.0}
+    sums = {
+        "sample_index": 0,
+        "kl_sum": 9.0,
+        "nll_sum": 9.0,
+        "teacher_nll_sum": 5.0,
+        "agreement_sum": 4.0,
+        "acceptance_sum": 3.0,
+    }
     rows = [
         {"arm": "kd", "id": "a", "num_tokens": 6, "kl_by_position": [4.0, 5.0], "agreement_by_position": [4.0, 0.0]},
         {"arm": "kd", "id": "b", "num_tokens": 2, "kl_by_position": [8.0], "agreement_by_position": [2.0]},

@@ -1,21 +1,17 @@
 """Run folders: naming, finding one to go on with, complete checkpoints, the metrics file."""
 
-import math
 import resource
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from accelerate import Accelerator
 
 from src.utils.common import (
-    Progress,
     UserError,
-    append_jsonl,
     logger,
     read_json,
     read_jsonl,
@@ -76,12 +72,16 @@ def claim_folder(folder: Path, fingerprint: dict[str, Any], resume: bool, overwr
     return folder
 
 
-def newest_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end and is still what was written; Trainer's own finder takes a
-    half-written one."""
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end, the newest first."""
     complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
     numbered = [path for path in complete if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def newest_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end and is still what was written."""
+    for path in complete_checkpoints(folder):
         broken = _broken_file(path)
         if broken is None:
             return path
@@ -133,62 +133,27 @@ def training_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-class RunRecorder(TrainerCallback):
-    """Shows the progress, writes metrics.jsonl, marks complete checkpoints, stops a run whose loss is not a number."""
+def write_checkpoint(folder: Path, step: int, accelerator: Accelerator, save: Callable[[Path], None]) -> None:
+    """Write `checkpoint-<step>` and mark it complete, with the hashes of its files, once every rank has written.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.progress: Progress | None = None
+    Args:
+        save: writes this rank's part into the folder that it is given.
+    """
+    checkpoint = folder / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(checkpoint, ignore_errors=True)  # a half-written one of a run that was killed
+        checkpoint.mkdir()
+    accelerator.wait_for_everyone()
+    save(checkpoint)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+        hashes = {str(path.relative_to(checkpoint)): sha256_file(path) for path in files}
+        write_json(checkpoint / COMPLETE, {"step": step, "sha256": hashes})
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.progress = Progress(state.max_steps, f"training {self.folder.name}", "step")
-            self.progress.skip(state.global_step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.progress:
-            self.progress.close()
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        row = {name: value for name, value in logs.items() if name != "epoch"}
-        if not {"loss", "validation_nll"} & row.keys():
-            return
-        for name in ("loss", "grad_norm"):
-            scaled = args.fp16 and name == "grad_norm"  # then the scaler takes an infinite gradient for what it is
-            if not scaled and not math.isfinite(row.get(name, 0.0)):
-                raise UserError(
-                    f"{self.folder}: step {state.global_step}: {name} is {row[name]}; lower --learning_rate or raise "
-                    "--warmup_steps (checkpoints up to here are kept)"
-                )
-        if not state.is_world_process_zero:
-            return
-        if "learning_rate" in row:
-            row["lr"] = row.pop("learning_rate")
-        append_jsonl(self.folder / "metrics.jsonl", [{"step": state.global_step, **row}])
-        if self.progress and "loss" in row:
-            speed = f"{row['tokens_per_second']:.0f}"
-            self.progress.say(loss=f"{row['loss']:.4f}", kd=f"{row['kd_loss']:.4f}", tokens_per_second=speed)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        control.should_log |= state.global_step == state.max_steps  # the run's facts are those of its last step
-        if self.progress:
-            self.progress.advance()
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
-        for name, parameter in model.named_parameters():  # a step between two log lines may have broken them
-            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if parameter.requires_grad and not own.isfinite().all():
-                raise UserError(
-                    f"{self.folder}: step {state.global_step}: {name} is not a number; lower --learning_rate or raise "
-                    "--warmup_steps (checkpoints before this one are kept)"
-                )
-        PartialState().wait_for_everyone()  # each rank has written its random state by then
-        if state.is_world_process_zero:
-            folder = self.folder / f"checkpoint-{state.global_step}"
-            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            hashes = {str(path.relative_to(folder)): sha256_file(path) for path in files}
-            write_json(folder / COMPLETE, {"step": state.global_step, "sha256": hashes})
+def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
+    """Keep the newest `keep` checkpoints (None: all), counting complete ones only."""
+    if keep is not None:
+        for path in complete_checkpoints(folder)[keep:]:
+            shutil.rmtree(path)

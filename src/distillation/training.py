@@ -1,0 +1,410 @@
+"""The training loop, to be read from `train` downwards: forward, loss, backward, clip, update, log, save.
+
+A step takes `rows_per_step` rows. They are cut into passes, as few as memory allows, shared out among the processes,
+and every pass adds its part of the gradient of one sum over the step's response tokens, divided once by their number.
+So 1 x 16, 4 x 4 and 2 processes x 8 rows give the same gradients.
+
+accelerate wraps the student (DDP, FSDP2), skips the syncs between passes and clips. Checkpoints are our own:
+accelerate's would hold the whole frozen student under FSDP2.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import get_scheduler
+
+from src.distillation.base import response_hidden
+from src.distillation.batching import Cutting, Pair, StepOrder, TrainingData
+from src.distillation.gpu import memory_of, tokens_that_fit
+from src.distillation.heldout import SCORED_TOKENS, Arm, score_heldout, summarise
+from src.distillation.kd_config import KDConfig
+from src.distillation.lora import adapters_cast
+from src.distillation.losses import LossSums, TopK, kd_loss
+from src.distillation.packing import batch_of
+from src.distillation.run_folder import peak_memory_mb, remove_old_checkpoints, write_checkpoint
+from src.distillation.teacher import Reader
+from src.utils.common import Progress, UserError, append_jsonl, logger, read_json, write_json
+
+STATE = "training_state.json"  # in a checkpoint: the step, and how the steps were cut
+
+
+@dataclass
+class Run:
+    """What a run trains with.
+
+    model: the student with its adapters; `wrapped` is the same as DDP or FSDP2 see it.
+    student: the same as a reader, to be measured.
+    teacher: what it learns from.
+    learning_rate: of step 0, 1, ...
+    compiled: the loss kernel is.
+    steps: all of them; `step` are taken.
+    """
+
+    config: KDConfig
+    accelerator: Accelerator
+    data: TrainingData
+    model: PeftModel
+    wrapped: nn.Module
+    optimizer: Optimizer
+    learning_rate: Callable[[int], float]
+    student: Reader
+    teacher: Reader
+    pad_id: int
+    compiled: bool
+    order: StepOrder
+    cutting: Cutting
+    steps: int
+    step: int = 0
+
+
+def train(run: Run, folder: Path) -> None:
+    """Take the steps that are left, into `folder`: metrics.jsonl and checkpoints.
+
+    Raises:
+        UserError: a loss or a weight is not a number, or not even one row fits into memory.
+    """
+    config, main = run.config, run.accelerator.is_main_process
+    run.model.train()
+    window = Window()
+    with contextlib.ExitStack() as stack:
+        progress = None
+        if main:
+            progress = stack.enter_context(Progress(run.steps, f"training {folder.name}", "step"))
+            progress.skip(run.step)
+        while run.step < run.steps:
+            # 1. forward, loss, backward of all passes; clip; update
+            with window.measuring():
+                window.facts.append(step_within_memory(run))
+            lr = run.learning_rate(run.step)
+            run.step += 1
+
+            # 2. log
+            last = run.step == run.steps
+            if run.step % config.logging_steps == 0 or last:
+                row = {"step": run.step, **window.means(run.accelerator), "lr": lr}
+                _refuse_nan(row, folder)
+                _write_row(run, folder, row)
+                window = Window()
+                if progress:
+                    progress.say(loss=f"{row['loss']:.4f}", kd=f"{row['kd_loss']:.4f}",
+                                 tokens_per_second=f"{row['tokens_per_second']:.0f}")  # fmt: skip
+
+            # 3. measure on the validation rows
+            if config.eval_steps and run.data.validation and (run.step % config.eval_steps == 0 or last):
+                scored = summarise(score(run, run.data.validation, {"student": contextlib.nullcontext}))
+                named = {f"validation_{name}": value for name, value in scored.items()}
+                _write_row(run, folder, {"step": run.step, **named})
+
+            # 4. save
+            if config.save_steps and (run.step % config.save_steps == 0 or last):
+                _refuse_broken_weights(run, folder)
+                write_checkpoint(folder, run.step, run.accelerator, lambda path: save_state(run, path))
+                if main:
+                    remove_old_checkpoints(folder, config.save_total_limit)
+            if progress:
+                progress.advance()
+
+
+def step_within_memory(run: Run) -> "StepFacts":
+    """One optimisation step; where memory runs out, again in smaller passes, which the run then keeps.
+
+    Raises:
+        UserError: passes cannot be cut further, or other processes wait for this one.
+    """
+    while True:
+        states = _random_states() if run.config.lora_dropout else {}
+        try:
+            return take_step(run)
+        except torch.OutOfMemoryError as error:
+            run.optimizer.zero_grad()
+            smaller = _smaller(run)
+            if smaller is None or run.accelerator.num_processes > 1:
+                raise UserError(
+                    f"step {run.step + 1}: out of GPU memory; lower --tokens_per_batch (or --batch_size, with as much "
+                    "more --gradient_accumulation_steps: the same run goes on), pass --gradient_checkpointing, lower "
+                    "--max_length, or name more devices"
+                ) from error
+        size = f"{smaller.tokens} tokens" if smaller.tokens else f"a {smaller.parts}th of the rows"
+        logger.warning("step %d: out of GPU memory; going on with passes of %s", run.step + 1, size)
+        run.cutting = smaller
+        if states:
+            _set_random_states(states)
+        torch.cuda.empty_cache()
+
+
+def _smaller(run: Run) -> Cutting | None:
+    """Half of what the passes of this step hold; None where a pass is one row already."""
+    lengths = [len(run.data.train[index].student) for index in run.order.rows_of(run.step)]
+    passes = run.cutting.passes(lengths)
+    if all(len(part) == 1 for part in passes):
+        return None
+    if not run.config.packing:
+        return replace(run.cutting, parts=min(2 * run.cutting.parts, len(lengths)))
+    return replace(run.cutting, tokens=max(sum(lengths[index] for index in part) for part in passes) // 2)
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """Of one step on this rank: loss, kd and ce (each over the step's tokens, `[3]` on the device), the gradient's norm
+    before clipping, and the tokens that were read."""
+
+    sums: Tensor
+    grad_norm: Tensor
+    tokens: int
+
+
+def take_step(run: Run) -> StepFacts:
+    """One optimisation step."""
+    accelerator, ranks = run.accelerator, run.accelerator.num_processes
+    rows = [run.data.train[index] for index in run.order.rows_of(run.step)]
+    # DDP and FSDP average gradients over ranks, so each rank divides by its share of the step's response tokens
+    tokens = sum(len(row.student.response_ids) for row in rows) / ranks
+    passes = run.cutting.passes([len(row.student) for row in rows])
+    mine = passes[accelerator.process_index :: ranks]
+    sums = torch.zeros(3, device=accelerator.device)
+    with adapters_cast(run.model, run.config.dtype):
+        for number, part in enumerate(mine):
+            last = number == len(mine) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
+                found = pass_loss(run, [rows[index] for index in part])
+                loss = found.loss / tokens
+                accelerator.backward(loss)
+            sums += torch.stack([loss.detach(), found.kd / tokens, found.ce / tokens]).to(sums.device)
+    limit = run.config.max_grad_norm or math.inf
+    grad_norm = accelerator.clip_grad_norm_(run.wrapped.parameters(), limit)
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.learning_rate(run.step)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return StepFacts(sums, grad_norm, sum(len(rows[index].student) for part in mine for index in part))
+
+
+def pass_loss(run: Run, rows: list[Pair]) -> LossSums:
+    """The objective's sums over the response tokens of some rows."""
+    config = run.config
+    batch = batch_of([row.student for row in rows], run.pad_id, config.packing)
+    theirs = [row.teacher for row in rows]
+
+    def inside() -> LossSums:
+        with autocast(run):
+            hidden, labels = response_hidden(run.model, batch)
+            device = hidden.device
+            beliefs = head = None
+            if config.alpha > 0 and run.teacher.topk is not None:
+                beliefs = TopK(*(tensor.to(device) for tensor in run.teacher.topk(theirs)))
+            elif config.alpha > 0:
+                beliefs, head = run.teacher.hidden(theirs).to(device), run.teacher.head_on(device)
+            return kd_loss(
+                hidden, run.student.head_on(device), beliefs, head, labels,
+                temperature=config.temperature, alpha=config.alpha, kind=config.divergence, beta=config.beta,
+                student_map=run.student.logit_map, teacher_map=run.teacher.logit_map, compiled=run.compiled,
+                teacher_temperature=config.teacher_temperature, vocab_size=run.student.vocab_size,
+            )  # fmt: skip
+
+    return call_inside(run.wrapped, run.model, inside)
+
+
+def probe_gradients(run: Run, rows: list[Pair] | None = None) -> list[Tensor]:
+    """The adapters' gradients on some rows (default: the two shortest), which leave no trace."""
+    rows = rows or sorted(run.data.train, key=lambda pair: len(pair.student))[:2]
+    run.model.train()
+    pass_loss(run, rows).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in run.model.parameters() if parameter.grad is not None]
+    run.optimizer.zero_grad()
+    return gradients
+
+
+def measured_tokens(run: Run) -> int:
+    """What a pass may hold on this run's GPUs, the least of all ranks; as batch_size says where that cannot be told.
+
+    The optimiser's two moments are not there yet when it is measured.
+    """
+    memory = memory_of(run.model)
+    trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    lengths = [len(pair.student) for pair in run.data.train]
+
+    def work(rows: list[int]) -> None:
+        probe_gradients(run, [run.data.train[index] for index in rows])
+
+    tokens = tokens_that_fit(lengths, work, memory, reserved=2 * 4 * trainable) or 0
+    return int(run.accelerator.gather(torch.tensor([tokens], device=run.accelerator.device)).min())
+
+
+def autocast(run: Run) -> torch.autocast:
+    """Products in bf16 where the run has it."""
+    return torch.autocast(run.accelerator.device.type, torch.bfloat16, enabled=run.config.bf16)
+
+
+def call_inside(wrapped: nn.Module, model: nn.Module, function: Callable[[], Any]) -> Any:
+    """Run `function` as the forward of a wrapped model, so that DDP and FSDP see their forward and sync gradients.
+
+    What it needs it brings along: arguments of the forward would be cast to bf16 by FSDP's mixed precision.
+    """
+    model.forward = function  # the instance's own hides the class's
+    try:
+        return wrapped()
+    finally:
+        del model.forward
+
+
+def score(run: Run, pairs: list[Pair], arms: dict[str, Arm], progress: Progress | None = None) -> list[dict[str, Any]]:
+    """`score_heldout` of these rows, in the precision of training and inside the wrapped model's forward."""
+    rows: list[dict[str, Any]] = []
+
+    def inside() -> None:
+        with autocast(run):
+            for part in score_heldout(run.student, run.teacher, pairs, arms, run.cutting.tokens or SCORED_TOKENS):
+                rows.extend(part)
+                if progress:
+                    progress.advance(len(part) // len(arms))
+
+    call_inside(run.wrapped, run.model, inside)
+    return rows
+
+
+@dataclass
+class Window:
+    """What the steps since the last row of the log have in common."""
+
+    facts: list[StepFacts] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - started
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over steps, the last norm, and the speed over all ranks; here alone the device is waited for."""
+        with self.measuring():
+            sums = accelerator.reduce(torch.stack([facts.sums for facts in self.facts]).sum(0))
+            tokens = torch.tensor(sum(facts.tokens for facts in self.facts), device=accelerator.device)
+            tokens = accelerator.reduce(tokens).item()
+            loss, kd, ce = (sums / (accelerator.num_processes * len(self.facts))).tolist()
+            norm = self.facts[-1].grad_norm
+            grad_norm = norm.item() if isinstance(norm, Tensor) else norm
+        return {
+            "loss": loss, "grad_norm": grad_norm, "kd_loss": kd, "ce_loss": ce, "tokens": tokens,
+            "tokens_per_second": tokens / self.seconds, "peak_memory_mb": peak_memory_mb(),
+        }  # fmt: skip
+
+
+def _write_row(run: Run, folder: Path, row: dict[str, Any]) -> None:
+    if run.accelerator.is_main_process:
+        append_jsonl(folder / "metrics.jsonl", [row])
+    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def _refuse_nan(row: dict[str, Any], folder: Path) -> None:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(row[name]):
+            raise UserError(
+                f"{folder}: step {row['step']}: {name} is {row[name]}; lower --learning_rate or raise "
+                "--warmup_steps (checkpoints up to here are kept)"
+            )
+
+
+def _refuse_broken_weights(run: Run, folder: Path) -> None:
+    """A step between two rows of the log may have broken them: such a checkpoint must not be gone on from."""
+    for name, parameter in run.model.named_parameters():
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.requires_grad and not own.isfinite().all():
+            raise UserError(
+                f"{folder}: step {run.step}: {name} is not a number; lower --learning_rate or raise "
+                "--warmup_steps (checkpoints before this one are kept)"
+            )
+
+
+def make_optimizer(config: KDConfig, model: nn.Module) -> Optimizer:
+    """Of the adapters, which all decay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optim == "sgd":
+        return torch.optim.SGD(parameters, config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        parameters, config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon,
+        config.weight_decay, fused=config.optim == "adamw_torch_fused",
+    )  # fmt: skip
+
+
+def make_learning_rate(config: KDConfig, steps: int) -> Callable[[int], float]:
+    """The schedule as a function of the step alone, so that a resumed run needs nothing to go on with it."""
+    unused = torch.optim.SGD([torch.zeros(1)], config.learning_rate)
+    [factor] = get_scheduler(config.lr_scheduler_type, unused, config.warmup_steps, steps).lr_lambdas
+    return lambda step: config.learning_rate * factor(step)
+
+
+# A checkpoint is adapter_model.safetensors with its config, optimizer.pt, rng_<rank>.safetensors and STATE.
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)  # also where it is sharded
+
+
+def save_adapter(run: Run, folder: Path) -> None:
+    """As peft reads it, put together where ranks share it (all ranks must call)."""
+    weights = {}
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
+            own = parameter.detach()
+            weights[name] = own.full_tensor() if isinstance(own, DTensor) else own
+    if run.accelerator.is_main_process:
+        run.model.save_pretrained(folder, state_dict=weights)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Before the model is wrapped: sharded weights could not take it."""
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+
+
+def save_state(run: Run, folder: Path) -> None:
+    """This rank's part of a checkpoint."""
+    save_adapter(run, folder)
+    optimizer = get_optimizer_state_dict(run.wrapped, _plain(run.optimizer), options=WHOLE)
+    save_file(_random_states(), folder / f"rng_{run.accelerator.process_index}.safetensors")
+    if run.accelerator.is_main_process:
+        torch.save(optimizer, folder / "optimizer.pt")
+        write_json(folder / STATE, {"step": run.step, "steps": run.steps, "tokens_per_batch": run.cutting.tokens})
+
+
+def load_state(run: Run, folder: Path) -> None:
+    """Go on where a checkpoint was written; the adapters were loaded before the model was wrapped."""
+    run.step = read_json(folder / STATE)["step"]
+    stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(run.wrapped, _plain(run.optimizer), stored, options=WHOLE)
+    _set_random_states(load_file(folder / f"rng_{run.accelerator.process_index}.safetensors"))
+
+
+def _plain(optimizer: Optimizer) -> Optimizer:
+    """The optimiser inside accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _random_states() -> dict[str, Tensor]:
+    """Of the generators that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda_{index:03d}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    devices = [states[name] for name in sorted(states) if name != "cpu"]
+    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(devices)
