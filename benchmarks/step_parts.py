@@ -110,7 +110,8 @@ def body_products(name: str, tokens: int, length: int, lora_r: int, backward: bo
 def product_seconds(product: Product, dtype: torch.dtype) -> float:
     """One product in its best layout, into memory that is there."""
     batch, m, k, n = product
-    left, right = torch.randn(batch, m, k).to(dtype), torch.randn(batch, k, n).to(dtype)
+    on = harness.device()
+    left, right = torch.randn(batch, m, k, device=on).to(dtype), torch.randn(batch, k, n, device=on).to(dtype)
     if batch == 1:
         left, right = left[0], right[0]
     turned = right.mT.contiguous().mT
@@ -132,7 +133,7 @@ def step_floor(job: dict[str, Any]) -> dict[str, Any]:
     Everything at once: a step's tokens in one product each, which is the best a machine can hope for; tokens that rows
     begin alike with are counted once, as our packs run them.
     """
-    dtype, profile = compute_dtype("cpu"), job["profile"]
+    dtype, profile = compute_dtype(harness.device()), job["profile"]
     tokens = round(job["tokens"] * (1 - job["shared"]) / job["steps"])
     answers = round(job["answers"] / job["steps"])
     length = round(job["tokens"] / job["rows"])

@@ -1,11 +1,17 @@
 """A profile's rows and settings for the benchmarks that train, and a run of ours on them."""
 
 import argparse
+import random
 import time
 from pathlib import Path
 from typing import Any
 
-from src.distillation.base import encode_row, end_of_turn_id, load_tokenizer
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks import harness
+from src.distillation import kd, teacher_cache
+from src.distillation.base import encode_row, end_of_turn_id, load_model_config, load_tokenizer
 from src.distillation.batching import Cutting, StepOrder, waste
 from src.distillation.kd import CPU_TOKENS, SECTION, KDConfig, run_kd_pipeline
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
@@ -18,7 +24,52 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder of the student (the profile's)")
     parser.add_argument("--teacher", help="folder of the teacher (the profile's)")
     parser.add_argument("--experiment_dir", help="its sft/ holds the clean rows (the profile's)")
+    parser.add_argument(
+        "--random_weights",
+        nargs=2,
+        metavar=("STUDENT", "TEACHER"),
+        help="folders or hub ids of which configuration and tokenizer alone are read: random weights of their true "
+        "shapes, made-up rows; what a step costs does not depend on what is in them",
+    )
     parser.add_argument("--steps", type=int, default=5, help="optimisation steps under the clock (5)")
+
+
+def random_model(name: str, dtype: torch.dtype, device_map: Any = None) -> PreTrainedModel:
+    """What `load_model` would load, with random weights, on the device that is measured."""
+    torch.manual_seed(0)
+    config = load_model_config(name)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(harness.device()):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    finally:
+        torch.set_default_dtype(before)
+    model.name_or_path = model.config._name_or_path = name
+    return model.eval()
+
+
+def use_random_weights() -> None:
+    """From now on, in this process, models are made and not loaded."""
+    from benchmarks import train_peers
+
+    for module in (kd, teacher_cache, train_peers):
+        module.load_model = random_model
+
+
+WORDS = ("the", "sum", "of", "three", "numbers", "is", "twelve", "so", "one", "must", "be", "four", "and", "we")
+
+
+def made_up_rows(count: int, folder: Path) -> None:
+    """Clean rows as an experiment of their own: prompts of 100 words, answers of 50 to 800, most of them short."""
+    draw = random.Random(0)
+    for split, number in (("train", count), ("eval", 1)):
+        rows = []
+        for index in range(number):
+            words = [draw.choices(WORDS, k=length) for length in (100, 50 + int(750 * draw.random() ** 2))]
+            said = zip(("user", "assistant"), map(" ".join, words), strict=True)
+            rows.append({"id": f"{split}-{index}", "messages": [{"role": r, "content": text} for r, text in said]})
+        write_jsonl(folder / "sft" / f"sft_{split}_data_clean.jsonl", rows)
 
 
 def choose_rows(profile: dict[str, Any], count: int, folder: Path) -> list[Any]:
@@ -43,13 +94,20 @@ def choose_rows(profile: dict[str, Any], count: int, folder: Path) -> list[Any]:
 def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What every contender is told; `data` holds the rows of all steps, `probe` those of a single one."""
     profile = read_profile(arguments.config, SECTION, KDConfig)
+    if arguments.random_weights:
+        arguments.model, arguments.teacher = arguments.random_weights
     given = {
         "model_name_or_path": arguments.model, "teacher_model_name_or_path": arguments.teacher,
         "experiment_dir": arguments.experiment_dir,
     }  # fmt: skip
-    profile |= {name: str(Path(value).resolve()) for name, value in given.items() if value}
+    for name, value in given.items():
+        if value:  # a folder, wherever the workers run, or a hub id
+            profile[name] = str(Path(value).resolve()) if Path(value).exists() else value
     config = build_config(KDConfig, profile)
     steps = 2 if arguments.quick else arguments.steps
+    if arguments.random_weights:
+        made_up_rows(2 * steps * config.rows_per_step, folder / "made_up")
+        profile["experiment_dir"] = str(folder / "made_up")
     rows = choose_rows(profile, steps * config.rows_per_step, folder / "data")
     choose_rows(profile, config.rows_per_step, folder / "probe")
     return {
@@ -57,6 +115,7 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "rows": len(rows), "tokens": sum(map(len, rows)), "answers": sum(len(row.response_ids) for row in rows),
         "shared": shared(config, rows),
         "lora_r": config.lora_r, "data": str(folder / "data"), "probe": str(folder / "probe"),
+        "random_weights": bool(arguments.random_weights),
     }  # fmt: skip
 
 

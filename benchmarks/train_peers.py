@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import harness
 from benchmarks.train_job import encoded
 from src.distillation.base import collate, load_model
 from src.distillation.kd import KDConfig
@@ -14,9 +15,9 @@ from src.utils.config import build_config
 
 
 def models(config: KDConfig) -> tuple[Any, Any]:
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    student = load_model(config.model_name_or_path, dtype)
-    return student, load_model(config.teacher_model_name_or_path, dtype).requires_grad_(False)
+    names = config.model_name_or_path, config.teacher_model_name_or_path
+    student, teacher = (load_model(name, config.dtype).to(harness.device()) for name in names)
+    return student, teacher.requires_grad_(False)
 
 
 def trl_gkd(name: str, job: dict[str, Any], folder: Path) -> list[float]:
@@ -48,9 +49,40 @@ def trl_gkd(name: str, job: dict[str, Any], folder: Path) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+def trl_sft(name: str, job: dict[str, Any], folder: Path) -> list[float]:
+    """Plain SFT as many people run it: TRL's trainer with Liger's kernels, among them its fused cross-entropy."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    config = build_config(KDConfig, job["profile"])
+    tokenizer, pairs, _ = encoded(job, folder)
+    data = [
+        {"input_ids": [*pair.prompt_ids, *pair.response_ids],
+         "completion_mask": [0] * len(pair.prompt_ids) + [1] * len(pair.response_ids)}
+        for pair in pairs
+    ]  # fmt: skip
+    keep = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
+            "warmup_steps", "weight_decay", "seed", "max_length", "bf16")  # fmt: skip
+    arguments = SFTConfig(
+        output_dir=str(folder / name), gradient_checkpointing=False, use_liger_kernel=True, completion_only_loss=True,
+        num_train_epochs=job["epochs"], max_grad_norm=job["max_grad_norm"], use_cpu=not torch.cuda.is_available(),
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        **{field: getattr(config, field) for field in keep},
+    )  # fmt: skip
+    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                      target_modules=config.lora_target_modules, task_type="CAUSAL_LM")  # fmt: skip
+    student = load_model(config.model_name_or_path, config.dtype)
+    trainer = SFTTrainer(student, arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
+                         peft_config=lora)  # fmt: skip
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
 def summed_loss(model: Any, teacher: Any, rows: list[Any], tokenizer: Any, temperature: float, alpha: float) -> Any:
     """Full logits of both models on one padded batch; the objective summed over its response tokens."""
     batch, size = collate(rows, tokenizer.pad_token_id), max(tokenizer.get_vocab().values()) + 1
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     labels = batch.pop("labels")[:, 1:]
     mask = labels != -100
     with torch.no_grad():
@@ -81,7 +113,7 @@ def plain_torch(name: str, job: dict[str, Any], folder: Path) -> list[float]:
             tokens, losses = sum(len(pair.response_ids) for pair in step), [*losses, 0.0]
             for start in range(0, len(step), config.per_device_train_batch_size):
                 micro = step[start : start + config.per_device_train_batch_size]
-                with torch.autocast("cpu", enabled=bool(config.bf16), dtype=torch.bfloat16):
+                with torch.autocast(harness.device(), enabled=bool(config.bf16), dtype=torch.bfloat16):
                     loss = summed_loss(
                         model, teacher, micro, tokenizer, config.temperature, config.alpha
                     ) / tokens  # fmt: skip

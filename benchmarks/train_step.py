@@ -2,6 +2,8 @@
 
     python benchmarks/train_step.py --output benchmarks/results/train_step.json
     python benchmarks/train_step.py --output FILE.json --model STUDENT --teacher TEACHER --experiment_dir FOLDER
+    python benchmarks/train_step.py --output FILE.json --config configs/qwen3_30b_to_8b.yaml \
+        --random_weights Qwen/Qwen3-8B Qwen/Qwen3-30B-A3B-Instruct-2507    # on one GPU; only configurations are read
 
 Every contender takes the same rows twice, the profile's number to a step: the first time to warm up, the second under
 the clock. Its gradient on one step's rows is held against full logits in fp32 from the same adapters.
@@ -23,18 +25,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
 from benchmarks.step_parts import parts_of_a_step, step_floor
-from benchmarks.train_job import add_flags, encoded, make_caches, make_job, train_ours
-from benchmarks.train_peers import models, plain_torch, summed_loss, trl_gkd
+from benchmarks.train_job import add_flags, encoded, make_caches, make_job, train_ours, use_random_weights
+from benchmarks.train_peers import models, plain_torch, summed_loss, trl_gkd, trl_sft
 from src.distillation.kd import KDConfig
 from src.distillation.lora import add_lora
 from src.utils.common import UserError
 from src.utils.config import build_config
 
-OURS = {"ours_hidden": "hidden", "ours_online": "online", "ours_sft": "hidden", "ours_hidden_compiled": "hidden"}
-COMPILED = {"compile_loss": True, "compile_layers": True}
+OURS = {"ours_hidden": "hidden", "ours_online": "online", "ours_sft": "hidden", "ours_hidden_compiled": "hidden",
+        "ours_checkpointed": "hidden", "ours_as_batch_size": "hidden"}  # fmt: skip
+SETTINGS = {
+    "ours_hidden_compiled": {"compile_loss": True, "compile_layers": True},
+    "ours_checkpointed": {"gradient_checkpointing": True},
+    "ours_as_batch_size": {"tokens_per_batch": 0},
+}
+ON_GPU = ("ours_checkpointed", "ours_as_batch_size", "trl_sft_liger")  # beside the others there, and not on a CPU
 GKD_NOTE = "alpha = 1: it has no cross-entropy; padded batches in random order"
 NOTES = {
     "ours_hidden_compiled": "the loss and the layers compiled, which the warm-up pays for",
+    "ours_checkpointed": "activations are computed again in the backward pass",
+    "ours_as_batch_size": "passes of the profile's batch_size rows, not as many tokens as memory holds",
+    "trl_sft_liger": "alpha = 0: TRL's SFTTrainer with Liger's kernels and its fused cross-entropy",
     "ours_sft": "alpha = 0, the same rows and code: what a step costs without a teacher",
     "trl_gkd": GKD_NOTE + "; without gradient checkpointing, which costs it a forward pass",
     "trl_gkd_default": GKD_NOTE + "; gradient checkpointing, TRL's default",
@@ -43,17 +54,19 @@ NOTES = {
 
 
 def alpha_of(name: str, job: dict[str, Any]) -> float:
-    return {"ours_sft": 0.0, "trl_gkd": 1.0, "trl_gkd_default": 1.0}.get(name, job["profile"]["alpha"])
+    return {"ours_sft": 0.0, "trl_sft_liger": 0.0, "trl_gkd": 1.0, "trl_gkd_default": 1.0}.get(
+        name, job["profile"]["alpha"]
+    )
 
 
 def ours(name: str, job: dict[str, Any], folder: Path) -> list[float]:
-    settings = COMPILED if name == "ours_hidden_compiled" else {}
-    return train_ours(job, folder, OURS[name], alpha_of(name, job), **settings)
+    return train_ours(job, folder, OURS[name], alpha_of(name, job), **SETTINGS.get(name, {}))
 
 
 # name -> a function of (name, job, folder) that trains on the folder's rows and returns the loss of every step
 CONTENDERS: dict[str, Callable[[str, dict[str, Any], Path], list[float]]] = {
     **dict.fromkeys(OURS, ours), "plain_torch": plain_torch, "trl_gkd": trl_gkd, "trl_gkd_default": trl_gkd,
+    "trl_sft_liger": trl_sft,
 }  # fmt: skip
 
 
@@ -85,6 +98,8 @@ def gradient_error(name: str, job: dict[str, Any], folder: Path) -> float:
 
 def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     name, _, what = name.partition(":")
+    if job.get("random_weights"):
+        use_random_weights()
     if name == "floor":
         return step_floor(job)
     if name == "caches":
@@ -95,6 +110,8 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     peaks: list[float] = []
 
     def end_of_step(*_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         ends.append(time.perf_counter())
         peaks.append(harness.peak_mb())
 
@@ -112,7 +129,7 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def parent(arguments: argparse.Namespace) -> None:
-    names = arguments.only or list(CONTENDERS)
+    names = arguments.only or [name for name in CONTENDERS if harness.device() == "cuda" or name not in ON_GPU]
     before = harness.machine()
     rivals = harness.rivals_python() if any(name.startswith("trl") for name in names) else ""
     pythons = {name: rivals if name.startswith("trl") else sys.executable for name in names}
@@ -127,7 +144,9 @@ def parent(arguments: argparse.Namespace) -> None:
             if "absent" in result:
                 continue
             name = result["name"]
-            result["grad_rel_error"] = harness.run_worker(pythons[name], f"{name}:gradient", job).get("grad_rel_error")
+            if not job["random_weights"]:  # whose fp32 copies would fit nowhere
+                found = harness.run_worker(pythons[name], f"{name}:gradient", job)
+                result["grad_rel_error"] = found.get("grad_rel_error")
             if name in OURS:
                 result["parts"] = harness.run_worker(sys.executable, f"{name}:parts", job).get("parts")
                 kind = name.split("_")[1]

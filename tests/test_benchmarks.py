@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import kd_loss, sweep_generation, teacher_cache, train_job, train_step
+from benchmarks import kd_loss, sweep_generation, teacher_cache, train_job, train_peers, train_step
+from src.distillation import kd
+from src.distillation import teacher_cache as source_cache
 from src.utils.common import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +53,7 @@ def job(tmp_path, tiny_models, clean_rows, write_sft):
     profile.write_text(yaml.safe_dump({"run_improved_kd": settings | {"alpha": 0.8}}), encoding="utf-8")
     arguments = argparse.Namespace(
         config=profile, model=tiny_models.student, teacher=tiny_models.teacher, quick=True, steps=None,
+        random_weights=None,
         experiment_dir=write_sft(tmp_path / "experiment", clean_rows(30), clean_rows(2, start=100)),
     )  # fmt: skip
     return train_job.make_job(arguments, tmp_path)
@@ -82,6 +86,27 @@ def test_train_step_measures_the_same_work(job):
     assert {"teacher", "student_forward", "loss", "backward", "optimizer", "rest"} == measured["parts"].keys()
     assert sum(measured["parts"].values()) == pytest.approx(measured["seconds"], rel=0.1)
     assert min(measured["parts"].values()) > 0
+
+
+def test_random_weights_need_nothing_but_configurations(job, tmp_path, tiny_models, monkeypatch):
+    """Folders without weights and no rows: a cache, our steps and a peer's, on made-up rows."""
+    names = []
+    for name in tiny_models:
+        folder = tmp_path / Path(name).name
+        shutil.copytree(name, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+        names.append(str(folder))
+    arguments = argparse.Namespace(
+        config=tmp_path / "profile.yaml", model=None, teacher=None, quick=True, steps=None, experiment_dir=None,
+        random_weights=names[::-1],
+    )  # fmt: skip
+    for module in (kd, source_cache, train_peers):
+        monkeypatch.setattr(module, "load_model", module.load_model)  # as it was, when this ends
+    arguments.config.write_text(yaml.safe_dump({"run_improved_kd": job["profile"] | {"max_length": 8192}}))
+    made = train_job.make_job(arguments, tmp_path / "random")
+    assert made["random_weights"]
+    train_step.measure("caches", made)
+    for name in ("ours_hidden", "ours_checkpointed", "plain_torch"):
+        assert train_step.measure(name, made)["tokens_per_second"] > 0
 
 
 def test_teacher_cache_tells_exact_from_biased(job, tmp_path):

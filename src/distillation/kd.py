@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from src.distillation.base import (
@@ -322,14 +323,68 @@ def _run(config: KDConfig, accelerator: Accelerator, data: TrainingData, tokeniz
     return results
 
 
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The student, the teacher as a reader, and the vocabulary that they share."""
+
+    student: PreTrainedModel
+    teacher: Reader
+    vocab_size: int
+    pad_id: int
+
+
 def _prepare(config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers,
              folder: Path) -> Run:  # fmt: skip
     """Load both models, say what follows from the settings, and go to where the run was left."""
-    # 1. the models, and what they share
+    # 1. the models, the adapters, the number of steps
     set_seed(config.seed)
-    student = _load_student(config, accelerator)
-    teacher = _open_teacher(config, accelerator, data, tokenizers.teacher.pad_token_id)
-    pad_id = tokenizers.student.pad_token_id
+    models = _load_models(config, accelerator, data, tokenizers)
+    model = _add_adapters(config, models.student, folder)
+    order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
+    if _layers_compiled(config, accelerator, steps):
+        compile_layers(model)
+
+    # 2. where it was left: adapters before the model is wrapped, the rest after
+    final = folder / "final_model"
+    checkpoint = None if final.is_dir() else newest_complete_checkpoint(folder)
+    if checkpoint or final.is_dir():
+        load_adapter(model, checkpoint or final)
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model), device_placement=[False, False])
+    run = Run(
+        config, accelerator, data, model, wrapped, optimizer, make_learning_rate(config, steps),
+        student=model_reader(model, models.pad_id, config.packing).cut(models.vocab_size),
+        teacher=models.teacher.cut(models.vocab_size), pad_id=models.pad_id,
+        compiled=config.compile_loss is not False and compiler_works(accelerator.device.type),
+        order=order, cutting=_cutting(config, accelerator, checkpoint), steps=steps,
+    )  # fmt: skip
+
+    # 3. what only trying tells
+    use_liger(causal_lm(model), config.liger, lambda: probe_gradients(run))
+    if run.cutting.tokens == 0 and config.packing and config.tokens_per_batch is None:
+        run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
+    set_seed(config.seed)  # whatever was tried before, training draws the same
+    _say_sizes(run, count_parameters(model, trainable=True))
+    if not final.is_dir():
+        _go_on(run, folder, checkpoint)
+    return run
+
+
+def _go_on(run: Run, folder: Path, checkpoint: Path | None) -> None:
+    """From a checkpoint, or from the start; metrics.jsonl forgets what came after."""
+    if checkpoint:
+        load_state(run, checkpoint)
+        if run.step == run.steps:
+            logger.info("%s: the last step is in %s; writing the model", folder, checkpoint.name)
+        else:
+            logger.info("%s: going on from step %d", folder, run.step)
+    if run.accelerator.is_main_process:
+        cut_metrics(folder / "metrics.jsonl", run.step)
+
+
+def _load_models(config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers) -> Models:
+    student, pad_id = _load_student(config, accelerator), tokenizers.student.pad_token_id
+    teacher = _open_teacher(config, accelerator, data, pad_id)
     pairs = data.all()
     vocab_size = shared_vocabulary(
         tokenizers.student, tokenizers.teacher, student.get_output_embeddings().weight.shape[0], teacher.vocab_size,
@@ -338,45 +393,19 @@ def _prepare(config: KDConfig, accelerator: Accelerator, data: TrainingData, tok
     if config.packing:
         check_packing(student, [pair.student for pair in data.train], pad_id)
         student.set_attn_implementation(ATTENTION)  # for good: checkpointing reads it in the backward pass too
+    return Models(student, teacher, vocab_size, pad_id)
 
-    # 2. adapters, and how the work is cut
+
+def _add_adapters(config: KDConfig, student: PreTrainedModel, folder: Path) -> PeftModel:
     model = add_lora(student, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    trainable = count_parameters(model, trainable=True)
-    require_disk(folder, trainable * 4 * (3 * (config.save_total_limit or 2) + 4), "the run's checkpoints")
-    order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
-    if _layers_compiled(config, accelerator, steps):
-        compile_layers(model)
-
-    # 3. where it was left: adapters before the model is wrapped, the rest after
-    final = folder / "final_model"
-    checkpoint = None if final.is_dir() else newest_complete_checkpoint(folder)
-    if checkpoint or final.is_dir():
-        load_adapter(model, checkpoint or final)
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model), device_placement=[False, False])
-    run = Run(
-        config, accelerator, data, model, wrapped, optimizer, make_learning_rate(config, steps),
-        student=model_reader(model, pad_id, config.packing).cut(vocab_size), teacher=teacher.cut(vocab_size),
-        pad_id=pad_id, compiled=config.compile_loss is not False and compiler_works(accelerator.device.type),
-        order=order, cutting=_cutting(config, accelerator, checkpoint), steps=steps,
-    )  # fmt: skip
-    use_liger(causal_lm(model), config.liger, lambda: probe_gradients(run))
-    if run.cutting.tokens == 0 and config.packing and config.tokens_per_batch is None:
-        run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
-    set_seed(config.seed)  # whatever was tried before, training draws the same
-    _say_sizes(run, trainable)
-    if not final.is_dir():
-        if checkpoint:
-            load_state(run, checkpoint)
-            done = run.step == steps
-            logger.info("%s: %s", folder, f"the last step is in {checkpoint.name}; writing the model" if done else
-                        f"going on from step {run.step}")  # fmt: skip
-        if accelerator.is_main_process:
-            cut_metrics(folder / "metrics.jsonl", run.step)
-    return run
+    checkpoints = config.save_total_limit or 2
+    # an adapter and the optimiser's two moments each, one checkpoint more while it is written, and the final model
+    need = 4 * count_parameters(model, trainable=True) * (3 * checkpoints + 4)
+    require_disk(folder, need, "the run's checkpoints")
+    return model
 
 
 def _cutting(config: KDConfig, accelerator: Accelerator, checkpoint: Path | None) -> Cutting:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 KINDS = {"none": 0, "forward_kl": 1, "reverse_kl": 2, "jsd": 3}
-BLOCK = 4096  # logits that a program looks at together
+BLOCK = 2048  # logits that a program looks at together; with 8 warps 75 registers a thread, 3 programs on an SM
 
 
 @triton.jit
@@ -48,17 +48,66 @@ def _logits(row_start, columns, vocab_size, scale, softcap, CAPPED: tl.constexpr
 
 
 @triton.jit
-def _log_ratio(d, beta):
-    """log(m / p) for d = log q - log p <= 0 and m = beta p + (1 - beta) q; see `losses._log_ratios`."""
-    return _log1p((1.0 - beta) * _expm1(d))
+def _log_mixture(d, beta):
+    """log(m / p) and log(m / q) for d = log q - log p and m = beta p + (1 - beta) q; see `losses._log_ratios`."""
+    behind = _log1p((1.0 - beta) * _expm1(tl.minimum(d, 0.0)))  # log(m / p) where q <= p
+    ahead = _log1p(beta * _expm1(tl.minimum(-d, 0.0)))  # log(m / q) where q > p
+    return tl.where(d <= 0, behind, ahead + d), tl.where(d <= 0, behind - d, ahead)
+
+
+@triton.jit
+def _softmax_sums(row, vocab_size, temperature, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest logit z of a row, and the sums of exp(z - largest) and exp((z - largest) / temperature)."""
+    top, sum_1, sum_t = float("-inf"), 0.0, 0.0
+    for start in range(0, vocab_size, BLOCK):
+        z = _logits(row, start + tl.arange(0, BLOCK), vocab_size, scale, softcap, CAPPED)
+        new = tl.maximum(top, tl.max(z, 0))
+        # what was summed before had another largest
+        sum_1 = sum_1 * tl.exp(top - new) + tl.sum(tl.exp(z - new), 0)
+        sum_t = sum_t * tl.exp((top - new) / temperature) + tl.sum(tl.exp((z - new) / temperature), 0)
+        top = new
+    return top, sum_1, sum_t
+
+
+@triton.jit
+def _log_softmax(row, columns, vocab_size, top, temperature, log_sum, scale, softcap, CAPPED: tl.constexpr):
+    """A block of a row's logits, and of its log-softmax at a temperature (0 beyond the vocabulary)."""
+    z = _logits(row, columns, vocab_size, scale, softcap, CAPPED)
+    return z, tl.where(columns < vocab_size, (z - top) / temperature - log_sum, 0.0)
+
+
+@triton.jit
+def _divergence_first(log_q, log_p, inside, beta, KIND: tl.constexpr):
+    """A block's part of what the gradient needs beforehand: KL(q || p), or KL(q || m); and of KL(p || m)."""
+    if KIND == 2:
+        own = tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_p), 0.0), 0)
+        other = 0.0
+    else:
+        log_mp, log_mq = _log_mixture(log_q - log_p, beta)
+        own = -tl.sum(tl.where(inside, tl.exp(log_q) * log_mq, 0.0), 0)
+        other = -tl.sum(tl.where(inside, tl.exp(log_p) * log_mp, 0.0), 0)
+    return own, other
+
+
+@triton.jit
+def _divergence_gradient(log_q, log_p, own, beta, KIND: tl.constexpr):
+    """The gradient of the divergence by z / T; see `losses._divergence_and_gradient`."""
+    q, d = tl.exp(log_q), log_q - log_p
+    if KIND == 1:
+        found = q - tl.exp(log_p)
+    elif KIND == 2:
+        found = q * (d - own)
+    else:
+        _, log_mq = _log_mixture(d, beta)
+        found = (1.0 - beta) * q * (-log_mq - own)
+    return found
 
 
 @triton.jit
 def _kernel(
     student, teacher, labels, gradient, kd_out, ce_out, student_stride, teacher_stride, gradient_stride, vocab_size,
-    width, temperature, teacher_temperature, alpha, beta, student_scale, student_softcap, teacher_scale,
-    teacher_softcap, KIND: tl.constexpr, STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    width, temperature, teacher_temperature, alpha, beta, s_scale, s_softcap, t_scale, t_softcap,
+    KIND: tl.constexpr, S_CAPPED: tl.constexpr, T_CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
@@ -67,81 +116,50 @@ def _kernel(
     label = tl.load(labels + row)
     steps = tl.arange(0, BLOCK)
 
-    # 1. the largest logit of each model, and the sums of exp((z - largest) / temperature)
-    top_q, top_p = float("-inf"), float("-inf")
-    sum_1, sum_q, sum_p = 0.0, 0.0, 0.0  # the student's at 1, the student's at T, the teacher's
-    for start in range(0, vocab_size, BLOCK):
-        columns = start + steps
-        z = _logits(student, columns, vocab_size, student_scale, student_softcap, STUDENT_CAPPED)
-        new = tl.maximum(top_q, tl.max(z, 0))
-        sum_1 = sum_1 * tl.exp(top_q - new) + tl.sum(tl.exp(z - new), 0)
-        if KIND != 0:
-            sum_q = sum_q * tl.exp((top_q - new) / temperature) + tl.sum(tl.exp((z - new) / temperature), 0)
-            t = _logits(teacher, columns, vocab_size, teacher_scale, teacher_softcap, TEACHER_CAPPED)
-            new_p = tl.maximum(top_p, tl.max(t, 0))
-            sum_p = sum_p * tl.exp((top_p - new_p) / teacher_temperature)
-            sum_p += tl.sum(tl.exp((t - new_p) / teacher_temperature), 0)
-            top_p = new_p
-        top_q = new
-    log_1, log_q_sum, log_p_sum = tl.log(sum_1), 0.0, 0.0
+    # 1. the sums of the softmaxes: the student's at 1 and at T, the teacher's at its temperature
+    top_q, sum_1, sum_q = _softmax_sums(student, vocab_size, temperature, s_scale, s_softcap, S_CAPPED, BLOCK)
+    log_1, log_sum_q = tl.log(sum_1), tl.log(sum_q)
+    top_p, log_sum_p = 0.0, 0.0
     if KIND != 0:
-        log_q_sum, log_p_sum = tl.log(sum_q), tl.log(sum_p)
+        top_p, _, sum_p = _softmax_sums(teacher, vocab_size, teacher_temperature, t_scale, t_softcap, T_CAPPED, BLOCK)
+        log_sum_p = tl.log(sum_p)
 
-    # 2. what the gradient needs of the divergence beforehand: KL(q || p), or KL(q || m)
-    own = 0.0
-    kd = 0.0
+    # 2. the divergences whose value is part of their gradient
+    own, kd, ce = 0.0, 0.0, 0.0
     if KIND >= 2:
         for start in range(0, vocab_size, BLOCK):
-            columns = start + steps
-            inside = columns < vocab_size
-            z = _logits(student, columns, vocab_size, student_scale, student_softcap, STUDENT_CAPPED)
-            t = _logits(teacher, columns, vocab_size, teacher_scale, teacher_softcap, TEACHER_CAPPED)
-            log_q = tl.where(inside, (z - top_q) / temperature - log_q_sum, 0.0)
-            log_p = tl.where(inside, (t - top_p) / teacher_temperature - log_p_sum, 0.0)
-            q, p, d = tl.exp(log_q), tl.exp(log_p), log_q - log_p
-            if KIND == 2:
-                own += tl.sum(tl.where(inside, q * d, 0.0), 0)
-            else:
-                behind = _log_ratio(tl.minimum(d, 0.0), beta)  # log(m / p) where q <= p
-                ahead = _log_ratio(tl.minimum(-d, 0.0), 1.0 - beta)  # log(m / q) where q > p
-                log_mp = tl.where(d <= 0, behind, ahead + d)
-                log_mq = tl.where(d <= 0, behind - d, ahead)
-                own -= tl.sum(tl.where(inside, q * log_mq, 0.0), 0)
-                kd -= beta * tl.sum(tl.where(inside, p * log_mp, 0.0), 0)
+            c = start + steps
+            z, log_q = _log_softmax(student, c, vocab_size, top_q, temperature, log_sum_q, s_scale, s_softcap, S_CAPPED)
+            _t, log_p = _log_softmax(
+                teacher, c, vocab_size, top_p, teacher_temperature, log_sum_p, t_scale, t_softcap, T_CAPPED
+            )
+            own_part, other = _divergence_first(log_q, log_p, c < vocab_size, beta, KIND)
+            own += own_part
+            kd += beta * other
         kd = own if KIND == 2 else kd + (1.0 - beta) * own
 
     # 3. the gradient by the raw logits, and the sums that need no second look
-    ce = 0.0
     for start in range(0, width, BLOCK):
-        columns = start + steps
-        inside = columns < vocab_size
-        z = _logits(student, columns, vocab_size, student_scale, student_softcap, STUDENT_CAPPED)
-        hit = columns == label
+        c = start + steps
+        inside = c < vocab_size
+        z, log_q = _log_softmax(student, c, vocab_size, top_q, temperature, log_sum_q, s_scale, s_softcap, S_CAPPED)
+        hit = c == label
         log_q1 = z - top_q - log_1
         ce -= tl.sum(tl.where(hit, log_q1, 0.0), 0)
         g = (1.0 - alpha) * (tl.exp(log_q1) - tl.where(hit, 1.0, 0.0))
         if KIND != 0:
-            t = _logits(teacher, columns, vocab_size, teacher_scale, teacher_softcap, TEACHER_CAPPED)
-            log_q = tl.where(inside, (z - top_q) / temperature - log_q_sum, 0.0)
-            log_p = tl.where(inside, (t - top_p) / teacher_temperature - log_p_sum, 0.0)
-            q, p, d = tl.exp(log_q), tl.exp(log_p), log_q - log_p
+            _t, log_p = _log_softmax(
+                teacher, c, vocab_size, top_p, teacher_temperature, log_sum_p, t_scale, t_softcap, T_CAPPED
+            )
             if KIND == 1:
-                kd -= tl.sum(tl.where(inside, p * d, 0.0), 0)
-                g_kd = q - p
-            elif KIND == 2:
-                g_kd = q * (d - own)
-            else:
-                behind = _log_ratio(tl.minimum(d, 0.0), beta)
-                ahead = _log_ratio(tl.minimum(-d, 0.0), 1.0 - beta)
-                log_mq = tl.where(d <= 0, behind - d, ahead)
-                g_kd = (1.0 - beta) * q * (-log_mq - own)
-            g += alpha * temperature * g_kd  # alpha * T^2 * (1 / T)
-        slope = student_scale
-        if STUDENT_CAPPED:
-            inner = z / student_softcap
-            slope = student_scale * (1.0 - inner * inner)
+                kd += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_q), 0.0), 0)
+            # alpha * T^2 * (1 / T)
+            g += alpha * temperature * _divergence_gradient(log_q, log_p, own, beta, KIND)
+        slope = s_scale
+        if S_CAPPED:
+            slope = s_scale * (1.0 - (z / s_softcap) * (z / s_softcap))
         g = tl.where(inside, g * slope, 0.0)
-        tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=columns < width)
+        tl.store(gradient + c, g.to(gradient.dtype.element_ty), mask=c < width)
     tl.store(kd_out + row, kd)
     tl.store(ce_out + row, ce)
 
@@ -182,7 +200,7 @@ def logits_to_gradient(
         student_CW, teacher, labels_C, gradient, kd, ce, student_CW.stride(0), teacher.stride(0), gradient.stride(0),
         vocab_size, width, temperature, teacher_temperature, alpha, beta, student_map[0], student_map[1] or 1.0,
         teacher_map[0], teacher_map[1] or 1.0, KIND=KINDS["none" if teacher_CW is None else kind],
-        STUDENT_CAPPED=student_map[1] is not None, TEACHER_CAPPED=teacher_map[1] is not None, BLOCK=block,
+        S_CAPPED=student_map[1] is not None, T_CAPPED=teacher_map[1] is not None, BLOCK=block,
         num_warps=8,
     )  # fmt: skip
     return gradient, kd, ce

@@ -362,7 +362,7 @@ class _ChunkedKD(torch.autograd.Function):
         grad_head = torch.zeros_like(student_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(2, device=device)
         size = chunk_tokens(o.vocab_size, compiled, device)
-        if not compiled and tokens:  # of one size, so that no product is a sliver of a few rows
+        if tokens and middle is not _compiled_middle:  # of one size, so that no product is a sliver of a few rows
             size = math.ceil(tokens / math.ceil(tokens / size))
         # a CPU's allocator gives memory this large back each time, and takes a tenth of the time to get it again
         buffers = [None, None]

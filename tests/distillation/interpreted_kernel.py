@@ -10,7 +10,7 @@ from src.distillation import losses
 from src.distillation.loss_kernel import logits_to_gradient
 from src.distillation.losses import DIVERGENCES, IDENTITY, LogitMap, kd_loss, plain_kd_loss
 
-V, W, H, G = 5000, 5120, 24, 16  # two blocks of a row, the second one part padding
+V, W, H, G = 5000, 5120, 24, 16  # three blocks of a row, the last one part padding
 
 
 def wide_logits():

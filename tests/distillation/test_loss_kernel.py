@@ -22,7 +22,7 @@ types |= {"gradient": "*bf16", "labels": "*i64", "vocab_size": "i32", "width": "
 types |= dict.fromkeys(("student_stride", "teacher_stride", "gradient_stride"), "i32")
 for card in (80, 90):
     for kind in range(4):
-        constants = {"KIND": kind, "STUDENT_CAPPED": kind == 2, "TEACHER_CAPPED": False, "BLOCK": 4096}
+        constants = {"KIND": kind, "S_CAPPED": kind == 2, "T_CAPPED": False, "BLOCK": 2048}
         signature = {n: "constexpr" if n in constants else types.get(n, "fp32") for n in _kernel.arg_names}
         source = ASTSource(fn=_kernel, signature=signature, constexprs=constants)
         made = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": 8})

@@ -19,6 +19,7 @@ from src.distillation.losses import (
     heldout_stats,
     kd_loss,
     plain_kd_loss,
+    shared_head,
 )
 
 N, V, H, G = 37, 61, 16, 24  # tokens, vocabulary, student width, teacher width
@@ -253,17 +254,43 @@ def test_gradient_scales_with_what_follows():
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_padded_columns_change_nothing(kind):
-    """Rows of the heads beyond the shared vocabulary are cut by the caller: no share of the softmax, no gradient."""
+    """Rows of the heads beyond the shared vocabulary, cut by the caller or left for a GPU's products: no share of the
+    softmax, no gradient. Liger's fault: it gives padded columns a logit of 0."""
     hidden, head, teacher_hidden, teacher_head, labels = make_case()
     objective = {"temperature": 2.0, "alpha": 0.5, "kind": kind}
     expected = kd_loss(hidden, head, teacher_hidden, teacher_head, labels, **objective)
+    [gradient] = torch.autograd.grad(expected.loss, hidden)
     padded = torch.cat([head.detach(), torch.randn(7, H) * 100]).requires_grad_()
-    teacher_padded = torch.cat([teacher_head, torch.randn(13, G) * 100])
+    teacher_padded = torch.cat([teacher_head, torch.randn(7, G) * 100])
     sums = kd_loss(hidden, padded[:V], teacher_hidden, teacher_padded[:V], labels, **objective)
     assert torch.equal(torch.stack(sums), torch.stack(expected))
-    sums.loss.backward()
-    assert (padded.grad[V:] == 0).all()
-    assert (padded.grad[:V] != 0).any()
+    wide = kd_loss(hidden, padded, teacher_hidden, teacher_padded, labels, **objective, vocab_size=V)
+    torch.testing.assert_close(torch.stack(wide), torch.stack(expected), rtol=1e-6, atol=0)
+    own, heads = torch.autograd.grad(wide.loss, (hidden, padded))
+    torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-6)
+    assert (heads[V:] == 0).all()
+    assert (heads[:V] != 0).any()
+    ours = heldout_stats(hidden, padded, teacher_hidden, teacher_padded, labels, vocab_size=V)
+    for found, wanted in zip(ours, heldout_stats(hidden, head, teacher_hidden, teacher_head, labels), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_gpu_gets_a_head_that_its_tensor_cores_can_load(monkeypatch):
+    """Rows that are stored are used as they are; else zeros are added. A CPU gets the cut."""
+    weight = torch.randn(200, 3)
+    assert shared_head(weight, 141).data_ptr() == weight.data_ptr()
+    assert shared_head(weight, 141).shape == (141, 3)
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    stored, few = (weight[:rows].as_subclass(OnGpu) for rows in (200, 141))
+    assert shared_head(stored, 70).shape == (128, 3)
+    assert torch.equal(shared_head(stored, 70), weight[:128])
+    filled = shared_head(few, 141)
+    assert filled.shape == (256, 3)
+    assert torch.equal(filled[:141], weight[:141])
+    assert (filled[141:] == 0).all()
 
 
 class Allocations(TorchDispatchMode):

@@ -1,5 +1,7 @@
 import pytest
 import torch
+import torch.nn.attention.varlen
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     FalconH1Config,
     FalconH1ForCausalLM,
@@ -114,6 +116,91 @@ def test_each_row_reads_itself_alone(model, short, rows, monkeypatch):
     for name, parameter in body(model):
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-2, rtol=1e-3)
     check_packing(model, rows, 0)
+
+
+def bottom_right(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale, window_size,
+                 enable_gqa):  # fmt: skip
+    """`torch.nn.attention.varlen.varlen_attn` as it is documented, a row at a time: the last query sees every key."""
+    parts, (back, _) = [], window_size
+    assert (longest_query, longest_key) == (query_ends.diff().max(), key_ends.diff().max())
+    spans = zip(query_ends[:-1], query_ends[1:], key_ends[:-1], key_ends[1:], strict=True)
+    for q_start, q_end, k_start, k_end in (tuple(int(end) for end in span) for span in spans):
+        q, k, v = query[q_start:q_end], key[k_start:k_end], value[k_start:k_end]
+        k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+        distance = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        hidden = (distance < 0) | ((distance > back) if back >= 0 else False)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("parents", [[-1, -1, -1, -1], [-1, 0, 0, -1], [-1, 0, 1, 0]])
+def test_varlen_attention_is_told_where_everything_is(monkeypatch, parents, window):
+    """Queries, keys and their gradients as one call a row gives them; on a GPU the kernel itself stands here."""
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", bottom_right)
+    layout = packing.Layout([9, 4, 12, 7], parents)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, 32, 8) for heads in (4, 2, 2)]
+    states = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    weights = torch.randn(1, 32, 4, 8, generator=generator)
+    found, wanted = (way(*states, layout, 0.3, window) for way in (packing._varlen, packing._row_by_row))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad((out * weights).sum(), states) for out in (found, wanted)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert (layout.on(states[0].device).keys is None) == (max(parents) < 0)
+    assert layout.on(states[0].device) is layout.on(states[0].device), "made once for all layers"
+
+
+def test_where_there_is_no_varlen_attention_a_call_a_row_does_it(monkeypatch, caplog):
+    """It is tried once, and an answer that differs counts as none."""
+    packing.varlen_works.cache_clear()
+    with caplog.at_level("INFO"):
+        assert not packing.varlen_works(torch.device("cpu"), torch.bfloat16, 16)
+    assert "no varlen attention" in caplog.text
+    packing.varlen_works.cache_clear()
+
+    def top_left(query, key, value, *rest, **settings):
+        return bottom_right(query, key, value, *rest, **settings | {"scale": 0.01})
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", top_left)
+    with caplog.at_level("INFO"):
+        assert not packing.varlen_works(torch.device("cpu"), torch.float32, 16)
+    assert "varlen attention is off by" in caplog.text
+    packing.varlen_works.cache_clear()
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", bottom_right)
+    assert packing.varlen_works(torch.device("cpu"), torch.float32, 16)
+    packing.varlen_works.cache_clear()
+
+
+class Fetches(TorchDispatchMode):
+    """Counts what would make a CPU wait for a GPU: values that Python asks for, sizes that depend on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("short", [0, 512], ids=["fused kernel", "plain products"])
+def test_layers_fetch_nothing_off_the_device(make_model, monkeypatch, short):
+    """However many layers there are: what a batch needs is known before it is run."""
+    monkeypatch.setattr(packing, "SHORT", short)
+    counts = []
+    for layers in (1, 4):
+        model = make_model(layers=layers)
+        batch = pack(FAMILY, 0)
+        with attention_of_packs(model, True), Fetches() as seen:
+            states, _ = response_hidden(model, batch)
+            states.sum().backward()
+        counts.append(len(seen.names))
+    assert counts[0] == counts[1]
 
 
 def test_the_attention_comes_back(make_model):
