@@ -107,7 +107,7 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     steps = 2 if arguments.quick else arguments.steps
     if arguments.random_weights:
         made_up_rows(2 * steps * config.rows_per_step, folder / "made_up")
-        profile["experiment_dir"] = str(folder / "made_up")
+        profile |= {"experiment_dir": str(folder / "made_up"), "student_devices": [], "teacher_devices": []}  # one GPU
     rows = choose_rows(profile, steps * config.rows_per_step, folder / "data")
     choose_rows(profile, config.rows_per_step, folder / "probe")
     return {

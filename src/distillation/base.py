@@ -583,6 +583,11 @@ def head_weight(model: nn.Module, vocab_size: int | None = None) -> Tensor:
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight)[:vocab_size]
 
 
+def head_device(model: nn.Module) -> torch.device:
+    """Where the output matrix is: on the last GPU of a model that is spread over several."""
+    return causal_lm(model).get_output_embeddings().weight.device
+
+
 def response_hidden(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Final hidden states at the positions that predict response tokens, and those tokens.
 
@@ -596,16 +601,24 @@ def response_hidden(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
         `[N, H]` and `[N]`, row after row, N the number of response tokens in the batch.
     """
     lm = causal_lm(model)
-    device = lm.get_input_embeddings().weight.device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    first, last = lm.get_input_embeddings().weight.device, head_device(model)
+    # where answers are is found on the CPU, and everything sent before the work: nothing is fetched or waited for after
+    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    places = (following != IGNORED).nonzero()[:, 0]
+    labels, places = send(following[places], last), send(places, last)
+    inputs = {n: send(batch[n], first) for n in ("input_ids", "attention_mask", "position_ids") if n in batch}
     if "layout" in batch:
         inputs["layout"] = batch["layout"]
     hidden_BLH = lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    # where answers are is found on the CPU, so that nothing has to be fetched off the device
-    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
-    places = (following != IGNORED).nonzero()[:, 0]
-    labels = following[places].to(hidden_BLH.device)
-    return hidden_BLH.flatten(0, 1).index_select(0, places.to(hidden_BLH.device)), labels
+    device = hidden_BLH.device
+    return hidden_BLH.flatten(0, 1).index_select(0, places.to(device)), labels.to(device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the CPU to a GPU without waiting for what the GPU still has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def describe_size(model: nn.Module) -> str:

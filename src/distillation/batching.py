@@ -118,9 +118,13 @@ def read_clean(path: Path) -> list[dict[str, Any]]:
             sample_index; names file and line.
     """
     return read_jsonl(
-        path, ("id", "messages"), BRING, _clean_fault,
-        unique=("id", "sample_index"), twice="two clean rows share an id and a sample_index; remove one",
-    )  # fmt: skip
+        path,
+        ("id", "messages"),
+        BRING,
+        _clean_fault,
+        unique=("id", "sample_index"),
+        twice="two clean rows share an id and a sample_index; remove one",
+    )
 
 
 def clean_files(folder: Path) -> dict[str, Path]:

@@ -63,12 +63,16 @@ def tokens_that_fit(
     sizes = [sum(lengths[index] for index in rows) for rows in (small, large)]
     if sizes[0] == sizes[1]:
         return None
-    work(small)  # kernels are compiled and libraries take their workspaces
+    peaks: list[list[int]] = []
     try:
-        peaks = [memory.peak_of(lambda rows=rows: work(rows)) for rows in (small, large)]
+        work(small)  # kernels are compiled and libraries take their workspaces
+        for rows in (small, large):
+            peaks.append(memory.peak_of(lambda rows=rows: work(rows)))
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return sizes[0]
+        pass  # its traceback holds what was made, so that nothing is freed in here
+    torch.cuda.empty_cache()
+    if len(peaks) < 2:
+        return sizes[0] if peaks else max(lengths)
     fits = []
     for free, one, other in zip(memory.free(), *peaks, strict=True):
         per_token = max((other - one) / (sizes[1] - sizes[0]), 1.0)
@@ -89,12 +93,16 @@ def _longest(lengths: Sequence[int], tokens: int) -> list[int]:
     return chosen
 
 
-def use_liger(model: PreTrainedModel, wanted: bool | None, probe: Callable[[], list[Tensor]]) -> None:
+def use_liger(model: PreTrainedModel, wanted: bool | None, probe: Callable[[], list[Tensor]], alone: bool) -> bool:
     """Patch the model's norms, RoPE and SwiGLU with Liger's kernels, and see that it still learns the same.
+
+    Returns whether it was done.
 
     Args:
         wanted: None for wherever the package is installed and the model is on a GPU.
         probe: gives the adapters' gradients on a few rows.
+        alone: no other model of the kind is on another GPU. Liger's RoPE is patched for the kind, and runs on the
+            current GPU alone, whatever its tensors are on.
 
     Raises:
         UserError: they are wanted but cannot be had, or give other gradients.
@@ -105,7 +113,7 @@ def use_liger(model: PreTrainedModel, wanted: bool | None, probe: Callable[[], l
         if on_gpu and not installed:
             logger.info("norms, RoPE and SwiGLU as transformers has them; pip install '.[gpu]' makes them faster")
     if not wanted:
-        return
+        return False
     if not installed:
         raise UserError("--liger: the package is not here; pip install '.[gpu]', or leave --liger out")
     if not on_gpu:
@@ -113,12 +121,14 @@ def use_liger(model: PreTrainedModel, wanted: bool | None, probe: Callable[[], l
     from transformers.integrations.liger import apply_liger_kernel
 
     before = probe()
-    apply_liger_kernel(model, FUSED)
+    here = memory_of(model).devices == [torch.device("cuda", torch.cuda.current_device())]
+    apply_liger_kernel(model, FUSED | {"rope": alone and here})
     after = probe()
     off = _distance(after, before)
     if not off < CLOSE:
-        raise UserError(f"Liger's kernels change the gradient of this model by {off:.1%}; pass --no_liger")
+        raise UserError(f"Liger's kernels change the gradient of this model by {off:.1%}; pass --liger false")
     logger.info("norms, RoPE and SwiGLU by Liger; its gradient differs by %.2f %%, as bf16 rounds", 100 * off)
+    return True
 
 
 def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:

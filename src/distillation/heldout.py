@@ -56,9 +56,15 @@ def _measure(
     device = hidden.device
     labels = torch.tensor([token for row in rows for token in row.response_ids], device=device)
     return heldout_stats(
-        hidden, student.head_on(device), teacher_hidden.to(device), teacher.head_on(device), labels,
-        student.logit_map, teacher.logit_map, student.vocab_size,
-    )  # fmt: skip
+        hidden,
+        student.head_on(device),
+        teacher_hidden.to(device),
+        teacher.head_on(device),
+        labels,
+        student.logit_map,
+        teacher.logit_map,
+        student.vocab_size,
+    )
 
 
 def _row_sums(arm: str, rows: Sequence[EncodedRow], stats: HeldoutStats) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -56,6 +56,7 @@ from src.distillation.teacher_cache import cached_tokenizer, open_cache, read_in
 from src.distillation.training import (
     STATE,
     Run,
+    asked_cutting,
     load_adapter,
     load_state,
     make_learning_rate,
@@ -126,9 +127,13 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
 
         # 3. rows, training, measures
         data = load_training_data(
-            Path(config.experiment_dir) / "sft", tokenizers.student, tokenizers.teacher, config.max_length,
-            config.validation_fraction, config.rows_per_step,
-        )  # fmt: skip
+            Path(config.experiment_dir) / "sft",
+            tokenizers.student,
+            tokenizers.teacher,
+            config.max_length,
+            config.validation_fraction,
+            config.rows_per_step,
+        )
         if accelerator.is_main_process:
             _write_kd_config(folder, config, fingerprint, data)
         return _run(config, accelerator, data, tokenizers, folder) | paths
@@ -160,13 +165,16 @@ def _open_accelerator(config: KDConfig) -> Accelerator:
         UserError: the settings do not go with their number.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError("DeepSpeed divides the loss in a way of its own; launch with configs/accelerate/fsdp2.yaml, "
-                        "which shards the same")  # fmt: skip
+        raise UserError(
+            "DeepSpeed divides the loss in a way of its own; launch with configs/accelerate/fsdp2.yaml, "
+            "which shards the same"
+        )
     if config.report_to not in ("none", *map(str, get_available_trackers())):
         known = ", ".join(sorted(map(str, get_available_trackers()))) or "none"
         raise UserError(f"--report_to {config.report_to}: accelerate finds no such tracker here; installed: {known}")
     accelerator = Accelerator(
         cpu=config.use_cpu,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else its variable would scale gradients
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=str(Path(config.experiment_dir).parent),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],  # every adapter takes part
@@ -205,14 +213,24 @@ def _teacher_tokenizer(config: KDConfig) -> tuple[PreTrainedTokenizerBase, str]:
     else:
         same = name == index["teacher_model_name_or_path"]
     if not same:
-        raise UserError(f"{folder} is of the teacher {index['teacher_model_name_or_path']!r}, this run names {name!r}; "
-                        "run scripts/cache_teacher.py --overwrite")  # fmt: skip
+        raise UserError(
+            f"{folder} is of the teacher {index['teacher_model_name_or_path']!r}, this run names {name!r}; "
+            "run scripts/cache_teacher.py --overwrite"
+        )
     return cached_tokenizer(folder, index, config.experiment_dir), index["teacher"]
+
+
+def _kept(config: KDConfig) -> dict[str, Any]:
+    """What a cached signal keeps of the teacher: another cache of the same teacher teaches another thing."""
+    index = read_index(Path(config.experiment_dir) / "teacher_cache")
+    return {name: index[name] for name in (("bf16", "top_k") if config.teacher_signal == "topk" else ("bf16",))}
 
 
 def _fingerprint(config: KDConfig, hashes: dict[str, str], teacher: str, tokenizers: Tokenizers) -> dict[str, Any]:
     """What tells this run from every other: settings, models, rows."""
     settings = config.identity() | {"student": model_fingerprint(config.model_name_or_path), "teacher": teacher}
+    if config.teacher_signal != "online":
+        settings["teacher_cache"] = _kept(config)
     if _sharded():  # sums over shards are in another order
         settings["sharding"] = "fsdp"
     dates = [t.prompt_date for t in (tokenizers.student, tokenizers.teacher) if hasattr(t, "prompt_date")]
@@ -298,13 +316,15 @@ def _write_kd_config(folder: Path, config: KDConfig, fingerprint: dict[str, Any]
     )
 
 
-def _run(config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers,
-         folder: Path) -> dict[str, Any]:  # fmt: skip
+def _run(
+    config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path
+) -> dict[str, Any]:
     """Train in `folder`, save the model, measure it once; what kd_results.json then holds."""
     run = _prepare(config, accelerator, data, tokenizers, folder)
-    if config.report_to != "none":
-        settings = {name: value for name, value in config.identity().items() if not isinstance(value, list)}
-        accelerator.init_trackers(folder.name, config=settings)
+    if accelerator.is_main_process:
+        path = folder / "kd_config.json"
+        write_json(path, read_json(path) | {"took_effect": run.took_effect})
+    _start_tracker(run, folder)
     if not (folder / "final_model").is_dir():
         train(run, folder)
         _save_final(run, folder, tokenizers.student)
@@ -323,6 +343,16 @@ def _run(config: KDConfig, accelerator: Accelerator, data: TrainingData, tokeniz
     return results
 
 
+def _start_tracker(run: Run, folder: Path) -> None:
+    if run.config.report_to == "none":
+        return
+    settings = {name: value for name, value in run.config.identity().items() if isinstance(value, str | int | float)}
+    name = folder.name
+    if run.config.report_to == "wandb":  # a project with a run each
+        name = Path(run.config.experiment_dir).name
+    run.accelerator.init_trackers(name, config=settings, init_kwargs={"wandb": {"name": folder.name}})
+
+
 @dataclasses.dataclass(frozen=True)
 class Models:
     """The student, the teacher as a reader, and the vocabulary that they share."""
@@ -333,8 +363,9 @@ class Models:
     pad_id: int
 
 
-def _prepare(config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers,
-             folder: Path) -> Run:  # fmt: skip
+def _prepare(
+    config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path
+) -> Run:
     """Load both models, say what follows from the settings, and go to where the run was left."""
     # 1. the models, the adapters, the number of steps
     set_seed(config.seed)
@@ -342,28 +373,42 @@ def _prepare(config: KDConfig, accelerator: Accelerator, data: TrainingData, tok
     model = _add_adapters(config, models.student, folder)
     order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
-    if _layers_compiled(config, accelerator, steps):
+    layers_compiled = _layers_compiled(config, accelerator, steps)
+    if layers_compiled:
         compile_layers(model)
 
     # 2. where it was left: adapters before the model is wrapped, the rest after
     final = folder / "final_model"
-    checkpoint = None if final.is_dir() else newest_complete_checkpoint(folder)
+    checkpoint = newest_complete_checkpoint(folder)
     if checkpoint or final.is_dir():
-        load_adapter(model, checkpoint or final)
+        load_adapter(model, final if final.is_dir() else checkpoint)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model), device_placement=[False, False])
+    compiled = config.compile_loss is not False and compiler_works(accelerator.device.type, config.divergence)
     run = Run(
-        config, accelerator, data, model, wrapped, optimizer, make_learning_rate(config, steps),
+        config,
+        accelerator,
+        data,
+        model,
+        wrapped,
+        optimizer,
+        make_learning_rate(config, steps),
         student=model_reader(model, models.pad_id, config.packing).cut(models.vocab_size),
-        teacher=models.teacher.cut(models.vocab_size), pad_id=models.pad_id,
-        compiled=config.compile_loss is not False and compiler_works(accelerator.device.type),
-        order=order, cutting=_cutting(config, accelerator, checkpoint), steps=steps,
-    )  # fmt: skip
+        teacher=models.teacher.cut(models.vocab_size),
+        pad_id=models.pad_id,
+        compiled=compiled,
+        took_effect={"compile_loss": compiled},
+        order=order,
+        cutting=_cutting(config, accelerator, checkpoint),
+        steps=steps,
+    )
 
     # 3. what only trying tells
-    use_liger(causal_lm(model), config.liger, lambda: probe_gradients(run))
+    alone = config.teacher_signal != "online" or not config.teacher_devices
+    liger = use_liger(causal_lm(model), config.liger, lambda: probe_gradients(run), alone)
     if run.cutting.tokens == 0 and config.packing and config.tokens_per_batch is None:
         run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
     set_seed(config.seed)  # whatever was tried before, training draws the same
+    run.took_effect |= {"compile_layers": layers_compiled, "liger": liger, "tokens_per_batch": run.cutting.tokens}
     _say_sizes(run, count_parameters(model, trainable=True))
     if not final.is_dir():
         _go_on(run, folder, checkpoint)
@@ -387,9 +432,13 @@ def _load_models(config: KDConfig, accelerator: Accelerator, data: TrainingData,
     teacher = _open_teacher(config, accelerator, data, pad_id)
     pairs = data.all()
     vocab_size = shared_vocabulary(
-        tokenizers.student, tokenizers.teacher, student.get_output_embeddings().weight.shape[0], teacher.vocab_size,
-        [pair.student for pair in pairs], [pair.teacher for pair in pairs],
-    )  # fmt: skip
+        tokenizers.student,
+        tokenizers.teacher,
+        student.get_output_embeddings().weight.shape[0],
+        teacher.vocab_size,
+        [pair.student for pair in pairs],
+        [pair.teacher for pair in pairs],
+    )
     if config.packing:
         check_packing(student, [pair.student for pair in data.train], pad_id)
         student.set_attn_implementation(ATTENTION)  # for good: checkpointing reads it in the backward pass too
@@ -404,21 +453,25 @@ def _add_adapters(config: KDConfig, student: PreTrainedModel, folder: Path) -> P
     checkpoints = config.save_total_limit or 2
     # an adapter and the optimiser's two moments each, one checkpoint more while it is written, and the final model
     need = 4 * count_parameters(model, trainable=True) * (3 * checkpoints + 4)
-    require_disk(folder, need, "the run's checkpoints")
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # of a run that goes on
+    require_disk(folder, max(0, need - there), "the run's checkpoints")
     return model
 
 
 def _cutting(config: KDConfig, accelerator: Accelerator, checkpoint: Path | None) -> Cutting:
-    """How steps are cut; 0 tokens where that is to be measured first."""
+    """How steps are cut; 0 tokens of packed rows where that is to be measured first.
+
+    A run that was killed keeps its passes, so that its sums stay in the order that they had.
+    """
+    ranks = accelerator.num_processes
+    if checkpoint:
+        state = read_json(checkpoint / STATE)
+        if state["asked"] == asked_cutting(config) and state["cutting"]["ranks"] == ranks:
+            return Cutting(**state["cutting"])
     tokens = config.tokens_per_batch
-    if tokens is None and checkpoint:  # the same passes as before the kill, so that sums are in the same order
-        tokens = read_json(checkpoint / STATE)["tokens_per_batch"]
     if tokens is None:
         tokens = CPU_TOKENS if accelerator.device.type == "cpu" else 0
-    return Cutting(
-        tokens if config.packing else 0, parts=config.gradient_accumulation_steps, ranks=accelerator.num_processes,
-        packing=config.packing,
-    )  # fmt: skip
+    return Cutting(tokens if config.packing else 0, config.gradient_accumulation_steps, ranks, config.packing)
 
 
 def _layers_compiled(config: KDConfig, accelerator: Accelerator, steps: int) -> bool:
@@ -429,8 +482,9 @@ def _layers_compiled(config: KDConfig, accelerator: Accelerator, steps: int) -> 
     amx = accelerator.device.type == "cpu" and config.bf16 and torch.cpu._is_amx_tile_supported()
     pays = amx and steps >= STEPS_THAT_PAY and compiler_works("cpu")
     if amx:
-        logger.info("AMX and %d steps: layers are %scompiled (from %d steps on)", steps, "" if pays else "not ",
-                    STEPS_THAT_PAY)  # fmt: skip
+        logger.info(
+            "AMX and %d steps: layers are %scompiled (from %d steps on)", steps, "" if pays else "not ", STEPS_THAT_PAY
+        )
     return pays
 
 
@@ -467,15 +521,25 @@ def _say_sizes(run: Run, trainable: int) -> None:
     share = config.rows_per_step / len(data.train)
     logger.info(
         "rows: %d to train on, %d validation, %d held out, %d dropped as longer than %d tokens",
-        len(data.train), len(data.validation), len(data.heldout), data.dropped, config.max_length,
-    )  # fmt: skip
+        len(data.train),
+        len(data.validation),
+        len(data.heldout),
+        data.dropped,
+        config.max_length,
+    )
     most = f" of {run.cutting.tokens} tokens at most" if run.cutting.tokens else ""
     logger.info(
         "a step: %d rows in %.1f passes%s over %d processes, about %d tokens, %d of them answers, and %.1f %% of them "
         "are beginnings that rows share, run once; %.1f %% of what is run is padding",
-        config.rows_per_step, passes, most, run.accelerator.num_processes, sum(map(len, rows)) * share,
-        sum(len(row.response_ids) for row in rows) * share, 100 * shared, 100 * padding,
-    )  # fmt: skip
+        config.rows_per_step,
+        passes,
+        most,
+        run.accelerator.num_processes,
+        sum(map(len, rows)) * share,
+        sum(len(row.response_ids) for row in rows) * share,
+        100 * shared,
+        100 * padding,
+    )
     reason = f"max_steps wins over {config.num_train_epochs:g} epochs" if config.max_steps > 0 else "from epochs"
     logger.info("%d steps (%s), %.2f epochs", run.steps, reason, run.steps / run.order.steps_per_epoch)
     own = f" (teacher at {config.teacher_temperature:g})" if config.teacher_temperature else ""
@@ -483,10 +547,17 @@ def _say_sizes(run: Run, trainable: int) -> None:
     logger.info(
         "loss: %g x %g^2 x %s%s + %g x CE over %d shared tokens, the teacher's %s; %s trainable parameters; "
         "products in %s%s",
-        config.alpha, config.temperature, config.divergence, own, 1 - config.alpha, run.student.vocab_size,
-        signals[config.teacher_signal], f"{trainable:,}", "bf16 autocast" if config.bf16 else "fp32",
+        config.alpha,
+        config.temperature,
+        config.divergence,
+        own,
+        1 - config.alpha,
+        run.student.vocab_size,
+        signals[config.teacher_signal],
+        f"{trainable:,}",
+        "bf16 autocast" if config.bf16 else "fp32",
         ", compiled loss" if run.compiled else "",
-    )  # fmt: skip
+    )
 
 
 MODEL_CARD = """---
@@ -510,12 +581,23 @@ def _model_card(config: KDConfig, rows: int, steps: int, end: str) -> str:
     base_model = "" if Path(student).exists() else f"base_model: {student}\n"
     own = "" if config.teacher_temperature is None else f" (the teacher at {config.teacher_temperature})"
     return MODEL_CARD.format(
-        base_model=base_model, student=student, teacher=config.teacher_model_name_or_path, rows=rows,
-        experiment=Path(config.experiment_dir).name, arm="kd" if config.alpha > 0 else "sft control",
-        steps=steps, rows_per_step=config.rows_per_step, alpha=config.alpha, divergence=config.divergence,
-        temperature=config.temperature, ce=round(1 - config.alpha, 6), rank=config.lora_r, seed=config.seed, end=end,
+        base_model=base_model,
+        student=student,
+        teacher=config.teacher_model_name_or_path,
+        rows=rows,
+        experiment=Path(config.experiment_dir).name,
+        arm="kd" if config.alpha > 0 else "sft control",
+        steps=steps,
+        rows_per_step=config.rows_per_step,
+        alpha=config.alpha,
+        divergence=config.divergence,
+        temperature=config.temperature,
+        ce=round(1 - config.alpha, 6),
+        rank=config.lora_r,
+        seed=config.seed,
+        end=end,
         own=own,
-    )  # fmt: skip
+    )
 
 
 def _save_final(run: Run, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,14 +14,23 @@ from src.utils.config import setting
 
 SECTION = "run_improved_kd"
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")  # functions of the step alone
+SIGNALS = ("hidden", "topk", "online")
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
+
+CHOICES = {
+    "divergence": DIVERGENCES,
+    "teacher_signal": SIGNALS,
+    "lr_scheduler_type": SCHEDULES,
+    "optim": OPTIMIZERS,
+}
+CUT = ("packing", "tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass
 class Conduct:
     """Settings that cannot change what is learned: where things lie, how the work is cut, what is written down.
 
-    A run goes on, and keeps its control, when one of them changes.
+    A run goes on, and keeps its control, when one of them changes; but for dropout, whose draws go by the pass.
     """
 
     # models and folders
@@ -38,9 +47,10 @@ class Conduct:
 
     # rows and steps; batch_size x gradient_accumulation_steps rows make a step, whatever its passes are
     per_device_train_batch_size: int = setting(
-        1, "times gradient_accumulation_steps: rows of a step; rows of one pass where tokens_per_batch is 0",
+        1,
+        "times gradient_accumulation_steps: rows of a step; rows of one pass where tokens_per_batch is 0",
         "batch_size",
-    )  # fmt: skip
+    )
     gradient_accumulation_steps: int = setting(32, "times batch_size: rows of a step, over all processes")
 
     # how it is computed
@@ -62,10 +72,12 @@ class Conduct:
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
 
     # what is written down
-    logging_steps: int = setting(1, "steps between two rows of metrics.jsonl; the last step is always there")
+    logging_steps: int = setting(
+        1, "steps between two rows of metrics.jsonl; checkpoints and validations bring one along"
+    )
     eval_steps: int = setting(25, "steps between two scorings of the validation rows; 0: never")
     save_steps: int = setting(25, "steps between two checkpoints; 0: never")
-    save_total_limit: int | None = setting(2, "checkpoints kept; 2 at least, so that one of them is complete")
+    save_total_limit: int = setting(2, "checkpoints kept, 2 at least, so that one of them is complete; 0: all")
     report_to: str = setting("none", "an experiment tracker that accelerate knows, such as wandb or tensorboard")
 
 
@@ -82,7 +94,7 @@ class KDConfig(Conduct):
     alpha: float = setting(0.8, "weight of the divergence; 0 is plain SFT, the control", "kd_alpha", "kd_ratio")
     divergence: Literal[DIVERGENCES] = setting("forward_kl", "what is distilled")  # type: ignore[valid-type]
     beta: float = setting(0.5, "the teacher's weight in the mixture of jsd, from 1e-6 to 1 - 1e-6")
-    teacher_signal: Literal["hidden", "topk", "online"] = setting(
+    teacher_signal: Literal[SIGNALS] = setting(  # type: ignore[valid-type]
         "hidden", "the teacher's beliefs: hidden or topk from scripts/cache_teacher.py, online from a resident teacher"
     )
 
@@ -96,7 +108,7 @@ class KDConfig(Conduct):
 
     # the optimiser
     learning_rate: float = setting(2e-5, "peak learning rate")
-    lr_scheduler_type: Literal[SCHEDULES] = setting("cosine", "after the warm-up")  # type: ignore[valid-type]
+    lr_scheduler_type: Literal[SCHEDULES] = setting("cosine", "after the warm-up; constant has none")  # type: ignore[valid-type]
     warmup_steps: int = setting(20, "steps of linear warm-up")
     weight_decay: float = setting(0.01, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "the gradient is scaled down to this norm; 0: never")
@@ -137,10 +149,15 @@ class KDConfig(Conduct):
     def identity(self) -> dict[str, Any]:
         """What makes it this run and no other: every setting that can change what is learned."""
         conduct = {field.name for field in dataclasses.fields(Conduct)}
+        if self.lora_dropout:
+            conduct -= set(CUT)
         settings = dataclasses.asdict(self) | {"rows_per_step": self.rows_per_step}
         return {name: value for name, value in settings.items() if name not in conduct}
 
     def _check(self) -> None:
+        for name, known in CHOICES.items():  # a caller in Python has passed no parser
+            value = getattr(self, name)
+            _need(value in known, f"{name}: invalid choice: {value!r} (choose from {', '.join(known)})")
         own = self.teacher_temperature
         _need(0 < self.temperature < math.inf, f"temperature must be above 0, got {self.temperature}")
         _need(own is None or 0 < own < math.inf, f"teacher_temperature must be above 0, got {own}")
@@ -149,8 +166,9 @@ class KDConfig(Conduct):
         beta_fits = self.divergence != "jsd" or 1e-6 <= self.beta <= 1 - 1e-6
         _need(beta_fits, f"beta must be at least 1e-6 and at most 1 - 1e-6, got {self.beta}")
         topk_fits = self.teacher_signal != "topk" or self.divergence == "forward_kl" or self.alpha == 0
-        _need(topk_fits, f"a top-k cache knows forward_kl only; {self.divergence} needs --teacher_signal hidden or "
-                         "online")  # fmt: skip
+        _need(
+            topk_fits, f"a top-k cache knows forward_kl only; {self.divergence} needs --teacher_signal hidden or online"
+        )
         _need(0 <= self.validation_fraction < 0.5, "validation_fraction must be at least 0 and below 0.5")
         _need(self.per_device_train_batch_size >= 1, "batch_size must be at least 1")
         for name in ("gradient_accumulation_steps", "lora_r", "logging_steps"):
@@ -165,7 +183,9 @@ class KDConfig(Conduct):
         tokens = self.tokens_per_batch
         _need(tokens is None or tokens >= 0, "tokens_per_batch must not be below 0")
         _need(self.packing or not tokens, "tokens_per_batch counts packed tokens; leave packing on")
-        _need(self.save_total_limit is None or self.save_total_limit >= 2, "save_total_limit must be at least 2")
+        _need(
+            self.save_total_limit == 0 or self.save_total_limit >= 2, "save_total_limit must be at least 2, or 0: all"
+        )
 
 
 def _need(good: bool, message: str) -> None:

@@ -40,9 +40,16 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
-        a_copy: Tensor, b_copy: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        a_copy: Tensor,
+        b_copy: Tensor,
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         out, inner = _products(flat, weight, bias, a_copy, b_copy, scale)
         ctx.save_for_backward(flat, weight, a_copy, b_copy, inner)
@@ -105,8 +112,14 @@ def adapters_cast(model: PeftModel, dtype: torch.dtype) -> Iterator[None]:
             layer.copies = None
 
 
-def add_lora(model: PreTrainedModel, r: int, alpha: int, dropout: float, targets: Sequence[str] = LORA_TARGETS,
-             fused: bool = True) -> PeftModel:  # fmt: skip
+def add_lora(
+    model: PreTrainedModel,
+    r: int,
+    alpha: int,
+    dropout: float,
+    targets: Sequence[str] = LORA_TARGETS,
+    fused: bool = True,
+) -> PeftModel:
     """Freeze the model and add fp32 LoRA adapters (Hu et al. 2021) to the named projections of every layer.
 
     Args:

@@ -196,11 +196,31 @@ def logits_to_gradient(
     kd, ce = (torch.empty(rows, dtype=torch.float32, device=student_CW.device) for _ in range(2))
     teacher = student_CW if teacher_CW is None else teacher_CW
     block = min(BLOCK, triton.next_power_of_2(width))
-    _kernel[(rows,)](
-        student_CW, teacher, labels_C, gradient, kd, ce, student_CW.stride(0), teacher.stride(0), gradient.stride(0),
-        vocab_size, width, temperature, teacher_temperature, alpha, beta, student_map[0], student_map[1] or 1.0,
-        teacher_map[0], teacher_map[1] or 1.0, KIND=KINDS["none" if teacher_CW is None else kind],
-        S_CAPPED=student_map[1] is not None, T_CAPPED=teacher_map[1] is not None, BLOCK=block,
-        num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(student_CW):  # Triton launches on the current GPU, whatever its tensors are on
+        _kernel[(rows,)](
+            student_CW,
+            teacher,
+            labels_C,
+            gradient,
+            kd,
+            ce,
+            student_CW.stride(0),
+            teacher.stride(0),
+            gradient.stride(0),
+            vocab_size,
+            width,
+            temperature,
+            teacher_temperature,
+            alpha,
+            beta,
+            student_map[0],
+            student_map[1] or 1.0,
+            teacher_map[0],
+            teacher_map[1] or 1.0,
+            KIND=KINDS["none" if teacher_CW is None else kind],
+            S_CAPPED=student_map[1] is not None,
+            T_CAPPED=teacher_map[1] is not None,
+            BLOCK=block,
+            num_warps=8,
+        )
     return gradient, kd, ce

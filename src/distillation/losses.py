@@ -136,6 +136,8 @@ def shared_head(weight_VH: Tensor, vocab_size: int) -> Tensor:
 def _log_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """`log(m/p)` and `log(m/q)` for the mixture m = beta p + (1 - beta) q, exactly 0 where p = q, finite everywhere."""
     d = log_q - log_p
+    # m/p = beta + (1 - beta) exp(d), so log(m/p) = log1p((1 - beta) expm1(d)): no digits are lost where d is near 0,
+    # and nothing overflows where d <= 0. The other side likewise from -d.
     from_p = torch.log1p((1 - beta) * torch.expm1(d.clamp(max=0)))
     from_q = torch.log1p(beta * torch.expm1(-d.clamp(min=0)))
     behind = d <= 0
@@ -162,14 +164,15 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Te
 def _divergence_and_gradient(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
     """`divergence`, and its gradient by the student's logits divided by T: `[N], [N, V]`."""
     q = log_q.exp()
-    if kind == "forward_kl":
+    if kind == "forward_kl":  # d/dz of -sum p log q is q - p
         p = log_p.exp()
         return (p * (log_p - log_q)).sum(-1), q - p
-    if kind == "reverse_kl":
+    if kind == "reverse_kl":  # q also weighs, so that the gradient is centred on the divergence itself
         ratio = log_q - log_p
         value = (q * ratio).sum(-1)
         return value, q * (ratio - value[:, None])
     log_mp, log_mq = _log_ratios(log_p, log_q, beta)
+    # the parts of the gradient that go through m cancel, sum m' = 0: it is (1 - beta) times that of KL(q || m), m fixed
     kl_qm = -(q * log_mq).sum(-1)
     value = -beta * (log_p.exp() * log_mp).sum(-1) + (1 - beta) * kl_qm
     return value, (1 - beta) * q * (-log_mq - kl_qm[:, None])
@@ -204,9 +207,10 @@ def _topk_divergence_and_gradient(teacher: TopK, temperature: float, log_q: Tens
 
     The teacher does not say how its rest is spread, so the gradient spreads it as the student does.
     """
+    # kept at T = 1: softened by T, and normalised by the sum over the whole vocabulary that was kept with them
     log_p = teacher.log_p_NK.float() / temperature - teacher.log_sum_N.float()[:, None]
     p = log_p.exp()
-    rest_p = (1 - p.sum(-1)).clamp(min=1e-7)
+    rest_p = (1 - p.sum(-1)).clamp(min=1e-7)  # half precision may round the kept ones to 1 and more
     log_q_top = log_q.gather(1, teacher.ids_NK)
     log_rest_q = log_q.scatter(1, teacher.ids_NK, -torch.inf).logsumexp(-1)
     value = (p * (log_p - log_q_top)).sum(-1) + rest_p * (rest_p.log() - log_rest_q)
@@ -238,7 +242,8 @@ def _chunk(
             top k, or None.
         counted_C: fp32, 1 for a token and 0 for what only fills the chunk up; None where all count.
     """
-    student = o.student_map(student_CV)
+    # cross-entropy at T = 1: its gradient is softmax(z) - onehot(label)
+    student = o.student_map(student_CV)  # fp32 from here on
     log_q1 = log_softmax(student, -1)
     ce = -log_q1.gather(1, labels_C[:, None])[:, 0]
     grad = log_q1.exp().mul_(1 - o.alpha)
@@ -247,6 +252,7 @@ def _chunk(
         grad = torch.where(hit, grad - (1 - o.alpha), grad)
     else:
         grad.scatter_add_(1, labels_C[:, None], torch.full_like(grad[:, :1], o.alpha - 1))
+    # the divergence at T: its gradient is by z / T, hence one T of the T^2 below
     kd = torch.zeros_like(ce)
     if teacher_CV is not None:
         log_q = log_q1 if o.temperature == 1 else log_softmax(student / o.temperature, -1)
@@ -256,6 +262,7 @@ def _chunk(
             log_p = log_softmax(o.teacher_map(teacher_CV) / o.teacher_temperature, -1)
             kd, kd_grad = _divergence_and_gradient(log_p, log_q, o.kind, o.beta)
         grad.add_(kd_grad, alpha=o.alpha * o.temperature)  # alpha * T^2 * (1 / T)
+    # back through what the model does to its logits
     if o.student_map != IDENTITY:
         grad = grad * o.student_map.slope(student)
     if counted_C is not None:
@@ -292,32 +299,41 @@ def _kernel_middle(student_CW: Tensor, teacher_CW: Tensor | None, labels_C: Tens
     from src.distillation.loss_kernel import logits_to_gradient
 
     grad, kd, ce = logits_to_gradient(
-        student_CW, teacher_CW, labels_C, o.vocab_size, o.dtype, temperature=o.temperature,
-        teacher_temperature=o.teacher_temperature, alpha=o.alpha, kind=o.kind, beta=o.beta,
-        student_map=o.student_map, teacher_map=o.teacher_map,
-    )  # fmt: skip
+        student_CW,
+        teacher_CW,
+        labels_C,
+        o.vocab_size,
+        o.dtype,
+        temperature=o.temperature,
+        teacher_temperature=o.teacher_temperature,
+        alpha=o.alpha,
+        kind=o.kind,
+        beta=o.beta,
+        student_map=o.student_map,
+        teacher_map=o.teacher_map,
+    )
     return grad, kd.sum(), ce.sum()
 
 
 @functools.cache
-def compiler_works(device_type: str) -> bool:
+def compiler_works(device_type: str, kind: str = "forward_kl") -> bool:
     """Whether there is a compiled kernel for this kind of device here: Inductor's on a CPU, our own by Triton on a GPU.
 
     Said once in the log where there is none.
     """
     try:
         if device_type == "cuda":
-            _try_kernel()
+            _try_kernel(kind)
         else:
             torch.compile(lambda x: x.exp().sum(-1))(torch.ones(2, 2, device=device_type))
-    except (torch._dynamo.exc.TorchDynamoException, ImportError, RuntimeError) as error:
+    except Exception as error:  # compilers fail in every way: no gcc, no headers, no room on the card, their own faults
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         logger.info("no compiled loss kernel (%s); plain torch does the same, slower", reason.strip()[:120])
         return False
     return True
 
 
-def _try_kernel() -> None:
+def _try_kernel(kind: str) -> None:
     """Compare the Triton kernel with plain torch on a few logits.
 
     Raises:
@@ -325,14 +341,14 @@ def _try_kernel() -> None:
     """
     logits = [torch.randn(4, 1024, device="cuda") for _ in range(2)]
     labels = torch.tensor([0, 7, 900, 999], device="cuda")
-    o = _Objective(2.0, 2.0, 0.8, "forward_kl", 0.5, IDENTITY, IDENTITY, torch.float32, 1000)
+    o = _Objective(2.0, 2.0, 0.8, kind, 0.5, IDENTITY, IDENTITY, torch.float32, 1000)
     found, *_ = _kernel_middle(*logits, labels, o)
     wanted, *_ = _plain_middle(*logits, labels, o)
     if not torch.allclose(found, wanted, atol=1e-5):
         raise RuntimeError("the Triton kernel's gradient is not that of plain torch")
 
 
-def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
     """`a @ b`, in the buffer's rows if there is one; on CUDA half-precision factors give an fp32 result (a CPU has no
     such product)."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
@@ -353,12 +369,14 @@ class _ChunkedKD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_NH, student_WH, teacher, teacher_WG, labels_N, o, compiled):
         tokens, device = len(labels_N), student_NH.device
+        # what lies between the products: plain torch, or one kernel
         middle = _plain_middle
         if compiled:
             middle = _kernel_middle if device.type == "cuda" else _compiled_middle
-        student_head = student_WH.to(o.dtype)
+        student_head = student_WH.to(o.dtype)  # no copy where it has that type
         teacher_head = None if teacher_WG is None else teacher_WG.to(o.dtype)
         grad_hidden = torch.empty_like(student_NH) if ctx.needs_input_grad[0] else None
+        # with LoRA the head is frozen: no [V, H] gradient, which for Qwen3-8B would be 1.2 GB
         grad_head = torch.zeros_like(student_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(2, device=device)
         size = chunk_tokens(o.vocab_size, compiled, device)
@@ -372,23 +390,23 @@ class _ChunkedKD(torch.autograd.Function):
             part = slice(start, start + size)
             # 1. logits of both models
             hidden_CH = student_NH[part].to(o.dtype)
-            student_CW = _product(hidden_CH, student_head.T, buffers[0])
+            student_CW = product(hidden_CH, student_head.T, buffers[0])
             beliefs = teacher.part(part) if isinstance(teacher, TopK) else None
             if teacher_head is not None:
-                beliefs = _product(teacher[part].to(o.dtype), teacher_head.T, buffers[1])
+                beliefs = product(teacher[part].to(o.dtype), teacher_head.T, buffers[1])
             # 2. both terms, and their gradient by the student's logits
             grad_CW, *chunk_sums = middle(student_CW, beliefs, labels_N[part], o)
             sums += torch.stack(chunk_sums)
             # 3. the gradient of the hidden state, and of the head if that learns
             grad_CW = grad_CW.to(o.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = _product(grad_CW, student_head)
+                grad_hidden[part] = product(grad_CW, student_head)
             if grad_head is not None:
-                grad_head += _product(grad_CW.T, hidden_CH)
+                grad_head += product(grad_CW.T, hidden_CH)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = student_WH.dtype
         kd_sum, ce_sum = sums.unbind()
-        ctx.mark_non_differentiable(kd_sum, ce_sum)
+        ctx.mark_non_differentiable(kd_sum, ce_sum)  # for the log alone
         return o.alpha * o.temperature**2 * kd_sum + (1 - o.alpha) * ce_sum, kd_sum, ce_sum
 
     @staticmethod
@@ -452,22 +470,35 @@ def kd_loss(
     topk = isinstance(teacher_hidden_NG, TopK)
     if topk and kind != "forward_kl":
         raise ValueError(f"{kind} needs the whole distribution; a top-k teacher gives the forward KL only")
+    # whichever of these holds, there is no divergence, and no product is made for it
     if teacher_hidden_NG is None or (teacher_head_VG is None and not topk) or alpha == 0:
         teacher_hidden_NG = teacher_head_VG = None
     device_type = student_hidden_NH.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else student_head_VH.dtype
     objective = _Objective(
-        temperature, teacher_temperature or temperature, alpha, kind, beta, student_map, teacher_map, dtype,
+        temperature,
+        teacher_temperature or temperature,
+        alpha,
+        kind,
+        beta,
+        student_map,
+        teacher_map,
+        dtype,
         vocab_size or len(student_head_VH),
-    )  # fmt: skip
-    with torch.autocast(device_type, enabled=False):
+    )
+    with torch.autocast(device_type, enabled=False):  # types are chosen here, product by product
         return LossSums(
             *_ChunkedKD.apply(
-                student_hidden_NH, student_head_VH, teacher_hidden_NG, teacher_head_VG, labels_N,
-                objective, compiled and not topk,
+                student_hidden_NH,
+                student_head_VH,
+                teacher_hidden_NG,
+                teacher_head_VG,
+                labels_N,
+                objective,
+                compiled and not topk,
             )
-        )  # fmt: skip
+        )
 
 
 @torch.no_grad()
@@ -487,8 +518,8 @@ def heldout_stats(
     size = chunk_tokens(vocab_size, device=student_hidden_NH.device)
     for start in range(0, len(labels_N), size):
         part = slice(start, start + size)
-        logits_q = (student_hidden_NH[part].to(student_head_VH.dtype) @ student_head_VH.T)[:, :vocab_size]
-        logits_p = (teacher_hidden_NG[part].to(teacher_head_VG.dtype) @ teacher_head_VG.T)[:, :vocab_size]
+        logits_q = product(student_hidden_NH[part].to(student_head_VH.dtype), student_head_VH.T)[:, :vocab_size]
+        logits_p = product(teacher_hidden_NG[part].to(teacher_head_VG.dtype), teacher_head_VG.T)[:, :vocab_size]
         log_q, log_p = log_softmax(student_map(logits_q), -1), log_softmax(teacher_map(logits_p), -1)
         labels = labels_N[part, None]
         parts.append(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from src.distillation.base import IGNORED, EncodedRow, causal_lm, collate, response_hidden
+from src.distillation.base import IGNORED, EncodedRow, causal_lm, collate, response_hidden, send
 from src.utils.common import UserError, logger
 
 ATTENTION = "packed_sdpa"
@@ -44,24 +44,31 @@ def segments(rows: Sequence[EncodedRow]) -> list[Segment]:
 
     A row's own segment keeps at least the last token of its prompt, whose state predicts the first of the response.
     """
-    prompts = [row.prompt_ids[:-1] for row in rows]
+    # 1. beginnings: groups of rows that are alike so far, cut where they part
+    #
+    #    a  <s>user  What is 2 + 2?  4          <s>user What is  is shared by all,
+    #    b  <s>user  What is 2 + 3?  5          2 +  by a and b, the rest is each row's own
+    #    c  <s>user  What is it?     A question
+    prompts = [row.prompt_ids[:-1] for row in rows]  # the last token predicts the answer: always the row's own
     shared: list[list[tuple[int, int, int]]] = [[] for _ in rows]  # of each row: (the first row that has it, from, to)
 
     groups = [(list(range(len(rows))), 0, 0)]  # rows, where their next segment starts, how far they are known alike
     while groups:
         group, start, same = groups.pop()
+        # of sorted sequences the first and the last differ most: what these two share, all share
         first, last = min(prompts[index] for index in group), max(prompts[index] for index in group)
         while same < len(first) and first[same] == last[same]:  # then it is the same in all between them
             same += 1
-        if same - start >= LEAST and len(group) > 1:
+        if same - start >= LEAST and len(group) > 1:  # shorter ones cost more to handle than to run again
             for index in group:
                 shared[index].append((group[0], start, same))
             start = same
-        going_on = defaultdict(list)
+        going_on = defaultdict(list)  # the next token -> rows that have it, a group of their own
         for index in group:
             if len(prompts[index]) > same:
                 going_on[prompts[index][same]].append(index)
         groups += [(part, start, same) for part in going_on.values() if len(part) > 1]
+    # 2. the segments in the order of the rows, a shared one before the first row that has it
     found: list[Segment] = []
     place: dict[tuple[int, int, int], int] = {}
     for index, row in enumerate(rows):
@@ -121,14 +128,15 @@ class Layout:
         return self._on_devices[device]
 
     def _places(self, device: torch.device) -> _Places:
-        starts = [0, *itertools.accumulate(self.lengths)]
+        starts = [0, *itertools.accumulate(self.lengths)]  # of the segments in the pack
         key_lengths = [sum(self.lengths[index] for index in chain) for chain in self.chains]
         keys = None
-        if max(self.parents) >= 0:
+        if max(self.parents) >= 0:  # shared keys stand once in the pack and once for each segment that reads them
             spans = [range(starts[i], starts[i + 1]) for chain in self.chains for i in chain]
-            keys = torch.tensor([position for span in spans for position in span], device=device)
-        ends = [torch.tensor([0, *itertools.accumulate(part)], dtype=torch.int32, device=device)
-                for part in (self.lengths, key_lengths)]  # fmt: skip
+            keys = send(torch.tensor([position for span in spans for position in span]), device)
+        ends = []
+        for lengths in (self.lengths, key_lengths):
+            ends.append(send(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device))
         return _Places(*ends, max(self.lengths), max(key_lengths), keys)
 
 
@@ -142,10 +150,16 @@ class _ShortRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-        kept = []
-        pieces = zip(_grouped(query, len(key[0]), layout), _joined(key, layout), _joined(value, layout),
-                     out[0].split(layout.lengths), strict=True)  # fmt: skip
+        kept = []  # probabilities, for the backward pass
+        pieces = zip(
+            _grouped(query, len(key[0]), layout),
+            _joined(key, layout),
+            _joined(value, layout),
+            out[0].split(layout.lengths),
+            strict=True,
+        )
         for q, k, v, into in pieces:
+            # heads of a group lie below each other, so that one product serves all that share a key head
             scores = torch.bmm(q, k.mT).float().mul_(scale).view(-1, len(into), k.shape[1])
             scores += _future(len(into), k.shape[1])
             p = scores.softmax(-1).to(q.dtype).view(len(k), -1, k.shape[1])
@@ -163,14 +177,23 @@ class _ShortRows(torch.autograd.Function):
         # in fp32: what rows share gets a part from each of them
         g_key, g_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
         gqs, gks, gvs = (states[0].split(layout.lengths, 1) for states in (g_query, g_key, g_value))
-        pieces = zip(layout.chains, gqs, _grouped(query, heads, layout), _joined(key, layout), _joined(value, layout),
-                     _grouped(gradient.transpose(1, 2), heads, layout), kept, strict=True)  # fmt: skip
+        pieces = zip(
+            layout.chains,
+            gqs,
+            _grouped(query, heads, layout),
+            _joined(key, layout),
+            _joined(value, layout),
+            _grouped(gradient.transpose(1, 2), heads, layout),
+            kept,
+            strict=True,
+        )
         for chain, gq, q, k, v, go, p in pieces:
             # softmax backwards: gs = p * (gp - sum(p * gp)), gp the gradient of the probabilities
             p_float, gp = p.float(), torch.bmm(go, v.mT).float()
             gp -= (p_float * gp).sum(-1, keepdim=True)
             gs = gp.mul_(p_float).mul_(ctx.scale).to(q.dtype)
             gq.copy_(torch.bmm(gs, k).view_as(gq))
+            # keys and values were joined of several segments: each gets its part back
             own = [layout.lengths[index] for index in chain]
             for into, found in ((gks, torch.bmm(gs.mT, q)), (gvs, torch.bmm(p.mT, go))):
                 for index, part in zip(chain, found.split(own, 1), strict=True):
@@ -214,8 +237,9 @@ class _Gathered(torch.autograd.Function):
         return summed.index_add_(0, positions, gradient.float()).to(gradient.dtype), None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None,
-            window: int | None) -> Tensor:  # fmt: skip
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None, window: int | None
+) -> Tensor:
     """All segments in one call: each one's own tokens ask, what it shares and its own tokens answer.
 
     The causal mask is aligned at the ends (bottom right), so that the last query sees every key.
@@ -224,13 +248,39 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
 
     places = layout.on(query.device)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [L, heads, width]
+    # not two calls merged by their log-sum-exp, which has no gradient there
     if places.keys is not None:
         k, v = _Gathered.apply(k, places.keys), _Gathered.apply(v, places.keys)
     back = -1 if window is None else window - 1
     return varlen_attn(
-        q, k, v, places.query_ends, places.key_ends, places.longest_query, places.longest_key, scale=scale,
-        window_size=(back, 0), enable_gqa=q.shape[1] != k.shape[1],
-    )[None]  # fmt: skip
+        q,
+        k,
+        v,
+        places.query_ends,
+        places.key_ends,
+        places.longest_query,
+        places.longest_key,
+        scale=scale,
+        window_size=(back, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )[None]
+
+
+def _varlen_error(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """How far it is from one call a row, relative; outputs and gradients of rows that share a beginning."""
+    generator = torch.Generator(device).manual_seed(0)
+    layout = Layout([40, 24, 33], [-1, 0, 0])
+    shapes = [(1, heads, sum(layout.lengths), width) for heads in (4, 2, 2)]
+    # whoever asks first may be measuring (no gradients), under autocast, or within a checkpoint, which would take
+    # what is saved here for its own
+    own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False), own_hooks:
+        states = [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes]
+        found, wanted = (attend(*states, layout, None, None).float() for attend in (_varlen, _row_by_row))
+        weights = torch.randn(found.shape, generator=generator, device=device)
+        gradients = [torch.autograd.grad((out * weights).sum(), states) for out in (found, wanted)]
+    pairs = [(found, wanted), *zip(*gradients, strict=True)]
+    return max(((one.float() - other.float()).norm() / other.float().norm()).item() for one, other in pairs)
 
 
 @functools.cache
@@ -239,26 +289,25 @@ def varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
     Tried once, on rows that share a beginning; said in the log where it does not.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    layout = Layout([40, 24, 33], [-1, 0, 0])
-    shapes = [(1, heads, sum(layout.lengths), width) for heads in (4, 2, 2)]
-    states = [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes]
     try:
-        found, wanted = (attend(*states, layout, None, None).float() for attend in (_varlen, _row_by_row))
-        pairs = [(found, wanted)]
-        weights = torch.randn(found.shape, generator=generator, device=device)
-        pairs += zip(*(torch.autograd.grad((out * weights).sum(), states) for out in (found, wanted)), strict=True)
+        off = _varlen_error(device, dtype, width)
     except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         logger.info("no varlen attention (%s); a call a row does the same, slower", str(error).split("\n")[0][:120])
         return False
-    off = max(((one.float() - other.float()).norm() / other.float().norm()).item() for one, other in pairs)
     if off > 0.02:  # rounding in bf16 is 0.005
         logger.info("varlen attention is off by %.0f %% here; a call a row instead, slower", 100 * off)
     return off <= 0.02
 
 
-def _row_by_row(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None, window: int | None,
-                dropout: float = 0.0) -> Tensor:  # fmt: skip
+def _row_by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float | None,
+    window: int | None,
+    dropout: float = 0.0,
+) -> Tensor:
     """One call of torch's fused kernel a segment, on any device."""
     split = [states.split(layout.lengths, 2) for states in (query, key, value)]
     parts = []
@@ -278,10 +327,20 @@ def _row_by_row(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
 
 @torch.compiler.disable  # a compiled layer would be compiled again for every list of lengths
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, layout: Layout,
-    dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, **_: object,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
     """Causal attention within each row of a pack, `[1, heads, L, width]` in, `[1, L, heads, width]` out; the interface
     is that of transformers.
 
@@ -367,7 +426,7 @@ def check_packing(model: PreTrainedModel, rows: Sequence[EncodedRow], pad_id: in
         UserError: the states differ by more than rounding, so this model mixes rows elsewhere than in its attention, or
             attends in a way of its own.
     """
-    pair = sorted(rows, key=len)[:2]
+    pair = sorted(rows, key=len)[:2]  # the cheapest
     own = torch.cat([response_hidden(model, collate([row], pad_id))[0] for row in pair]).float()
     with attention_of_packs(model, True):
         alone = torch.cat([response_hidden(model, pack([row], pad_id))[0] for row in pair]).float()

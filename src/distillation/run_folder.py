@@ -59,7 +59,7 @@ def claim_folder(folder: Path, fingerprint: dict[str, Any], resume: bool, overwr
     """
     stored = folder / "kd_config.json"
     if stored.is_file() and overwrite:
-        clear(folder)
+        clear(folder, last=stored.name)
     elif stored.is_file():
         refuse_mismatch(folder, read_json(stored).get("fingerprint", {}), fingerprint)
         if not resume and not (folder / "kd_results.json").is_file():
@@ -152,8 +152,11 @@ def write_checkpoint(folder: Path, step: int, accelerator: Accelerator, save: Ca
         write_json(checkpoint / COMPLETE, {"step": step, "sha256": hashes})
 
 
-def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
-    """Keep the newest `keep` checkpoints (None: all), counting complete ones only."""
-    if keep is not None:
-        for path in complete_checkpoints(folder)[keep:]:
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Keep the newest `keep` complete checkpoints (0: all), and no half-written or half-deleted one."""
+    complete = complete_checkpoints(folder)
+    kept = set(complete[: keep or None])
+    for path in folder.glob("checkpoint-*"):
+        if path not in kept and path.name.removeprefix("checkpoint-").isdecimal():
+            (path / COMPLETE).unlink(missing_ok=True)  # first: what a kill leaves of it is not complete
             shutil.rmtree(path)

@@ -36,7 +36,7 @@ from src.distillation.base import (
 )
 from src.distillation.batching import TrainingData, clean_files, consecutive, is_validation, read_clean
 from src.distillation.gpu import memory_of, tokens_that_fit
-from src.distillation.losses import LogitMap, TopK, chunk_tokens
+from src.distillation.losses import LogitMap, TopK, chunk_tokens, product
 from src.distillation.packing import check_packing
 from src.distillation.teacher import Reader, Rows, model_reader
 from src.utils.common import (
@@ -63,8 +63,13 @@ from src.utils.stages import hold
 FORMAT = 2
 SAMPLED = 256  # positions of a file of hidden states on which the share outside the top k is measured
 NOT_IN_FINGERPRINT = (
-    "teacher_model_name_or_path", "experiment_dir", "overwrite", "teacher_devices", "gpu_memory_gb", "tokens_per_batch",
-)  # fmt: skip
+    "teacher_model_name_or_path",
+    "experiment_dir",
+    "overwrite",
+    "teacher_devices",
+    "gpu_memory_gb",
+    "tokens_per_batch",
+)
 CPU_TOKENS = 4096  # in one pass on a CPU
 MOST_TOKENS = 32_768  # in one pass on a GPU that has memory for more: nothing is gained
 MADE_BY = "run scripts/cache_teacher.py"
@@ -147,7 +152,7 @@ def _top_k(
     device = reader.head().device
     head_VG = reader.head_on(device)
     for states in hidden_NG.split(chunk_tokens(reader.vocab_size, device=device)):
-        logits = (states.to(device) @ head_VG.T)[:, : reader.vocab_size]
+        logits = product(states.to(device), head_VG.T)[:, : reader.vocab_size]
         log_p = torch.log_softmax(reader.logit_map(logits), -1)
         kept, ids = log_p.topk(k)
         sums = torch.stack([(log_p / t).logsumexp(-1) for t in temperatures], -1)
@@ -224,10 +229,16 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str
     tokenizer = load_tokenizer(name, config.experiment_dir)
     rows, measuring, hashes = _read_rows(config, tokenizer)
     made_of = {
-        "format": FORMAT, "teacher": model_fingerprint(name), **_template_hashes(tokenizer), "data": hashes,
+        "format": FORMAT,
+        "teacher": model_fingerprint(name),
+        **_template_hashes(tokenizer),
+        "data": hashes,
         **{key: value for key, value in asdict(config).items() if key not in NOT_IN_FINGERPRINT},
-    }  # fmt: skip
+    }
     marker, index_path = folder / "stage.json", folder / "index.json"
+    if marker.is_file():  # caches of the version before counted this among what they are made of
+        stored = read_json(marker).get("fingerprint", {})
+        made_of |= {name: stored[name] for name in ("tokens_per_batch",) if name in stored}
     state = stage_state(marker, made_of, config.overwrite, [index_path])
     if state == "done":
         logger.info("%s is complete; nothing to do", folder)
@@ -301,8 +312,9 @@ def _measured_tokens(model: PreTrainedModel, reader: Reader, rows: Rows) -> int:
     return min(fits or CPU_TOKENS, MOST_TOKENS)
 
 
-def _write_missing(folder: Path, shards: list[_Shard], written: dict[str, dict[str, Any]], reader: Reader,
-                   config: CacheTeacherConfig) -> float | None:  # fmt: skip
+def _write_missing(
+    folder: Path, shards: list[_Shard], written: dict[str, dict[str, Any]], reader: Reader, config: CacheTeacherConfig
+) -> float | None:
     """Write the files that are not in `written` and enter them there; tokens a second, if there were any to write."""
     seconds, passed = 0.0, 0
     with Progress(sum(len(shard.rows) for shard in shards), "teacher cache") as progress:

@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
-from src.distillation.base import response_hidden
+from src.distillation.base import EncodedRow, head_device, response_hidden, send
 from src.distillation.batching import Cutting, Pair, StepOrder, TrainingData
 from src.distillation.gpu import memory_of, tokens_that_fit
 from src.distillation.heldout import SCORED_TOKENS, Arm, score_heldout, summarise
@@ -54,6 +54,7 @@ class Run:
     teacher: what it learns from.
     learning_rate: of step 0, 1, ...
     compiled: the loss kernel is.
+    took_effect: what was decided where a setting leaves it open.
     steps: all of them; `step` are taken.
     """
 
@@ -68,96 +69,11 @@ class Run:
     teacher: Reader
     pad_id: int
     compiled: bool
+    took_effect: dict[str, Any]
     order: StepOrder
     cutting: Cutting
     steps: int
     step: int = 0
-
-
-def train(run: Run, folder: Path) -> None:
-    """Take the steps that are left, into `folder`: metrics.jsonl and checkpoints.
-
-    Raises:
-        UserError: a loss or a weight is not a number, or not even one row fits into memory.
-    """
-    config, main = run.config, run.accelerator.is_main_process
-    run.model.train()
-    window = Window()
-    with contextlib.ExitStack() as stack:
-        progress = None
-        if main:
-            progress = stack.enter_context(Progress(run.steps, f"training {folder.name}", "step"))
-            progress.skip(run.step)
-        while run.step < run.steps:
-            # 1. forward, loss, backward of all passes; clip; update
-            with window.measuring():
-                window.facts.append(step_within_memory(run))
-            lr = run.learning_rate(run.step)
-            run.step += 1
-
-            # 2. log
-            last = run.step == run.steps
-            if run.step % config.logging_steps == 0 or last:
-                row = {"step": run.step, **window.means(run.accelerator), "lr": lr}
-                _refuse_nan(row, folder)
-                _write_row(run, folder, row)
-                window = Window()
-                if progress:
-                    progress.say(loss=f"{row['loss']:.4f}", kd=f"{row['kd_loss']:.4f}",
-                                 tokens_per_second=f"{row['tokens_per_second']:.0f}")  # fmt: skip
-
-            # 3. measure on the validation rows
-            if config.eval_steps and run.data.validation and (run.step % config.eval_steps == 0 or last):
-                scored = summarise(score(run, run.data.validation, {"student": contextlib.nullcontext}))
-                named = {f"validation_{name}": value for name, value in scored.items()}
-                _write_row(run, folder, {"step": run.step, **named})
-
-            # 4. save
-            if config.save_steps and (run.step % config.save_steps == 0 or last):
-                _refuse_broken_weights(run, folder)
-                write_checkpoint(folder, run.step, run.accelerator, lambda path: save_state(run, path))
-                if main:
-                    remove_old_checkpoints(folder, config.save_total_limit)
-            if progress:
-                progress.advance()
-
-
-def step_within_memory(run: Run) -> "StepFacts":
-    """One optimisation step; where memory runs out, again in smaller passes, which the run then keeps.
-
-    Raises:
-        UserError: passes cannot be cut further, or other processes wait for this one.
-    """
-    while True:
-        states = _random_states() if run.config.lora_dropout else {}
-        try:
-            return take_step(run)
-        except torch.OutOfMemoryError as error:
-            run.optimizer.zero_grad()
-            smaller = _smaller(run)
-            if smaller is None or run.accelerator.num_processes > 1:
-                raise UserError(
-                    f"step {run.step + 1}: out of GPU memory; lower --tokens_per_batch (or --batch_size, with as much "
-                    "more --gradient_accumulation_steps: the same run goes on), pass --gradient_checkpointing, lower "
-                    "--max_length, or name more devices"
-                ) from error
-        size = f"{smaller.tokens} tokens" if smaller.tokens else f"a {smaller.parts}th of the rows"
-        logger.warning("step %d: out of GPU memory; going on with passes of %s", run.step + 1, size)
-        run.cutting = smaller
-        if states:
-            _set_random_states(states)
-        torch.cuda.empty_cache()
-
-
-def _smaller(run: Run) -> Cutting | None:
-    """Half of what the passes of this step hold; None where a pass is one row already."""
-    lengths = [len(run.data.train[index].student) for index in run.order.rows_of(run.step)]
-    passes = run.cutting.passes(lengths)
-    if all(len(part) == 1 for part in passes):
-        return None
-    if not run.config.packing:
-        return replace(run.cutting, parts=min(2 * run.cutting.parts, len(lengths)))
-    return replace(run.cutting, tokens=max(sum(lengths[index] for index in part) for part in passes) // 2)
 
 
 @dataclass(frozen=True)
@@ -170,80 +86,211 @@ class StepFacts:
     tokens: int
 
 
+def train(run: Run, folder: Path) -> None:
+    """Take the steps that are left, into `folder`: metrics.jsonl and checkpoints.
+
+    Raises:
+        UserError: a loss or a weight is not a number, or not even one row fits into memory.
+    """
+    config, main = run.config, run.accelerator.is_main_process
+    run.model.train()  # dropout on; whoever measures turns it off for as long as it reads
+    window = Window()
+    with contextlib.ExitStack() as stack:
+        progress = None
+        if main:
+            progress = stack.enter_context(Progress(run.steps, f"training {folder.name}", "step"))
+            progress.skip(run.step)
+        while run.step < run.steps:
+            # 1. forward, loss, backward of all passes; clip; update
+            with window.measuring():
+                window.facts.append(take_step(run))
+            lr = run.learning_rate(run.step)  # the one that this step was taken with
+            run.step += 1  # from here on: steps that are taken
+
+            # 2. log; also whenever the loop stops to measure or save, so that nothing is lost with a kill after it
+            last = run.step == run.steps
+            measures = bool(run.data.validation) and _due(config.eval_steps, run.step, last)
+            saves = _due(config.save_steps, run.step, last)
+            if measures or saves or _due(config.logging_steps, run.step, last):
+                row = {"step": run.step, **window.means(run.accelerator), "lr": lr}
+                _refuse_nan(row, folder)
+                _write_row(run, folder, row)
+                window = Window()
+                if progress:
+                    progress.say(
+                        loss=f"{row['loss']:.4f}",
+                        kd=f"{row['kd_loss']:.4f}",
+                        tokens_per_second=f"{row['tokens_per_second']:.0f}",
+                    )
+
+            # 3. measure on the validation rows, on which learning rate, T and alpha are chosen
+            if measures:
+                scored = summarise(score(run, run.data.validation, {"student": contextlib.nullcontext}))
+                named = {f"validation_{name}": value for name, value in scored.items()}
+                _write_row(run, folder, {"step": run.step, **named})
+
+            # 4. save; a killed run goes on from here: bit for bit on a CPU, on a GPU but for the order of atomic sums
+            if saves:
+                _refuse_broken_weights(run, folder)
+                write_checkpoint(folder, run.step, run.accelerator, lambda path: save_state(run, path))
+                if main:
+                    remove_old_checkpoints(folder, config.save_total_limit)
+            if progress:
+                progress.advance()
+
+
+def _due(every: int, step: int, last: bool) -> bool:
+    return every > 0 and (step % every == 0 or last)
+
+
 def take_step(run: Run) -> StepFacts:
     """One optimisation step."""
-    accelerator, ranks = run.accelerator, run.accelerator.num_processes
+    # 1. the rows of the step, the same on every rank
     rows = [run.data.train[index] for index in run.order.rows_of(run.step)]
-    # DDP and FSDP average gradients over ranks, so each rank divides by its share of the step's response tokens
-    tokens = sum(len(row.student.response_ids) for row in rows) / ranks
-    passes = run.cutting.passes([len(row.student) for row in rows])
-    mine = passes[accelerator.process_index :: ranks]
-    sums = torch.zeros(3, device=accelerator.device)
-    with adapters_cast(run.model, run.config.dtype):
-        for number, part in enumerate(mine):
-            last = number == len(mine) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
-                found = pass_loss(run, [rows[index] for index in part])
-                loss = found.loss / tokens
-                accelerator.backward(loss)
-            sums += torch.stack([loss.detach(), found.kd / tokens, found.ce / tokens]).to(sums.device)
-    limit = run.config.max_grad_norm or math.inf
-    grad_norm = accelerator.clip_grad_norm_(run.wrapped.parameters(), limit)
+
+    # 2. forward, loss and backward of all passes
+    sums, read = passes_within_memory(run, rows)
+
+    # 3. clip
+    limit = run.config.max_grad_norm or math.inf  # the norm is logged in any case
+    grad_norm = run.accelerator.clip_grad_norm_(run.wrapped.parameters(), limit)
+
+    # 4. update
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(run.step)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return StepFacts(sums, grad_norm, sum(len(rows[index].student) for part in mine for index in part))
+    return StepFacts(sums, grad_norm, read)
+
+
+def run_passes(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
+    """This rank's share of a step's gradient, added up in the adapters; loss, kd and ce `[3]`, and the tokens read."""
+    accelerator, ranks = run.accelerator, run.accelerator.num_processes
+    passes = run.cutting.passes([len(row.student) for row in rows])
+    mine = passes[accelerator.process_index :: ranks]
+    # one divisor for all passes: a mean of means would give a token in a short answer more weight than one in a long;
+    # DDP and FSDP average over ranks what should be added up, so each divides by its share of the step's tokens
+    tokens = sum(len(row.student.response_ids) for row in rows) / ranks
+    sums = torch.zeros(3, device=accelerator.device)
+    with adapters_cast(run.model, run.config.dtype):
+        for number, part in enumerate(mine):
+            last = number == len(mine) - 1  # ranks exchange gradients once a step, in the last backward pass
+            with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
+                found = pass_loss(run, [rows[index] for index in part])
+                loss = found.loss / tokens
+                accelerator.backward(loss)
+            # stays on the device: asking for a value would wait for the GPU
+            sums += torch.stack([loss.detach(), found.kd / tokens, found.ce / tokens]).to(sums.device)
+    return sums, sum(len(rows[index].student) for part in mine for index in part)
+
+
+def passes_within_memory(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
+    """`run_passes`; where memory runs out, again in smaller passes, which the run then keeps.
+
+    Raises:
+        UserError: passes cannot be cut further, or other processes wait for this one.
+    """
+    while True:
+        states = _random_states() if run.config.lora_dropout else {}  # nothing else draws
+        try:
+            return run_passes(run, rows)
+        except torch.OutOfMemoryError as error:
+            smaller = _smaller(run.cutting, [len(row.student) for row in rows])
+            # other ranks wait in a collective call that this one will not join
+            if smaller is None or run.accelerator.num_processes > 1:
+                raise UserError(
+                    f"step {run.step + 1}: out of GPU memory; lower --tokens_per_batch (or --batch_size, with as much "
+                    "more --gradient_accumulation_steps: the same run goes on), pass --gradient_checkpointing, lower "
+                    "--max_length, or name more devices"
+                ) from error
+        # not before here: the error's traceback holds what the pass had made
+        run.optimizer.zero_grad()  # some passes have left their part
+        torch.cuda.empty_cache()  # blocks of the old sizes would be in the way
+        if states:
+            _set_random_states(states)
+        run.cutting = smaller
+        size = f"{smaller.tokens} tokens" if smaller.tokens else f"a {smaller.parts}th of the rows"
+        logger.warning("step %d: out of GPU memory; going on with passes of %s", run.step + 1, size)
+
+
+def _smaller(cutting: Cutting, lengths: list[int]) -> Cutting | None:
+    """Half of what the largest pass of several rows holds; None where each is one row already."""
+    passes = [part for part in cutting.passes(lengths) if len(part) > 1]
+    if not passes:
+        return None
+    if not cutting.packing:
+        return replace(cutting, parts=min(2 * cutting.parts, len(lengths)))
+    return replace(cutting, tokens=max(sum(lengths[index] for index in part) for part in passes) // 2)
 
 
 def pass_loss(run: Run, rows: list[Pair]) -> LossSums:
     """The objective's sums over the response tokens of some rows."""
-    config = run.config
+    config, device = run.config, head_device(run.model)
     batch = batch_of([row.student for row in rows], run.pad_id, config.packing)
-    theirs = [row.teacher for row in rows]
 
     def inside() -> LossSums:
         with autocast(run):
-            hidden, labels = response_hidden(run.model, batch)
-            device = hidden.device
-            beliefs = head = None
-            if config.alpha > 0 and run.teacher.topk is not None:
-                beliefs = TopK(*(tensor.to(device) for tensor in run.teacher.topk(theirs)))
-            elif config.alpha > 0:
-                beliefs, head = run.teacher.hidden(theirs).to(device), run.teacher.head_on(device)
+            # what the teacher believes comes first: copies wait for no forward pass, and a resident teacher's
+            # activations are gone before the student's are made
+            beliefs, teacher_head = _beliefs(run, [row.teacher for row in rows], device)
+            # the body alone: logits are formed in the loss, a chunk of tokens at a time
+            hidden, labels = response_hidden(run.model, batch)  # [N, H] and [N], N response tokens
             return kd_loss(
-                hidden, run.student.head_on(device), beliefs, head, labels,
-                temperature=config.temperature, alpha=config.alpha, kind=config.divergence, beta=config.beta,
-                student_map=run.student.logit_map, teacher_map=run.teacher.logit_map, compiled=run.compiled,
-                teacher_temperature=config.teacher_temperature, vocab_size=run.student.vocab_size,
-            )  # fmt: skip
+                hidden,
+                run.student.head_on(device),
+                beliefs,
+                teacher_head,
+                labels,
+                temperature=config.temperature,
+                alpha=config.alpha,
+                kind=config.divergence,
+                beta=config.beta,
+                student_map=run.student.logit_map,
+                teacher_map=run.teacher.logit_map,
+                compiled=run.compiled,
+                teacher_temperature=config.teacher_temperature,
+                vocab_size=run.student.vocab_size,
+            )
 
+    # through the wrapper: DDP and FSDP would not see a call of the body, and ranks would drift apart without an error
     return call_inside(run.wrapped, run.model, inside)
+
+
+def _beliefs(run: Run, rows: list[EncodedRow], device: torch.device) -> tuple[Tensor | TopK | None, Tensor | None]:
+    """The teacher's hidden states of some rows and its head, or its top k; with alpha = 0 nobody asks it."""
+    if run.config.alpha == 0:
+        return None, None
+    if run.teacher.topk is not None:
+        return TopK(*(send(tensor, device) for tensor in run.teacher.topk(rows))), None
+    return send(run.teacher.hidden(rows), device), run.teacher.head_on(device)
 
 
 def probe_gradients(run: Run, rows: list[Pair] | None = None) -> list[Tensor]:
     """The adapters' gradients on some rows (default: the two shortest), which leave no trace."""
     rows = rows or sorted(run.data.train, key=lambda pair: len(pair.student))[:2]
     run.model.train()
-    pass_loss(run, rows).loss.backward()
-    gradients = [parameter.grad.clone() for parameter in run.model.parameters() if parameter.grad is not None]
-    run.optimizer.zero_grad()
-    return gradients
+    try:
+        pass_loss(run, rows).loss.backward()
+        return [parameter.grad.clone() for parameter in run.model.parameters() if parameter.grad is not None]
+    finally:  # also where memory ran out half way
+        run.optimizer.zero_grad()
 
 
 def measured_tokens(run: Run) -> int:
     """What a pass may hold on this run's GPUs, the least of all ranks; as batch_size says where that cannot be told.
 
-    The optimiser's two moments are not there yet when it is measured.
+    The optimiser's two moments are not there yet when it is measured, and gradients only from the first backward on.
     """
     memory = memory_of(run.model)
+    if memory is None:
+        return 0
     trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     lengths = [len(pair.student) for pair in run.data.train]
 
     def work(rows: list[int]) -> None:
         probe_gradients(run, [run.data.train[index] for index in rows])
 
-    tokens = tokens_that_fit(lengths, work, memory, reserved=2 * 4 * trainable) or 0
+    tokens = tokens_that_fit(lengths, work, memory, reserved=3 * 4 * trainable) or 0
     return int(run.accelerator.gather(torch.tensor([tokens], device=run.accelerator.device)).min())
 
 
@@ -257,9 +304,9 @@ def call_inside(wrapped: nn.Module, model: nn.Module, function: Callable[[], Any
 
     What it needs it brings along: arguments of the forward would be cast to bf16 by FSDP's mixed precision.
     """
-    model.forward = function  # the instance's own hides the class's
+    model.forward = lambda _: function()  # the instance's own hides the class's; every wrapper ends in a call of it
     try:
-        return wrapped()
+        return wrapped(None)  # on GPUs DDP wants an argument
     finally:
         del model.forward
 
@@ -302,9 +349,14 @@ class Window:
             norm = self.facts[-1].grad_norm
             grad_norm = norm.item() if isinstance(norm, Tensor) else norm
         return {
-            "loss": loss, "grad_norm": grad_norm, "kd_loss": kd, "ce_loss": ce, "tokens": tokens,
-            "tokens_per_second": tokens / self.seconds, "peak_memory_mb": peak_memory_mb(),
-        }  # fmt: skip
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "kd_loss": kd,
+            "ce_loss": ce,
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.seconds,
+            "peak_memory_mb": peak_memory_mb(),
+        }
 
 
 def _write_row(run: Run, folder: Path, row: dict[str, Any]) -> None:
@@ -339,9 +391,13 @@ def make_optimizer(config: KDConfig, model: nn.Module) -> Optimizer:
     if config.optim == "sgd":
         return torch.optim.SGD(parameters, config.learning_rate, weight_decay=config.weight_decay)
     return torch.optim.AdamW(
-        parameters, config.learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon,
-        config.weight_decay, fused=config.optim == "adamw_torch_fused",
-    )  # fmt: skip
+        parameters,
+        config.learning_rate,
+        (config.adam_beta1, config.adam_beta2),
+        config.adam_epsilon,
+        config.weight_decay,
+        fused=config.optim == "adamw_torch_fused",
+    )
 
 
 def make_learning_rate(config: KDConfig, steps: int) -> Callable[[int], float]:
@@ -379,15 +435,26 @@ def save_state(run: Run, folder: Path) -> None:
     save_file(_random_states(), folder / f"rng_{run.accelerator.process_index}.safetensors")
     if run.accelerator.is_main_process:
         torch.save(optimizer, folder / "optimizer.pt")
-        write_json(folder / STATE, {"step": run.step, "steps": run.steps, "tokens_per_batch": run.cutting.tokens})
+        write_json(folder / STATE, {"step": run.step, "steps": run.steps, "cutting": asdict(run.cutting),
+                                    "asked": asked_cutting(run.config)})  # fmt: skip
+
+
+def asked_cutting(config: KDConfig) -> list[Any]:
+    """The settings that a cutting follows from; while they stay, a run goes on with the passes that it had."""
+    return [config.packing, config.tokens_per_batch, config.gradient_accumulation_steps]
 
 
 def load_state(run: Run, folder: Path) -> None:
     """Go on where a checkpoint was written; the adapters were loaded before the model was wrapped."""
     run.step = read_json(folder / STATE)["step"]
     stored = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    set_optimizer_state_dict(run.wrapped, _plain(run.optimizer), stored, options=WHOLE)
-    _set_random_states(load_file(folder / f"rng_{run.accelerator.process_index}.safetensors"))
+    if stored["state"]:  # SGD has none
+        set_optimizer_state_dict(run.wrapped, _plain(run.optimizer), stored, options=WHOLE)
+    random_states = folder / f"rng_{run.accelerator.process_index}.safetensors"
+    if random_states.is_file():
+        _set_random_states(load_file(random_states))
+    else:
+        logger.warning("%s is not there (more processes than before): dropout draws from the seed", random_states)
 
 
 def _plain(optimizer: Optimizer) -> Optimizer:

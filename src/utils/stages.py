@@ -87,13 +87,14 @@ def is_empty(folder: Path) -> bool:
     return all(path.suffix in (".lock", ".holder") for path in folder.iterdir())
 
 
-def clear(folder: Path) -> None:
-    """Delete what a folder holds, the files of its lock aside."""
+def clear(folder: Path, last: str) -> None:
+    """Delete what a folder holds, the files of its lock aside; the file that says what it is goes last."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.suffix not in (".lock", ".holder"):
+        elif path.suffix not in (".lock", ".holder") and path.name != last:
             path.unlink()
+    (folder / last).unlink(missing_ok=True)
 
 
 def experiment_date(experiment_dir: str | Path) -> datetime.date:

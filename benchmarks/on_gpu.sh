@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The loss and whole steps at the shapes of the reference run, with random weights, ours beside TRL and Liger, on one GPU.
+#   bash benchmarks/on_gpu.sh [STUDENT TEACHER]    folders or hub ids; configuration and tokenizer alone are read
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+student="${1:-Qwen/Qwen3-8B}" teacher="${2:-Qwen/Qwen3-30B-A3B-Instruct-2507}"
+python="${PYTHON:-.venv/bin/python}"
+"$python" benchmarks/kd_loss.py --output outputs/benchmarks/kd_loss_gpu.json
+"$python" benchmarks/train_step.py --output outputs/benchmarks/train_step_gpu.json \
+  --config configs/qwen3_30b_to_8b.yaml --random_weights "$student" "$teacher"
