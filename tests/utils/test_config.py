@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -96,7 +97,12 @@ def test_two_configs_do_not_share_a_list():
 class Other:
     """Kinds of settings that training has none of."""
 
+    arguments: str = setting("{}", "JSON, or a mapping")
     strategy: str = setting("steps", "a word")
+
+
+def test_a_mapping_is_a_setting():
+    assert json.loads(build_config(Other, {"arguments": {"min_lr": 1e-6}}).arguments) == {"min_lr": 1e-6}
 
 
 @pytest.mark.parametrize(("arguments", "field", "expected"), [
