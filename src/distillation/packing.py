@@ -279,7 +279,7 @@ def _varlen_error(device: torch.device, dtype: torch.dtype, width: int) -> float
         found, wanted = (attend(*states, layout, None, None).float() for attend in (_varlen, _row_by_row))
         weights = torch.randn(found.shape, generator=generator, device=device)
         gradients = [torch.autograd.grad((out * weights).sum(), states) for out in (found, wanted)]
-    pairs = [(found, wanted), *zip(*gradients, strict=True)]
+    pairs = [(found.detach(), wanted.detach()), *zip(*gradients, strict=True)]
     return max(((one.float() - other.float()).norm() / other.float().norm()).item() for one, other in pairs)
 
 

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, load_peft_weights
+from torch.distributed.utils import _to_kwargs
 from transformers import AutoTokenizer, GenerationConfig, set_seed
 from transformers.utils import chat_template_utils
 
-from src.distillation import kd, training
+from src.distillation import kd, run_folder, training
 from src.distillation.base import collate, encode_row, load_model, load_tokenizer
+from src.distillation.heldout import summarise
 from src.distillation.kd import KDConfig, run_kd_pipeline
 from src.distillation.kd_config import SECTION
 from src.distillation.lora import add_lora
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
-from src.utils.common import ROOT, UserError, read_json, read_jsonl
+from src.utils import stages
+from src.utils.common import ROOT, UserError, read_json, read_jsonl, write_json
 from src.utils.config import build_config, load_config
 
 
@@ -501,3 +504,103 @@ def test_a_broken_adapter_is_no_complete_checkpoint(settings, tmp_path):
         r"step \d: .*lora_.* is not a number; lower --learning_rate",
     )
     assert not list((tmp_path / "run").glob("checkpoint-*/complete.json"))
+
+
+def test_refused_rows_leave_no_run_behind(settings):
+    """The folder was taken before the rows were read."""
+    root = Path(settings["experiment_dir"]).parent
+    before = set(root.iterdir())
+    refused(settings | {"max_length": 20}, "rows are longer than max_length")
+    assert set(root.iterdir()) == before
+
+
+def test_only_whole_checkpoints_stay(settings, tmp_path):
+    """As many as asked for; a half-written one of a killed run goes, a person's own copy stays."""
+    folder = tmp_path / "run"
+    run_kd_pipeline(settings | {"save_steps": 1, "max_steps": 5, "output_dir": str(folder)})
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-best").mkdir()
+    run_folder.remove_old_checkpoints(folder, 2)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5", "checkpoint-best"}
+    run_folder.remove_old_checkpoints(folder, 0)
+    assert (folder / "checkpoint-4").is_dir()
+    every = run_kd_pipeline(settings | {"save_steps": 1, "save_total_limit": 0, "alpha": 0.5})
+    assert len(list(Path(every["run_dir"]).glob("checkpoint-*"))) == 3
+
+
+def test_a_kill_within_an_overwrite_can_be_run_again(settings, tmp_path, monkeypatch):
+    """What says that it is a run's folder goes last."""
+    target = settings | {"output_dir": str(tmp_path / "run"), "overwrite": True, "max_steps": 1}
+    run_kd_pipeline(target)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_kd_pipeline(target)
+    assert run_kd_pipeline(target)["steps"] == 1
+
+
+def test_a_cache_that_keeps_other_things_is_another_teacher(settings):
+    """The same teacher, but more or fewer tokens of it: what was trained on the one is not returned for the other."""
+    cached(settings, signal="topk", top_k=4)
+    first = run_kd_pipeline(settings | {"teacher_signal": "topk"})
+    cached(settings, signal="topk", top_k=200, overwrite=True)
+    assert run_kd_pipeline(settings | {"teacher_signal": "topk"})["run_dir"] != first["run_dir"]
+
+
+def test_a_cache_of_the_version_before_is_taken_over(settings):
+    """It counted the tokens of a pass among what it was made of."""
+    index = cached(settings)
+    marker = Path(settings["experiment_dir"]) / "teacher_cache" / "stage.json"
+    stage = read_json(marker)
+    stage["fingerprint"]["tokens_per_batch"] = 2048
+    write_json(marker, stage)
+    assert cached(settings) == index
+
+
+def test_choices_are_checked_for_callers_in_python():
+    for name in ("optim", "lr_scheduler_type", "divergence", "teacher_signal"):
+        with pytest.raises(UserError, match=f"{name}: invalid choice: 'adafactor'"):
+            KDConfig(**{name: "adafactor"})
+
+
+def test_kd_config_tells_what_was_decided(settings):
+    """Where a setting leaves it open."""
+    stored = read_json(Path(run_kd_pipeline(settings)["run_dir"]) / "kd_config.json")
+    assert stored["tokens_per_batch"] is None
+    decided = {"compile_loss": False, "compile_layers": False, "liger": False, "tokens_per_batch": 2048}
+    assert stored["took_effect"] == decided
+
+
+def test_a_function_runs_inside_the_wrapped_forward():
+    """DDP on GPUs moves its inputs and wants one; gloo does not, so that two CPU processes cannot show it."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs):
+            moved = _to_kwargs(inputs, {}, torch.device("cpu"), False)[0][0]
+            return self.module(*moved)
+
+    model = torch.nn.Linear(2, 2)
+    assert training.call_inside(Wrapper(model), model, lambda: "here") == "here"
+    assert "forward" not in model.__dict__
+
+
+def test_an_unknown_tracker_is_refused(settings):
+    refused(settings | {"report_to": "notebook"}, "--report_to notebook: accelerate finds no such tracker here")
+
+
+def test_held_out_rows_are_written_by_the_run(settings):
+    results = run_kd_pipeline(settings)
+    rows = read_jsonl(Path(results["run_dir"]) / "heldout.jsonl")
+    assert len(rows) == 2 * 8
+    for arm in ("before", "after"):
+        assert summarise([row for row in rows if row["arm"] == arm]) == results[arm]
+    assert 0 < results["before"]["expected_acceptance"] < results["after"]["expected_acceptance"] < 1

@@ -9,8 +9,9 @@ from peft import load_peft_weights
 
 from src.distillation import gpu, kd, teacher_cache, training
 from src.distillation.kd import run_kd_pipeline
+from src.distillation.kd_config import KDConfig
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
-from src.utils.common import UserError, read_jsonl
+from src.utils.common import UserError, read_json, read_jsonl, write_json
 
 GIB = 2**30
 
@@ -112,6 +113,104 @@ def test_not_even_a_row_fits(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with pytest.raises(UserError, match=r"step 1: out of GPU memory; lower --tokens_per_batch .*--gradient_checkp"):
         run_kd_pipeline(settings)
+
+
+def test_a_row_that_does_not_fit_ends_the_search(settings, clean_rows, write_sft, monkeypatch):
+    """It is a pass by itself already; the others are halved until they are, too, and then the answer is no."""
+    rows = clean_rows(40)
+    for row in rows[::4]:
+        row["messages"][1]["content"] = "It is easy. " * 40 + row["messages"][1]["content"]
+    write_sft(settings["experiment_dir"], rows, clean_rows(8, start=100))
+    pass_loss = training.pass_loss
+
+    def limited(run, rows):
+        if max(len(row.student) for row in rows) > 400:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pass_loss(run, rows)
+
+    monkeypatch.setattr(training, "pass_loss", limited)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with pytest.raises(UserError, match="out of GPU memory"):
+        run_kd_pipeline(settings)
+
+
+def killed_at(monkeypatch, step, settings):
+    take_step = training.take_step
+
+    def killed(run):
+        if run.step == step:
+            raise KeyboardInterrupt
+        return take_step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_kd_pipeline(settings)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"tokens_per_batch": 0}, {}),
+        ({"packing": False}, {}),
+        ({}, {"packing": False, "tokens_per_batch": 0}),
+        ({"optim": "sgd"}, {"optim": "sgd"}),
+        ({"logging_steps": 3}, {"logging_steps": 3}),
+    ],
+)
+def test_a_killed_run_goes_on_however_its_work_is_cut_now(settings, first, then, tmp_path, monkeypatch):
+    target = settings | {"save_steps": 1, "output_dir": str(tmp_path / "run")}
+    whole = run_kd_pipeline(settings | first | {"save_steps": 1, "output_dir": str(tmp_path / "whole")})
+    killed_at(monkeypatch, 2, target | first)
+    found = run_kd_pipeline(target | then)
+    assert losses(found) == pytest.approx(losses(whole), rel=1e-5)
+    assert found["train_tokens"] == whole["train_tokens"]
+
+
+def test_random_states_of_processes_that_were_not_there(settings, tmp_path, monkeypatch, caplog):
+    target = settings | {"save_steps": 1, "output_dir": str(tmp_path / "run")}
+    killed_at(monkeypatch, 2, target)
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        (path / "rng_0.safetensors").unlink()
+        facts = read_json(path / "complete.json")
+        del facts["sha256"]["rng_0.safetensors"]
+        write_json(path / "complete.json", facts)
+    assert run_kd_pipeline(target)["steps"] == 3
+    assert "more processes than before" in caplog.text
+
+
+def test_dropout_makes_the_cut_part_of_a_run():
+    plain, other = (KDConfig(tokens_per_batch=tokens) for tokens in (0, 100))
+    assert plain.identity() == other.identity()
+    plain, other = (KDConfig(tokens_per_batch=tokens, lora_dropout=0.1) for tokens in (0, 100))
+    assert plain.identity() != other.identity()
+
+
+def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(settings, monkeypatch):
+    """Step 1 would be taken with it."""
+    prepare, runs = kd._prepare, []
+
+    def prepared(*arguments):
+        runs.append(prepare(*arguments))
+        return runs[0]
+
+    monkeypatch.setattr(kd, "_prepare", prepared)
+    monkeypatch.setattr(kd, "train", lambda run, folder: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run_kd_pipeline(settings)
+    [run] = runs
+    assert training.probe_gradients(run)
+
+    pass_loss = training.pass_loss
+
+    def half_way(run, rows):
+        pass_loss(run, rows).loss.backward()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "pass_loss", half_way)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.probe_gradients(run)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_a_run_that_was_killed_keeps_its_smaller_passes(settings, tmp_path, monkeypatch):

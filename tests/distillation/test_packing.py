@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 import torch.nn.attention.varlen
@@ -170,7 +172,18 @@ def test_where_there_is_no_varlen_attention_a_call_a_row_does_it(monkeypatch, ca
     assert "varlen attention is off by" in caplog.text
     packing.varlen_works.cache_clear()
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", bottom_right)
-    assert packing.varlen_works(torch.device("cpu"), torch.float32, 16)
+    for inside in (contextlib.nullcontext, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)):
+        packing.varlen_works.cache_clear()
+        with inside():  # whoever asks first: a model that is trained, or one that is only read
+            assert packing.varlen_works(torch.device("cpu"), torch.float32, 16)
+    packing.varlen_works.cache_clear()
+
+    def layer(states):
+        assert packing.varlen_works(torch.device("cpu"), torch.float32, 16)
+        return states.sin().exp()
+
+    states = torch.randn(3, requires_grad=True)  # what the trial saves is none of the checkpoint's
+    torch.utils.checkpoint.checkpoint(layer, states, use_reentrant=False).sum().backward()
     packing.varlen_works.cache_clear()
 
 
