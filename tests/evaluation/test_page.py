@@ -162,7 +162,7 @@ def choose(browser, control: str, value: str | bool) -> list[str]:
 def test_it_renders(opened, evaluation):
     results, _ = evaluation
     assert texts(opened, "h1") == [results["headline"]]
-    assert len(texts(opened, "svg.plot")) == 18
+    assert len(texts(opened, "svg.plot")) == 19
     titles = ["Closeness to the teacher", "Correct answers", "Differences, paired by prompt", "Training"]
     assert set(titles) <= set(texts(opened, "h2"))
     assert len(texts(opened, ".item")) == 20
