@@ -218,17 +218,7 @@ def test_a_run_that_was_killed_keeps_its_smaller_passes(settings, tmp_path, monk
     target = settings | {"save_steps": 1, "output_dir": str(tmp_path / "run")}
     monkeypatch.setattr(kd, "CPU_TOKENS", 160)
     whole = run_kd_pipeline(target | {"output_dir": str(tmp_path / "whole")})
-    take_step = training.take_step
-
-    def killed(run):
-        if run.step == 2:
-            raise KeyboardInterrupt
-        return take_step(run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "take_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_kd_pipeline(target)
+    killed_at(monkeypatch, 2, target)
     monkeypatch.setattr(kd, "CPU_TOKENS", 2048)
     assert losses(run_kd_pipeline(target)) == losses(whole)
 
