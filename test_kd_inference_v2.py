@@ -20,10 +20,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from src.data.sources import question_of
 from src.evaluation.evaluator import SECTION, EvaluateConfig, run_evaluation, shipped_profile
 from src.evaluation.report import console_tables, make_console
-from src.utils.common import ROW_KEYS, logger, read_jsonl, run_cli
+from src.grading.graders import read_dataset
+from src.grading.rows import question_of
+from src.utils.common import logger, read_jsonl, run_cli
 from src.utils.config import build_config, profile_argument, read_profile, setting
 
 SHOWN = 6  # answers shown side by side
@@ -98,7 +99,7 @@ def show(results: dict[str, Any]) -> None:
     """Answers side by side, then the tables and the verdict. Model-written text is shown as text, never as markup."""
     console = make_console()
     data = Path(results["settings"]["data_dir"]) / "eval_dataset.jsonl"
-    questions = {row["id"]: question_of(row) for row in read_jsonl(data, ROW_KEYS)}
+    questions = {row["id"]: question_of(row) for row in read_dataset(data)}
     answers: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in read_jsonl(Path(results["output_dir"]) / "samples.jsonl"):
         if row["sample_index"] == 0:

@@ -32,14 +32,16 @@ from src.evaluation.evaluator import (
     load_models,
     select_rows,
 )
-from src.evaluation.results import ARMS
-from src.evaluation.sandbox import open_sandbox
-from src.utils.common import UNGRADED, UserError, read_jsonl
+from src.evaluation.results_schema import ARMS
+from src.grading.graders import read_dataset
+from src.grading.rows import UNGRADED
+from src.grading.sandbox import open_sandbox
+from src.utils.common import UserError, read_jsonl
 from src.utils.config import build_config, read_profile
 
 
 def rows_of(config: EvaluateConfig) -> list[dict[str, Any]]:
-    rows = read_jsonl(Path(config.data_dir) / "eval_dataset.jsonl", ("id", "prompt"), "run the stages before")
+    rows = read_dataset(Path(config.data_dir) / "eval_dataset.jsonl")
     return select_rows([row for row in rows if row["grader"] != UNGRADED], MODES[config.mode])
 
 

@@ -17,11 +17,10 @@ import contextlib
 from rich.table import Table
 
 from src.data.cleaning import clean
-from src.evaluation.graders import check_dataset_row
 from src.evaluation.report import make_console
-from src.evaluation.sandbox import open_sandbox
+from src.grading.graders import read_dataset
+from src.grading.sandbox import open_sandbox
 from src.utils.common import (
-    ROW_KEYS,
     finish_stage,
     logger,
     provenance,
@@ -93,12 +92,9 @@ def fix(config: FixSftDataConfig, folder: Path) -> None:
         logger.info("%s: clean rows brought ready-made; used as they are", folder)
         return
     data = {split: Path(config.data_dir) / f"{split}_dataset.jsonl" for split in raw}
-    prompts_hint, answers_hint = "run scripts/download_datasets.py", "run scripts/generate_sft_data.py"
-    rows = {
-        split: read_jsonl(path, ROW_KEYS, prompts_hint, check_dataset_row, unique=("id",))
-        for split, path in data.items()
-    }
-    answers = {split: read_jsonl(path, ANSWER_KEYS, answers_hint, check_answer) for split, path in raw.items()}
+    rows = {split: read_dataset(path) for split, path in data.items()}
+    hint = "run scripts/generate_sft_data.py"
+    answers = {split: read_jsonl(path, ANSWER_KEYS, hint, check_answer) for split, path in raw.items()}
     fingerprint = {"select": config.select, "allow_unsafe_execution": config.allow_unsafe_execution}
     fingerprint |= {path.name: sha256_file(path) for path in (*data.values(), *raw.values())}
     outputs = [*clean_files.values(), folder / "rejected.jsonl", folder / "stats.json"]

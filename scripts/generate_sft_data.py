@@ -24,9 +24,8 @@ from src.distillation.batching import shared_end_of_turn
 from src.distillation.engines import Engine, opened, rows_that_fit
 from src.distillation.openai_engine import Server
 from src.distillation.sft import Request, Sampling, make_requests
-from src.evaluation.graders import check_dataset_row
+from src.grading.graders import read_dataset
 from src.utils.common import (
-    ROW_KEYS,
     Progress,
     UserError,
     append_jsonl,
@@ -117,7 +116,7 @@ def pending(
         answers = read_jsonl(target, ANSWER_KEYS)
         logger.info("%s: %d answers brought ready-made; used as they are", target, len(answers))
         return None
-    rows = read_jsonl(source, ROW_KEYS, "run scripts/download_datasets.py first", check_dataset_row, unique=("id",))
+    rows = read_dataset(source)
     requests = make_requests(rows, config.num_samples, config.seed, "sft")
     batch_size = None  # only the transformers engine has batches of a fixed make-up
     if engine.name == "transformers":

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from src.evaluation.sandbox import Sandbox, open_sandbox
+from src.grading.sandbox import Sandbox, open_sandbox
 
 torch.set_num_threads(1)  # the models here are too small to share between cores
 

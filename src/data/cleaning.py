@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from src.data.code_overlap import function_trees
-from src.data.sources import Row, question_of
-from src.evaluation.graders import function_names, grade_all
-from src.evaluation.sandbox import CLOSED, Sandbox
-from src.utils.answers import END_WORDS, final_answer, finish_word, has_think_tag, without_code
-from src.utils.common import UNGRADED, UserError
+from src.grading.code import function_names
+from src.grading.graders import grade_all
+from src.grading.rows import UNGRADED, Row, question_of
+from src.grading.sandbox import CLOSED, Sandbox
+from src.utils.answers import END_WORDS, answer_text, final_answer, finish_word, has_think_tag, without_code
+from src.utils.common import UserError
 
 REASONS = (
     "unknown_id", "duplicate_key", "refused", "empty", "truncated", "special_token", "think_tag", "refusal",
@@ -187,17 +188,12 @@ def drop_overlapping(train_rows: list[Row], eval_rows: list[Row]) -> tuple[list[
     return kept, dropped
 
 
-def answer_text(answer: dict[str, Any]) -> str:
-    """What a raw answer says: the text that is filtered, graded and kept; empty where its thought has no end."""
-    return (final_answer(answer["response"]) or "").strip()
-
-
 def text_fault(answer: dict[str, Any], prompt: str = "") -> str | None:
     """The first reason to reject an answer that shows without knowing its siblings.
 
     Control tokens that stand in code, or in the answer's own prompt, and think tags in code are text.
     """
-    text, finish_reason = answer_text(answer), finish_word(answer["finish_reason"])
+    text, finish_reason = answer_text(answer["response"]), finish_word(answer["finish_reason"])
     if finish_reason == "refused":
         return "refused"
     if not text and final_answer(answer["response"]) is not None:
@@ -215,7 +211,7 @@ def text_fault(answer: dict[str, Any], prompt: str = "") -> str | None:
 def clean_row(row: Row, answer: dict[str, Any], verified: bool | None) -> dict[str, Any]:
     messages = [
         {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": answer_text(answer)},
+        {"role": "assistant", "content": answer_text(answer["response"])},
     ]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -237,7 +233,7 @@ def verify(answers: list[dict[str, Any]], by_id: dict[str, Row], sandbox: Sandbo
         for number, answer in enumerate(answers)
         if (row := by_id.get(answer["id"])) and row["grader"] != UNGRADED and text_fault(answer, row["prompt"]) is None
     ]
-    tasks = [(by_id[answers[i]["id"]], answer_text(answers[i]), "stop") for i in judged]
+    tasks = [(by_id[answers[i]["id"]], answers[i]["response"], answers[i]["finish_reason"]) for i in judged]
     return {i: VERIFIED[grade.outcome] for i, grade in zip(judged, grade_all(tasks, sandbox), strict=True)}
 
 
@@ -292,7 +288,7 @@ def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], 
     for number, answer in enumerate(answers):
         row = by_id.get(answer["id"])
         key = (answer["id"], answer["sample_index"])
-        text = (answer["id"], " ".join(answer_text(answer).lower().split()))
+        text = (answer["id"], " ".join(answer_text(answer["response"]).lower().split()))
         verified = None
         if row is None:
             reason = "unknown_id"
@@ -301,7 +297,7 @@ def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], 
         elif (reason := text_fault(answer, row["prompt"])) is None:
             if text in kept_texts:
                 reason, verified = "duplicate", kept_texts[text]
-            elif overlaps(answer_text(answer), index, lengths, given=row["prompt"]):
+            elif overlaps(answer_text(answer["response"]), index, lengths, given=row["prompt"]):
                 reason = "eval_overlap"
             else:
                 verified = verdict_of.get(number)

@@ -2,7 +2,7 @@
 
 import ast
 
-from src.data.sources import Row
+from src.grading.rows import Row
 
 MIN_NODES = 30  # a function with a smaller syntax tree says too little: `return a + b` is no leak
 

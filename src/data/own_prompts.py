@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from src.data.records import READ_FROM, format_of, name_of, read_records
-from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION, Row, dataset_row, from_hub, question_of
-from src.evaluation.graders import check_dataset_row
-from src.utils.common import UNGRADED, UserError, logger, parse_json, sha256_file, sha256_text
+from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION, from_hub
+from src.grading.graders import check_dataset_row
+from src.grading.rows import UNGRADED, Row, dataset_row, question_of
+from src.utils.common import UserError, logger, parse_json, sha256_file, sha256_text
 
 GRADERS = ("numeric", "python_tests", "rubric", UNGRADED)
 INSTRUCTIONS = {"numeric": GSM8K_INSTRUCTION, "python_tests": CODE_INSTRUCTION}

@@ -12,53 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from src.data.records import read_records
-from src.utils.common import UserError, sha256_file, sha256_text
-
-Row = dict[str, str]
+from src.grading.rows import Row, dataset_row
+from src.utils.common import UserError, sha256_file
 
 GSM8K_INSTRUCTION = "Solve the problem step by step. End with a last line of the form: #### <number>"
 CODE_INSTRUCTION = "Answer with one fenced Python code block that holds the complete function and nothing else."
-
-
-def dataset_row(*, source: str, domain: str, split: str, prompt: str, instruction: str, reference: str, grader: str,
-                grader_args: dict[str, Any] | None = None, system: str = "") -> Row:  # fmt: skip
-    """One row of `{train,eval}_dataset.jsonl`; every value is a string.
-
-    Args:
-        source: the data set (`gsm8k`, `humaneval`, `mbpp`, or the name of a scenario pack).
-        domain: `maths`, `code`, `aiops`, ...
-        split: `train` or `eval`.
-        prompt: the question alone; `instruction` becomes the last paragraph of the stored prompt.
-        instruction: the answer format that the strict grade asks for; empty where the prompt is to stand as it is.
-        reference: the reference answer as text.
-        grader: `numeric`, `python_tests`, `rubric` or `none`.
-        grader_args: what that grader needs besides the reference; stored as JSON text.
-        system: the system message, empty for none.
-
-    Returns:
-        The row; its `id` hashes everything but the split, so that a row that sits in both splits has one id.
-    """
-    arguments = dict(grader_args or {}) | ({} if instruction else {"no_instruction": True})
-    row = {
-        "source": source,
-        "domain": domain,
-        "split": split,
-        "system": system,
-        "prompt": f"{prompt.strip()}\n\n{instruction}" if instruction else prompt,
-        "reference": reference,
-        "grader": grader,
-        "grader_args": json.dumps(arguments, sort_keys=True, ensure_ascii=False),
-    }
-    content = json.dumps({key: value for key, value in row.items() if key != "split"}, sort_keys=True)
-    return {"id": sha256_text(content)[:16], **row}
-
-
-def question_of(row: Row) -> str:
-    """The prompt without its last paragraph, the answer-format instruction; all of it where it has none."""
-    arguments = json.loads(row["grader_args"] or "{}")
-    if arguments.get("no_instruction") is True:
-        return row["prompt"]
-    return row["prompt"].rpartition("\n\n")[0] or row["prompt"]
 
 
 def gsm8k_rows(records: list[dict[str, str]], split: str, where: str) -> list[Row]:

@@ -16,8 +16,8 @@ from types import UnionType
 from typing import Any
 
 from src.data.cleaning import words_of
-from src.data.sources import Row, dataset_row
 from src.data.templates import FUNCTIONS, Values, at, calculate, expression, fill, near
+from src.grading.rows import Row, dataset_row
 from src.utils.common import UserError
 from src.utils.config import read_yaml
 
@@ -257,7 +257,7 @@ def render_rows(pack: Pack, split: str, count: int, seed: int, domain: str | Non
         rows.append(
             dataset_row(source=pack.name, domain=domain or pack.domain, split=split, prompt=prompt,
                         instruction=family.instruction.strip(), reference=reference, grader=family.grader,
-                        grader_args=grader_args, system=pack.system)
+                        grader_args=grader_args, system=pack.system, family=family.name)
         )  # fmt: skip
     return rows
 

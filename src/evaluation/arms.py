@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from src.evaluation.results import ARMS
+from src.evaluation.results_schema import ARMS
 from src.utils.common import UserError, read_json
 
 if TYPE_CHECKING:

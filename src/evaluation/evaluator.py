@@ -26,15 +26,14 @@ from src.distillation.packing import check_packing
 from src.distillation.sft import Sampling, generate, make_requests
 from src.distillation.teacher import model_reader
 from src.evaluation.arms import Arms, resolve_arms, run_of_model, use_arm
-from src.evaluation.graders import Grade, check_dataset_row, grade_all
 from src.evaluation.report import write_reports
-from src.evaluation.results import ARMS, make_results, run_files
-from src.evaluation.sandbox import Sandbox, open_sandbox
-from src.evaluation.schema import SCHEMA_VERSION, read_results, write_results
+from src.evaluation.results import make_results, run_files
+from src.evaluation.results_schema import ARMS, SCHEMA_VERSION, read_results, write_results
+from src.grading.graders import grade_all, read_dataset
+from src.grading.rows import UNGRADED, Grade
+from src.grading.sandbox import Sandbox, open_sandbox
 from src.utils.common import (
     ROOT,
-    ROW_KEYS,
-    UNGRADED,
     Progress,
     UserError,
     append_jsonl,
@@ -270,7 +269,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate(config: EvaluateConfig, arms: Arms) -> dict[str, Any]:
     """`run_evaluation` of these arms, in a folder that is held."""
     data = Path(config.data_dir) / "eval_dataset.jsonl"
-    rows = read_jsonl(data, ROW_KEYS, "run scripts/download_datasets.py", check_dataset_row, unique=("id",))
+    rows = read_dataset(data)
     gradeable = [row for row in rows if row["grader"] != UNGRADED]
     if len(gradeable) < len(rows):
         logger.info("%s: %d rows have no grader; they count as held-out text only", data, len(rows) - len(gradeable))

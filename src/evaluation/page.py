@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src.evaluation.plots import Dot, Point, dots, lines, mark, ticks
-from src.evaluation.results import ARMS, METRICS
+from src.evaluation.results_schema import ARMS, METRICS
 from src.evaluation.verdict import NAMES, RULE, sentences
 
 TEMPLATE = Path(__file__).with_name("report_template.html")

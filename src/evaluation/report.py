@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from src.evaluation.page import html_page
-from src.evaluation.results import ARMS
+from src.evaluation.results_schema import ARMS
 from src.evaluation.verdict import DECISIONS, NAMES, RULE
 from src.utils.common import write_text
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from src.distillation.heldout import POSITIONS, SUMS, summarise, summarise_teacher, tokens_by_position
-from src.evaluation.graders import OUTCOMES
-from src.evaluation.schema import SCHEMA_VERSION, read_results
+from src.evaluation.results_schema import ARMS, METRICS, PAIRS, SCHEMA_VERSION, read_results
 from src.evaluation.statistics import (
     ALPHA,
     Estimate,
@@ -28,12 +27,9 @@ from src.evaluation.statistics import (
     resample,
 )
 from src.evaluation.verdict import headline, sentences
+from src.grading.rows import OUTCOMES
 from src.utils.common import read_json, read_jsonl
 
-ARMS = ("base", "sft", "kd", "teacher")
-PAIRS = (("kd", "base"), ("kd", "sft"), ("sft", "base"), ("teacher", "base"))
-METRICS = {"kl_to_teacher": "kl_sum", "nll": "nll_sum", "top1_agreement": "agreement_sum",
-           "expected_acceptance": "acceptance_sum"}  # fmt: skip
 CURVES = ("loss", "kd_loss", "ce_loss", *(f"validation_{name}" for name in METRICS))
 CONTEXT = ("arms", "missing_arms", "training", "curves", "settings", "provenance")
 

@@ -3,11 +3,12 @@
 Nothing is parsed by Python's own parser here: the text is a model's, and a parser can be brought down by it.
 """
 
-import json
 import re
 import textwrap
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+
+from src.grading.rows import Row, arguments_of
 
 # "```python", "   ~~~", "1. ````" at the start of a line; backticks may not have backticks behind them
 OPENING = re.compile(
@@ -144,9 +145,9 @@ def defined_names(code: str) -> set[str]:
     return {defined or assigned for defined, assigned in found}
 
 
-def function_names(row: dict[str, str]) -> set[str]:
+def function_names(row: Row) -> set[str]:
     """What a code row asks for: its entry point, else the functions of its reference that its tests name."""
-    arguments = json.loads(row["grader_args"])
+    arguments = arguments_of(row)
     if arguments.get("entry_point"):
         return {arguments["entry_point"]}
     return defined_names(row["reference"]) & set(re.findall(r"\w+", arguments.get("tests", "")))

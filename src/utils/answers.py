@@ -85,6 +85,11 @@ def final_answer(response: str) -> str | None:
     return response
 
 
+def answer_text(response: str) -> str:
+    """The text of an answer that is filtered, graded and trained on; empty where its thought has no end."""
+    return (final_answer(response) or "").strip()
+
+
 def has_think_tag(text: str) -> bool:
     """Whether a think tag is said in the text, other than spelt in its code."""
     return THINK_TAG.search(without_code(text)) is not None

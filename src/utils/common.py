@@ -256,10 +256,6 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
 
 
-UNGRADED = "none"  # the grader of a row whose answers nothing can judge
-ROW_KEYS = ("id", "source", "domain", "prompt", "reference", "grader", "grader_args")
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` (file or folder) and rename it to `path` once the block has succeeded."""

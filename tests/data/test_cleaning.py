@@ -15,7 +15,8 @@ from src.data.cleaning import (
     overlap_index,
     word_ngrams,
 )
-from src.data.sources import dataset_row, gsm8k_rows, question_of
+from src.data.sources import gsm8k_rows
+from src.grading.rows import dataset_row, question_of
 from src.utils.common import UserError
 
 GSM8K = Path(__file__).resolve().parents[2].parent / "shared/data/gsm8k"

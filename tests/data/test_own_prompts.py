@@ -12,7 +12,8 @@ import pytest
 
 from src.data import own_prompts
 from src.data.own_prompts import Columns, read_own_prompts, split_by_question
-from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION, question_of
+from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION
+from src.grading.rows import question_of
 from src.utils.common import UserError
 
 RECORDS = [
@@ -186,7 +187,7 @@ def test_what_a_parquet_struct_does_not_say_is_left_out(tmp_path):
                {"prompt": "Write f.", "grader": "python_tests", "grader_args": code}]  # fmt: skip
     rows = read(write(tmp_path / "a.parquet", records))[0]
     assert [json.loads(row["grader_args"]).keys() for row in rows] == [
-        {"groups", "pass_mark", "no_instruction"}, {"tests"},
+        {"groups", "pass_mark"}, {"tests"},
     ]  # fmt: skip
 
 
@@ -227,12 +228,10 @@ def test_records_of_a_hub_are_python_objects(monkeypatch):
 
 
 def test_a_prompt_that_stands_as_it_is_keeps_its_last_paragraph():
-    """Whoever wrote grader_args, with or without blanks; and an instruction is no part of the question."""
-    row = {"prompt": "One.\n\nTwo.", "grader_args": '{"no_instruction":true}'}
-    assert question_of(row) == "One.\n\nTwo."
-    assert question_of(row | {"grader_args": '{\n "a": 1,\n "no_instruction" : true}'}) == "One.\n\nTwo."
-    for arguments in ("", "{}", '{"no_instruction": false}', '{"note": "\\"no_instruction\\": true"}'):
-        assert question_of(row | {"grader_args": arguments}) == "One."
+    """Only the instruction that the row names is no part of the question."""
+    row = {"prompt": "One.\n\nTwo."}
+    assert question_of(row) == question_of(row | {"instruction": ""}) == "One.\n\nTwo."
+    assert question_of(row | {"instruction": "Two."}) == "One."
 
 
 def test_a_missing_file_and_a_row_of_parquet(tmp_path):

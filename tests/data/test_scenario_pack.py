@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from src.data.synthesis import load_pack, render_rows
-from src.evaluation.graders import grade
+from src.grading.graders import grade
 from src.utils.common import ROOT, UserError
 
 

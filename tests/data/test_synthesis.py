@@ -12,9 +12,10 @@ from functools import cache
 import pytest
 
 from src.data.cleaning import near_duplicates, words_of
-from src.data.sources import Row, question_of
 from src.data.synthesis import Family, Pack, load_pack, names_of, render_rows
-from src.evaluation.graders import grade, mentions
+from src.grading.graders import grade
+from src.grading.rows import Row, question_of
+from src.grading.rubric import mentions
 from src.utils.common import ROOT
 
 DOMAINS = ROOT / "data" / "domains"

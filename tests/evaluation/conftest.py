@@ -13,7 +13,7 @@ from src.distillation.heldout import tokens_by_position
 from src.distillation.sft import ENGINE
 from src.evaluation import evaluator
 from src.evaluation.evaluator import EvaluateConfig, run_evaluation
-from src.evaluation.results import ARMS
+from src.evaluation.results_schema import ARMS
 from src.utils.common import write_jsonl
 from tests.evaluation.tiny import config_for, eval_rows, train
 

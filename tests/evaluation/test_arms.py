@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from src.evaluation.evaluator import resolve_arms, run_evaluation
-from src.evaluation.results import ARMS
+from src.evaluation.results_schema import ARMS
 from src.utils.common import UserError, read_json, read_jsonl
 from tests.evaluation.tiny import config_for, refused, run_of, train
 

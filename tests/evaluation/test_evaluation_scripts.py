@@ -16,7 +16,7 @@ from src.distillation.base import prompt_text
 from src.evaluation import evaluator
 from src.evaluation.evaluator import EvaluateConfig, resolve_arms
 from src.evaluation.outside import judge_outside
-from src.evaluation.results import ARMS
+from src.evaluation.results_schema import ARMS
 from src.utils import common
 from src.utils.common import ROOT, UserError, read_json, read_jsonl, write_jsonl
 from tests.evaluation.tiny import config_for, run_of

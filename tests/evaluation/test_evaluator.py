@@ -10,12 +10,12 @@ import pytest
 from src.distillation.heldout import tokens_by_position
 from src.evaluation import evaluator
 from src.evaluation.evaluator import MODES, run_evaluation, select_rows
-from src.evaluation.graders import OUTCOMES
 from src.evaluation.report import write_reports
-from src.evaluation.results import ARMS, CONTEXT, heldout_section, make_results, rebuild
-from src.evaluation.sandbox import Sandbox
-from src.evaluation.schema import SCHEMA_VERSION, write_results
+from src.evaluation.results import CONTEXT, heldout_section, make_results, rebuild
+from src.evaluation.results_schema import ARMS, SCHEMA_VERSION, write_results
 from src.evaluation.verdict import NO_CONTROL
+from src.grading.rows import OUTCOMES
+from src.grading.sandbox import Sandbox
 from src.utils.common import ROOT, read_json, read_jsonl, write_jsonl
 from tests.evaluation.tiny import config_for, refused, run_of, stored
 
@@ -310,8 +310,8 @@ def test_the_questions_shown_are_whole(copied, tmp_path, scripted, capsys, monke
     for row in read_jsonl(data):
         if row["source"] == "sums":
             whole = int(row["id"].removeprefix("sums-")) % 4 == 0
-            flagged = {"prompt": "Whole.\n\nLast.", "grader_args": '{"no_instruction":true}'}
-            rows.append(row | (flagged if whole else {"prompt": "Asked.\n\nForm."}))
+            asked = {"prompt": "Asked.\n\nForm.", "instruction": "Form."}
+            rows.append(row | ({"prompt": "Whole.\n\nLast.", "instruction": ""} if whole else asked))
     write_jsonl(data, rows)
     results = run_evaluation(config_for(copied, tmp_path / "out", heldout=False, arms=["base", "kd"]))
     comparison(monkeypatch).show(results | {"output_dir": str(tmp_path / "out")})

@@ -7,7 +7,7 @@ import pytest
 
 from src.distillation.heldout import POSITIONS
 from src.evaluation.results import heldout_section, make_results, repetition
-from src.evaluation.schema import SCHEMA_VERSION, check_results, read_results, write_results
+from src.evaluation.results_schema import SCHEMA_VERSION, check_results, read_results, write_results
 from src.evaluation.verdict import NO_CONTROL, headline, sentences
 from src.utils.common import UserError
 

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from src.data.sources import dataset_row
-from src.evaluation.graders import grade, grade_all
 from src.grading.code import Block, extract_code, fenced_blocks, is_only_block
+from src.grading.graders import grade, grade_all
+from src.grading.rows import dataset_row
 
 EXAMPLE = 'def f(x):\n    """Add one.\n\n    ```\n    >>> f(1)\n    2\n    ```\n    """\n    return x + 1'
 NAMED = EXAMPLE.replace("```\n    >>>", "```python\n    >>>", 1)

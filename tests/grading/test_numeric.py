@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.data.sources import dataset_row
-from src.evaluation.graders import Grade, grade
 from src.grading import notation, number_words, numeric
+from src.grading.graders import grade
 from src.grading.numeric import find_number, gold_number
+from src.grading.rows import Grade, dataset_row
 
 GSM8K = Path(__file__).resolve().parents[2].parent / "shared/data/gsm8k"
 

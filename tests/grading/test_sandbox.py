@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from src.evaluation import sandbox as module
-from src.evaluation.sandbox import CLOSED, JAIL, Sandbox, Task, Verdict, open_sandbox, run_task, run_tasks
-from tests.evaluation.hostile_code import ENDLESS, FORGED
-from tests.evaluation.jailed import probes, task, verdict
+from src.grading import sandbox as module
+from src.grading.sandbox import CLOSED, JAIL, Sandbox, Task, Verdict, open_sandbox, run_task, run_tasks
+from tests.grading.hostile_code import ENDLESS, FORGED
+from tests.grading.jailed import probes, task, verdict
 
 VALUES = r"""[
     None, True, 0, -7, 2**70, -(10**400), 0.1, float('inf'), 1e-300, 2j, '', 'ä\ud800\n', b'\x00\xff', (), (1,), [[]],

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from src.data.sources import dataset_row
-from src.evaluation.graders import (
+from src.grading.graders import grade
+from src.grading.numeric import (
     ANSWER_IS,
     BOXED,
     MARKED,
     MAX_DIGITS,
     NUMBER,
     find_number,
-    grade,
     leading_number,
     number_value,
     plain_numbers,
 )
+from src.grading.rows import dataset_row
 
 
 def is_correct(reference, response):

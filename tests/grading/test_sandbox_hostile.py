@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from src.evaluation import sandbox as module
-from src.evaluation.sandbox import JAIL, Verdict, run_task
-from tests.evaluation.hostile_code import ENDLESS, FORGED
-from tests.evaluation.jailed import SECRET, SPARE, gone, strangers, task, verdict
+from src.grading import sandbox as module
+from src.grading.sandbox import JAIL, Verdict, run_task
+from tests.grading.hostile_code import ENDLESS, FORGED
+from tests.grading.jailed import SECRET, SPARE, gone, strangers, task, verdict
 
 
 @pytest.mark.parametrize("name", FORGED)
@@ -91,7 +91,7 @@ def test_one_run_leaves_nothing_for_the_next(sandbox):
 def test_a_killed_host_takes_its_jails_along(sandbox):
     before = strangers()
     script = (
-        f"import sys; sys.path.insert(0, {str(JAIL.parents[2])!r})\nfrom src.evaluation.sandbox import Task, run_task\n"
+        f"import sys; sys.path.insert(0, {str(JAIL.parents[2])!r})\nfrom src.grading.sandbox import Task, run_task\n"
         f"run_task(Task(('while True: pass',), '', 'f()', ('f',)), 'namespaces', {sandbox.python!r}, 60)"
     )
     with subprocess.Popen([sys.executable, "-c", script]) as host:

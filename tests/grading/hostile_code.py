@@ -1,6 +1,6 @@
 """Programs of which none may pass, get out, outlive its limit or leave anything."""
 
-from tests.evaluation.jailed import probes
+from tests.grading.jailed import probes
 
 LIES = """
 class Yes:

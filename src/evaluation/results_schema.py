@@ -8,6 +8,11 @@ from src.utils.common import UserError, read_json, write_json
 
 SCHEMA_VERSION = 3
 
+ARMS = ("base", "sft", "kd", "teacher")
+PAIRS = (("kd", "base"), ("kd", "sft"), ("sft", "base"), ("teacher", "base"))
+METRICS = {"kl_to_teacher": "kl_sum", "nll": "nll_sum", "top1_agreement": "agreement_sum",
+           "expected_acceptance": "acceptance_sum"}  # fmt: skip
+
 # A type; {field: shape} with exactly these fields ("?" at the end: may be missing) or {str: shape} with any; [shape] or
 # [shape, length]; a tuple of alternatives; a text for itself.
 NUMBER = (int, float)

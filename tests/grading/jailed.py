@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import replace
 
-from src.evaluation.sandbox import Sandbox, Task, Verdict, run_task
+from src.grading.sandbox import Sandbox, Task, Verdict, run_task
 
 SECRET = str(random.Random().randrange(10**8, 10**9))  # what the tests expect; no candidate can know it
 SPARE = 3.0  # seconds that starting and clearing away may take on a busy machine

@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from src.data.sources import dataset_row, gsm8k_rows
-from src.evaluation.graders import Grade, defined_names, extract_code, find_number, grade, mentions
+from src.data.sources import gsm8k_rows
+from src.grading.code import defined_names, extract_code
+from src.grading.graders import grade
+from src.grading.numeric import find_number
+from src.grading.rows import Grade, dataset_row
+from src.grading.rubric import mentions
 from src.utils.common import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared/data"
