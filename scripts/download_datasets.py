@@ -21,8 +21,8 @@ from collections import Counter
 from src.data.cleaning import drop_overlapping, near_duplicates
 from src.data.own_prompts import Columns, read_own_prompts, split_by_question
 from src.data.records import READ_FROM
+from src.data.scenarios import load_pack, names_of, render_rows
 from src.data.sources import from_file, from_hub, gsm8k_rows, humaneval_from_package, humaneval_rows, mbpp_rows
-from src.data.synthesis import load_pack, names_of, render_rows
 from src.utils.common import (
     ROOT,
     UserError,

@@ -21,8 +21,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from src.data.scenarios import load_pack, render_rows
 from src.data.sources import Row, fetch_package_file
-from src.data.synthesis import load_pack, render_rows
 from src.distillation.base import (
     compute_dtype,
     describe_size,

@@ -1,7 +1,6 @@
 import json
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -17,9 +16,7 @@ from src.data.cleaning import (
 )
 from src.data.sources import gsm8k_rows
 from src.grading.rows import dataset_row, question_of
-from src.utils.common import UserError
-
-GSM8K = Path(__file__).resolve().parents[2].parent / "shared/data/gsm8k"
+from src.utils.common import UserError, read_jsonl
 
 LONG = "Anna picks seven red apples and her brother picks 12 green pears before they walk home to share them"
 
@@ -394,11 +391,9 @@ def test_a_quarter_of_the_8_grams_is_an_overlap(every, reasons_of):
     assert [row["reason"] for row in drop_overlapping([make_row(" ".join(changed))], held)[1]] == reasons_of
 
 
-def test_official_gsm8k_splits_are_nearly_disjoint():
-    if not (GSM8K / "train.jsonl").is_file():
-        pytest.skip(f"{GSM8K} is missing: the official GSM8K files are not in the repository")
+def test_official_gsm8k_splits_are_nearly_disjoint(real_data):
     train, held = (
-        gsm8k_rows([json.loads(line) for line in (GSM8K / f"{name}.jsonl").open(encoding="utf-8")], split, name)
+        gsm8k_rows(read_jsonl(real_data / "gsm8k" / f"{name}.jsonl"), split, name)
         for name, split in (("train", "train"), ("test", "eval"))
     )
     kept, dropped = drop_overlapping(train, held)

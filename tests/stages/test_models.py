@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.data.synthesis import load_pack, render_rows
+from src.data.scenarios import load_pack, render_rows
 from src.utils.common import ROOT, finish_stage
 
 

@@ -8,7 +8,10 @@ import pytest
 from src.utils.common import read_json, read_jsonl, write_jsonl
 from tests.reading import as_set, content
 
-ROW_FIELDS = {"id", "source", "domain", "split", "system", "prompt", "reference", "grader", "grader_args"}
+ROW_FIELDS = {
+    "id", "source", "domain", "split", "system", "prompt", "instruction", "family", "reference", "grader",
+    "grader_args",
+}  # fmt: skip
 
 
 def test_prompts_and_their_manifest(succeeds, profile, tmp_path):
@@ -168,18 +171,18 @@ def test_a_source_file_that_is_not_the_official_one(fails, profile, tmp_path):
 
 
 @pytest.mark.parametrize("given", ["gsm8k/train.jsonl", "gsm8k"])
-def test_official_gsm8k_and_mbpp_go_through_every_stage(succeeds, profile, shared_data, tmp_path, given):
+def test_official_gsm8k_and_mbpp_go_through_every_stage(succeeds, profile, real_data, tmp_path, given):
     """20 rows of GSM8K and 3 of MBPP; the tiny teacher's answers are nonsense, so `select: all`."""
     path = profile(
-        gsm8k_path=str(shared_data / given), gsm8k_train_rows=16, gsm8k_eval_rows=4,
-        mbpp_path=str(shared_data / "mbpp" / "mbpp.jsonl"), mbpp_eval_rows=3,
+        gsm8k_path=str(real_data / given), gsm8k_train_rows=16, gsm8k_eval_rows=4,
+        mbpp_path=str(real_data / "mbpp" / "mbpp.jsonl"), mbpp_eval_rows=3,
     )  # fmt: skip
     succeeds("download_datasets", "--config", path)
     rows = {split: read_jsonl(tmp_path / "data" / f"{split}_dataset.jsonl") for split in ("train", "eval")}
     assert [row["source"] for row in rows["train"]] == ["gsm8k"] * 16
     assert [row["source"] for row in rows["eval"]] == ["gsm8k"] * 4 + ["mbpp"] * 3
     official = {
-        split: {row["question"].strip() for row in read_jsonl(shared_data / "gsm8k" / f"{name}.jsonl")}
+        split: {row["question"].strip() for row in read_jsonl(real_data / "gsm8k" / f"{name}.jsonl")}
         for split, name in (("train", "train"), ("eval", "test"))
     }
     for split, part in rows.items():
