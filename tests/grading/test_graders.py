@@ -1,6 +1,4 @@
-import json
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
@@ -10,10 +8,7 @@ from src.grading.graders import grade
 from src.grading.numeric import find_number
 from src.grading.rows import Grade, dataset_row
 from src.grading.rubric import mentions
-from src.utils.common import UserError
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared/data"
-GSM8K = SHARED / "gsm8k/test.jsonl"
+from src.utils.common import UserError, read_jsonl
 
 
 def make_row(grader, reference="72", prompt="How many?", **grader_args):
@@ -118,12 +113,10 @@ def test_malformed_reference_names_the_row(reference):
         grade(row, "#### 72")
 
 
-def test_official_solutions_are_correct_and_shifted_ones_never():
-    if not GSM8K.is_file():
-        pytest.skip(f"{GSM8K} is missing: the official GSM8K test file is not in the repository")
-    records = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+def test_official_solutions_are_correct_and_shifted_ones_never(real_data):
+    records = read_jsonl(real_data / "gsm8k" / "test.jsonl")
     assert len(records) == 1319
-    for row, record in zip(gsm8k_rows(records, "eval", str(GSM8K)), records, strict=True):
+    for row, record in zip(gsm8k_rows(records, "eval", "test.jsonl"), records, strict=True):
         steps, _, gold = record["answer"].rpartition("#### ")
         assert grade(row, record["answer"]) == Grade("correct", gold.replace(",", ""), True, 1.0)
         shifted = str(Fraction(row["reference"]) + 1)

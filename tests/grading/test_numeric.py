@@ -1,11 +1,9 @@
 """The rules at the top of src/grading/numeric.py, one by one, and over generated ways of writing a number."""
 
 import doctest
-import json
 import re
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,8 +13,7 @@ from src.grading import notation, number_words, numeric
 from src.grading.graders import grade
 from src.grading.numeric import find_number, gold_number
 from src.grading.rows import Grade, dataset_row
-
-GSM8K = Path(__file__).resolve().parents[2].parent / "shared/data/gsm8k"
+from src.utils.common import read_jsonl
 
 
 @pytest.mark.parametrize("module", [notation, number_words])
@@ -269,13 +266,10 @@ def test_a_marked_last_line_is_strict_and_signed(number, write, negative):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_references_are_read(split):
+def test_references_are_read(real_data, split):
     """Every official solution of GSM8K, and its number alone as a reference."""
-    path = GSM8K / f"{split}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path} is missing: the official GSM8K files are not in the repository")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        answer = json.loads(line)["answer"]
+    for record in read_jsonl(real_data / "gsm8k" / f"{split}.jsonl"):
+        answer = record["answer"]
         gold = answer.rpartition("####")[2].strip()
         value = Fraction(gold.replace(",", ""))
         assert gold_number({"reference": gold})[1] == value

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from src.grading import sandbox as module
-from src.grading.sandbox import JAIL, Verdict, run_task
+from src.grading.sandbox import JAIL, Sandbox, Verdict, run_task
 from tests.grading.hostile_code import ENDLESS, FORGED
 from tests.grading.jailed import SECRET, SPARE, gone, strangers, task, verdict
 
@@ -42,10 +42,23 @@ def test_an_exception_does_not_end_a_loop_of_the_tests(sandbox, tests):
 def test_what_never_ends_is_ended(sandbox, name):
     before, started = strangers(), time.monotonic()
     tests = f"assert list(f(1)) == [{SECRET}]" if name == "endless_generator" else ""
-    found = verdict(sandbox, ENDLESS[name], tests, seconds=1)
+    found = verdict(sandbox, ENDLESS[name], tests, cpu_seconds=0.5, wall_seconds=1)
     assert found.kind in ("timeout", "failed"), found
     assert time.monotonic() - started < 1 + SPARE
     assert gone(before)
+
+
+@pytest.mark.parametrize(("action", "kind"), [("SIG_IGN", "timeout"), ("SIG_DFL", "failed")])
+def test_the_signal_of_a_limit_is_no_verdict(sandbox, action, kind):
+    """A limit of its own, sooner than ours: deaf to its signal, it ends by our clock; ended by it, it has failed."""
+    code = f"""
+import resource, signal
+resource.setrlimit(resource.RLIMIT_CPU, (1, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+signal.signal(signal.SIGXCPU, signal.{action})
+def f(x):
+    while True: pass
+"""
+    assert verdict(sandbox, code, cpu_seconds=1.5).kind == kind
 
 
 def test_the_world_outside_is_not_there(sandbox, tmp_path):
@@ -91,8 +104,9 @@ def test_one_run_leaves_nothing_for_the_next(sandbox):
 def test_a_killed_host_takes_its_jails_along(sandbox):
     before = strangers()
     script = (
-        f"import sys; sys.path.insert(0, {str(JAIL.parents[2])!r})\nfrom src.grading.sandbox import Task, run_task\n"
-        f"run_task(Task(('while True: pass',), '', 'f()', ('f',)), 'namespaces', {sandbox.python!r}, 60)"
+        f"import sys; sys.path.insert(0, {str(JAIL.parents[2])!r})\n"
+        "from src.grading.sandbox import Sandbox, Task, run_task\n"
+        f"run_task(Task(('while True: pass',), '', 'f()', ('f',)), Sandbox('namespaces', python={sandbox.python!r}))"
     )
     with subprocess.Popen([sys.executable, "-c", script]) as host:
         deadline = time.monotonic() + 20
@@ -111,13 +125,13 @@ def test_without_the_nonce_nothing_passes(monkeypatch, tmp_path, said):
     jail = tmp_path / "jail.py"
     jail.write_text(f"print({said!r})")
     monkeypatch.setattr(module, "JAIL", jail)
-    assert run_task(task("def f(x): return 1"), "namespaces", sys.executable).kind == "failed"
+    assert run_task(task("def f(x): return 1"), Sandbox("namespaces")).kind == "failed"
 
 
-def test_a_jail_that_breaks_is_an_error(monkeypatch, tmp_path):
+def test_a_jail_that_breaks_is_no_fault_of_the_candidate(monkeypatch, tmp_path):
     jail = tmp_path / "jail.py"
     jail.write_text("raise OSError('no room')")
     monkeypatch.setattr(module, "JAIL", jail)
-    assert run_task(task("def f(x): return 1"), "namespaces", sys.executable) == Verdict(
-        "error", "the jail could not be kept: OSError: no room"
+    assert run_task(task("def f(x): return 1"), Sandbox("namespaces")) == Verdict(
+        "unavailable", "the jail could not be kept: OSError: no room"
     )
