@@ -143,7 +143,7 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
 
     sampling = Sampling(0.7, 0.8, 20, options.max_new_tokens)
-    requests = make_requests(make_rows(options.rows), 1, 42)
+    requests = make_requests(make_rows(options.rows), 1, 42, sampling)
     tokenizer, dtype = load_tokenizer(options.teacher), compute_dtype()
     model = load_model(options.teacher, dtype)
     texts = [prompt_text(tokenizer, request.messages) for request in requests]
@@ -153,7 +153,7 @@ def main() -> None:
     few, absent = options.rows_one_by_one, []
 
     def ours(some: list) -> int:
-        parts = generate(model, tokenizer, some, sampling, options.batch_size)
+        parts = generate(model, tokenizer, some, options.batch_size)
         return sum(row["num_tokens"] for part in parts for row in part)
 
     set_seed(0)
@@ -200,9 +200,7 @@ def main() -> None:
                 place = Server(url, options.teacher, "vllm", concurrency=options.concurrency)
 
                 def served(some: list) -> int:
-                    return sum(
-                        row["num_tokens"] for part in generate_from_server(place, some, sampling) for row in part
-                    )
+                    return sum(row["num_tokens"] for part in generate_from_server(place, some) for row in part)
 
                 served(requests[:2])
                 results.append(timed("openai_server", len(requests), lambda: served(requests)))

@@ -10,19 +10,17 @@ summary (throughput, tokens, finish reasons) is generate_{train,eval}.json besid
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import contextlib
-import json
 import time
 from collections import Counter
 
 from src.distillation.base import load_tokenizer, model_fingerprint
 from src.distillation.batching import shared_end_of_turn
-from src.distillation.engines import Engine, opened, rows_that_fit
-from src.distillation.openai_engine import Server
+from src.distillation.engines import Engine, EngineSettings, make_engine, opened, rows_that_fit
+from src.distillation.server import running
 from src.distillation.sft import Request, Sampling, make_requests
 from src.grading.graders import read_dataset
 from src.utils.common import (
@@ -47,7 +45,7 @@ ANSWER_KEYS = ("id", "sample_index", "response", "finish_reason")
 
 
 @dataclass
-class GenerateSftDataConfig:
+class GenerateSftDataConfig(EngineSettings):
     data_dir: str = setting("data/processed", "where the prompts are")
     experiment_dir: str = setting("outputs/experiment/default", "answers go to its folder sft/")
     teacher_model_name_or_path: str = setting("", "folder or hub id of the teacher", "teacher_model")
@@ -59,46 +57,19 @@ class GenerateSftDataConfig:
     top_k: int = setting(20, "candidates a token; 0 is off")
     max_new_tokens: int = setting(768, "longest answer, end of turn included")
     enable_thinking: bool = setting(False, "let a hybrid teacher think first; cleaning cuts the thoughts off")
-    engine: Literal["transformers", "vllm", "openai"] = setting("transformers", "what generates; `openai` is a server")
-    batch_size: int = setting(32, "transformers: rows in one forward pass; 0 takes as many as the memory holds")
-    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over (vllm: and replicated on)")
-    gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
-    vllm_arguments: str = setting("{}", "vllm: further arguments of vllm.LLM, JSON or a mapping")
-    base_url: str = setting("http://localhost:8000/v1", "openai: the server")
-    server: Literal["vllm", "sglang", "llama_cpp", "transformers", "plain"] = setting(
-        "vllm", "openai: the server's kind, which decides how top_k and thinking are said; `plain` knows neither"
-    )
     served_model_name: str = setting("", "openai: the server's name for the teacher, if it is another")
-    api_key_variable: str = setting("OPENAI_API_KEY", "openai: environment variable with the key, if one is needed")
-    concurrency: int = setting(32, "openai: requests under way at most")
-    request_timeout: float = setting(600.0, "openai: seconds for one answer")
-    tries: int = setting(8, "openai: times one request is sent before the run stops")
-    max_refused: float = setting(
-        0.02, "openai: share of the answers that the server may refuse (content, length) and the run goes on without"
-    )
     seed: int = setting(42, "every answer's seed is made from this and its row")
     overwrite: bool = setting(False, "throw away the answers there are")
 
 
-def make_engine(config: GenerateSftDataConfig) -> Engine:
+def teacher_engine(config: GenerateSftDataConfig) -> Engine:
     teacher = config.teacher_model_name_or_path
     if not teacher and not (config.engine == "openai" and config.served_model_name):
         raise UserError("teacher_model_name_or_path is not set; name a profile with --config")
-    if config.num_samples < 1 or config.batch_size < 0 or min(config.concurrency, config.tries) < 1:
-        raise UserError("num_samples, concurrency and tries must be at least 1, batch_size at least 0 (from memory)")
-    try:
-        arguments = json.loads(config.vllm_arguments)
-    except json.JSONDecodeError as error:
-        raise UserError(f"vllm_arguments is not JSON ({error.msg}): {config.vllm_arguments}") from None
-    if not isinstance(arguments, dict):
-        raise UserError(f"vllm_arguments must be a JSON object, found {config.vllm_arguments}")
-    server = Server(
-        config.base_url, config.served_model_name or teacher, config.server, config.api_key_variable,
-        config.concurrency, config.request_timeout, config.tries, config.max_refused,
-    )  # fmt: skip
-    devices = tuple(config.teacher_devices)
-    return Engine(config.engine, teacher, config.batch_size, devices, config.gpu_memory_gb, config.enable_thinking,
-                  arguments, server, config.experiment_dir)  # fmt: skip
+    if config.num_samples < 1:
+        raise UserError("num_samples must be at least 1")
+    return make_engine(config, teacher, config.teacher_devices, config.served_model_name,
+                       enable_thinking=config.enable_thinking, experiment_dir=config.experiment_dir)  # fmt: skip
 
 
 def pending(
@@ -117,11 +88,11 @@ def pending(
         logger.info("%s: %d answers brought ready-made; used as they are", target, len(answers))
         return None
     rows = read_dataset(source)
-    requests = make_requests(rows, config.num_samples, config.seed, "sft")
+    requests = make_requests(rows, config.num_samples, config.seed, sampling, "sft")
     batch_size = None  # only the transformers engine has batches of a fixed make-up
     if engine.name == "transformers":
         tokenizer = load_tokenizer(engine.model, config.experiment_dir)
-        batch_size = engine.batch_size or rows_that_fit(engine, tokenizer, requests, sampling)
+        batch_size = engine.batch_size or rows_that_fit(engine, tokenizer, requests)
     fingerprint = {
         "prompts": sha256_file(source),
         "teacher": engine.server.model if engine.name == "openai" else model_fingerprint(engine.model),
@@ -198,7 +169,7 @@ def main() -> None:
 
 def answer_prompts(config: GenerateSftDataConfig) -> None:
     """Answer what is missing of the splits, whose files are held."""
-    engine = make_engine(config)
+    engine = teacher_engine(config)
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     work = {split: found for split in config.splits if (found := pending(config, split, sampling, engine))}
     if not work:
@@ -207,13 +178,15 @@ def answer_prompts(config: GenerateSftDataConfig) -> None:
     require_disk(config.experiment_dir, answers * (4 * config.max_new_tokens + 2000), "the answers")
     check_student(config)
     logger.info("%s: %d answers by %s, %s", engine.model or engine.server.model, answers, engine.name, asdict(sampling))
-    with opened(engine, sampling) as generate:
+    log = Path(config.experiment_dir) / "sft" / "server.log"
+    with running(config.server_command, config.base_url, log), opened(engine) as generate:
         for split, (fingerprint, requests, done) in work.items():
             target = Path(config.experiment_dir) / "sft" / f"sft_{split}_data.jsonl"
             started, tokens, uncounted = time.monotonic(), 0, 0
             with Progress(len(requests), f"teacher answers ({split})") as progress:
                 progress.skip(len(done))
-                for rows in generate(requests, frozenset(done)):
+                stored = frozenset(r for r in requests if (r.id, r.sample_index) in done)
+                for rows in generate(requests, stored):
                     append_jsonl(target, rows)
                     counted, without = count_tokens(rows)
                     tokens, uncounted = tokens + counted, uncounted + without

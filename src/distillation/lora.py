@@ -153,27 +153,21 @@ def fuse(model: PeftModel) -> None:
             module.__class__ = _FusedLinear
 
 
-def load_adapters(model: PreTrainedModel, folders: dict[str, str]) -> PreTrainedModel | PeftModel:
-    """The model with the adapters of these folders, by name, in the type of its weights: to answer, not to train.
+def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The model with a saved adapter added into its weights: to answer with, at the speed of the model itself.
+
+    The products of the two factors are formed in fp32 and rounded once, to the type of the weights.
 
     Raises:
-        UserError: an adapter is for another model.
+        UserError: the adapter cannot be read, or is for another model.
     """
-    for name, folder in folders.items():
-        try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
-            else:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name, autocast_adapter_dtype=False)
-        except SafetensorError as error:
-            raise UserError(
-                f"{folder}: its weights cannot be read ({error}); train it again with --overwrite"
-            ) from error
-        except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(
-                f"{folder} does not fit on {model.name_or_path}: {reason}; name its student with --base"
-            ) from error
-    if isinstance(model, PeftModel):
-        fuse(model)
-    return model.eval()
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except SafetensorError as error:
+        raise UserError(f"{folder}: its weights cannot be read ({error}); train it again with --overwrite") from error
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{folder} does not fit on {model.name_or_path}: {reason}; name its student with --base"
+        ) from error
+    return adapted.merge_and_unload().eval()

@@ -441,9 +441,7 @@ def closes_a_thought(text: str, opens_thought: bool = False) -> bool:
     return tag is not None and CLOSE.fullmatch(tag[0]) is not None
 
 
-def reply_row(
-    request: Request, sampling: Sampling, reply: Reply, teacher: Teacher, enable_thinking: bool = False
-) -> dict[str, Any]:
+def reply_row(request: Request, reply: Reply, teacher: Teacher, enable_thinking: bool = False) -> dict[str, Any]:
     """The stored row of a server's answer: its text as our own decoding would give it, and why it ended.
 
     `num_tokens` is the server's count. Where it has none the teacher's tokenizer counts (the text, a thought that the
@@ -451,7 +449,7 @@ def reply_row(
     """
     whole = _whole(reply.text)
     text = without_end_words(whole, teacher.end_words)
-    reason, tokens, limit = reply.reason, reply.tokens, sampling.max_new_tokens
+    reason, tokens, limit = reply.reason, reply.tokens, request.sampling.max_new_tokens
     if not reason and text != whole:
         reason = "stop"
     if tokens is not None:
@@ -464,7 +462,7 @@ def reply_row(
         word = finish_word(reason)
     if enable_thinking and not reply.thought and closes_a_thought(text, teacher.opens_thought):
         text = f"<think>\n{text}"
-    return answer_row(request, sampling, ENGINE, text, _whole(word), tokens)
+    return answer_row(request, ENGINE, text, _whole(word), tokens)
 
 
 class _Again(Exception):
@@ -509,22 +507,22 @@ class _Asking:
 
     client: Any
     server: Server
-    sampling: Sampling
-    body: dict[str, Any]
     teacher: Teacher
     enable_thinking: bool
+    ends: Sequence[int]
 
     async def send(self, request: Request) -> Any:
         """The HTTP response, of whatever status. Raises `_Again` where there is none."""
         import openai
 
-        server, sampling = self.server, self.sampling
+        server, sampling = self.server, request.sampling
+        body = extra_body(server.kind, sampling, self.enable_thinking, self.ends)
         try:
             async with asyncio.timeout(server.timeout):  # of the whole answer: a read time-out is reset by every byte
                 reply = await self.client.chat.completions.with_raw_response.create(
                     model=server.model, messages=request.messages, temperature=sampling.temperature,
                     top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, frequency_penalty=0, presence_penalty=0,
-                    n=1, seed=request.seed & 0x7FFFFFFF, extra_body=self.body,
+                    n=1, seed=request.seed & 0x7FFFFFFF, extra_body=body,
                 )  # fmt: skip
             return reply.http_response
         except (TimeoutError, openai.APITimeoutError):
@@ -545,7 +543,7 @@ class _Asking:
             )
         reply = read_reply(response.content, response.status_code)
         if isinstance(reply, Reply):
-            return reply_row(request, self.sampling, reply, self.teacher, self.enable_thinking)
+            return reply_row(request, reply, self.teacher, self.enable_thinking)
         words, status = one_line(reply.words, server.key), reply.status
         if status in (401, 403):
             raise UserError(
@@ -614,7 +612,7 @@ class _Run:
 
     def pass_over(self, request: Request, words: str) -> None:
         """Note a refused request; one too many of them is a wrong setting rather than so many wrong prompts."""
-        row = answer_row(request, self.asking.sampling, ENGINE, "", "refused", 0)
+        row = answer_row(request, ENGINE, "", "refused", 0)
         self.refused.append(row | {"refusal": words})
         allowed, share = self.server.refused_at_most(self.total), self.server.max_refused
         if len(self.refused) <= allowed:
@@ -652,7 +650,6 @@ def refuse_half_characters(requests: Sequence[Request]) -> None:
 def generate_from_server(
     server: Server,
     requests: Sequence[Request],
-    sampling: Sampling,
     enable_thinking: bool = False,
     ends: Sequence[int] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -677,7 +674,8 @@ def generate_from_server(
     except ImportError:
         raise UserError("the openai engine needs the package openai; pip install -e '.[openai]'") from None
     refuse_half_characters(requests)
-    body = extra_body(server.kind, sampling, enable_thinking, ends)
+    for sampling in {request.sampling for request in requests}:
+        extra_body(server.kind, sampling, enable_thinking, ends)  # complains before anything is asked
     teacher = known_teacher(tokenizer, ends)
     with asyncio.Runner() as runner:
         client = openai.AsyncOpenAI(
@@ -686,7 +684,7 @@ def generate_from_server(
             timeout=openai.Timeout(server.timeout, connect=10.0),
             max_retries=0,
         )
-        asking = _Asking(client, server, sampling, body, teacher, enable_thinking)
+        asking = _Asking(client, server, teacher, enable_thinking, ends)
         run = _Run(asking, requests, len(requests) if total is None else total)
         try:
             while not run.is_over():

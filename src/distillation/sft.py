@@ -59,13 +59,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted."""
+    """One answer that is wanted, and how it is to be drawn."""
 
     id: str
     sample_index: int
     system: str
     prompt: str
     seed: int
+    sampling: Sampling
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -73,19 +74,21 @@ class Request:
         return [*system, {"role": "user", "content": self.prompt}]
 
 
-def make_requests(rows: Sequence[dict[str, Any]], num_samples: int, seed: int, salt: str = "") -> list[Request]:
+def make_requests(
+    rows: Sequence[dict[str, Any]], num_samples: int, seed: int, sampling: Sampling, salt: str = ""
+) -> list[Request]:
     """`num_samples` requests a dataset row, each with a seed of its own made from (seed, salt, row id, sample)."""
     requests = []
     for row in rows:
         for index in range(num_samples):
             digest = hashlib.sha256(f"{seed}/{salt}/{row['id']}/{index}".encode()).digest()
             own = int.from_bytes(digest[:6], "big")  # 48 bits, exact in any JSON reader
-            requests.append(Request(row["id"], index, row.get("system", ""), row["prompt"], own))
+            requests.append(Request(row["id"], index, row.get("system", ""), row["prompt"], own, sampling))
     return requests
 
 
 def answer_row(
-    request: Request, sampling: Sampling, engine: str, response: str, finish_reason: str, num_tokens: int | None
+    request: Request, engine: str, response: str, finish_reason: str, num_tokens: int | None
 ) -> dict[str, Any]:
     """The stored row, the same from every engine.
 
@@ -100,7 +103,7 @@ def answer_row(
         "finish_reason": finish_reason,
         "num_tokens": num_tokens,
         "engine": engine,
-        "sampling": asdict(sampling),
+        "sampling": asdict(request.sampling),
         "seed": request.seed,
     }
 
@@ -242,9 +245,8 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.de
 
 @torch.inference_mode()
 def _answer_batch(
-    model: PreTrainedModel, pad_id: int, end_ids: Tensor, prompts: list[list[int]], seeds: list[int],
-    samplings: list[Sampling],
-) -> list[list[int]]:  # fmt: skip
+    model: PreTrainedModel, pad_id: int, end_ids: Tensor, prompts: list[list[int]], requests: list[Request]
+) -> list[list[int]]:
     """The answers' token ids, each up to its end of turn or `max_new_tokens`, which is the same for all.
 
     Rounds of `generate` on one key-value cache: between two of them the rows that have ended leave the batch, so that a
@@ -254,8 +256,8 @@ def _answer_batch(
     end_ids = end_ids.to(device)
     rows, mask = _left_padded(prompts, pad_id, device)
     length = rows.shape[1]
-    limit = samplings[0].max_new_tokens
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    limit = requests[0].sampling.max_new_tokens
+    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     uniforms = torch.stack([torch.rand(limit, generator=generator) for generator in generators]).to(device)
     answers: list[list[int]] = [[] for _ in prompts]
     going = torch.arange(len(prompts), device=device)
@@ -271,7 +273,7 @@ def _answer_batch(
                 do_sample=False, num_beams=1, max_new_tokens=room, pad_token_id=pad_id, eos_token_id=end_ids.tolist()
             ),
             logits_processor=LogitsProcessorList(
-                [_SeededSampler([samplings[i] for i in going.tolist()], uniforms, length, model.name_or_path)]
+                [_SeededSampler([requests[i].sampling for i in going.tolist()], uniforms, length, model.name_or_path)]
             ),
             stopping_criteria=StoppingCriteriaList([_StopWhenFew(end_ids, length, few)]),
         )
@@ -291,7 +293,6 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
-    sampling: Sampling | Sequence[Sampling],
     batch_size: int,
     done: Collection[Request] = frozenset(),
     enable_thinking: bool = False,
@@ -303,8 +304,8 @@ def generate(
     run ends with the text of an uninterrupted one.
 
     Args:
-        requests: all of them, also those answered by an earlier run.
-        sampling: of all, or one a request, alike in max_new_tokens: a batch may mix temperatures.
+        requests: all of them, also those answered by an earlier run; alike in max_new_tokens, a batch may mix
+            temperatures.
         batch_size: rows in one forward pass.
         done: those whose answer is stored.
         enable_thinking: asked of hybrid models by their template.
@@ -315,7 +316,6 @@ def generate(
     Raises:
         UserError: the model's logits are not numbers.
     """
-    samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else sampling
     ends = end_token_ids(tokenizer, model.generation_config.eos_token_id)
     end_ids = torch.tensor(ends)
     texts = [prompt_text(tokenizer, request.messages, enable_thinking) for request in requests]
@@ -328,11 +328,11 @@ def generate(
             missing = [requests[i] not in done for i in part]
             if not any(missing):
                 continue
-            columns = ([of[i] for i in part] for of in (encoded, [r.seed for r in requests], samplings))
-            answers = _answer_batch(model, tokenizer.pad_token_id, end_ids, *columns)
+            prompts, asked = [encoded[i] for i in part], [requests[i] for i in part]
+            answers = _answer_batch(model, tokenizer.pad_token_id, end_ids, prompts, asked)
             yield [
                 answer_row(
-                    requests[i], samplings[i], ENGINE,
+                    requests[i], ENGINE,
                     opened_thought(texts[i])
                     + tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
                     "stop" if ids[-1] in ends else "length", len(ids),

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
-from src.distillation.sft import Request, Sampling, answer_row
+from src.distillation.sft import Request, answer_row
 from src.utils.common import UserError, logger, sha256_text
 
 ENGINE = "vllm"
@@ -57,6 +57,16 @@ def shard_of(row_id: str, replicas: int) -> int:
     return int(sha256_text(f"replica/{row_id}")[:8], 16) % replicas
 
 
+def _parameters(request: Request, ends: list[int]) -> dict[str, Any]:
+    """The fields of vLLM's SamplingParams, all that shape an answer stated: a model's own defaults never take part."""
+    sampling = request.sampling
+    return {
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1, "min_p": 0.0,
+        "max_tokens": sampling.max_new_tokens, "stop_token_ids": ends, "repetition_penalty": 1.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": request.seed,
+    }  # fmt: skip
+
+
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -64,7 +74,7 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)  # vLLM's own workers too: they would hold the GPUs
 
 
-def _replica(devices: list[int], arguments: dict[str, Any], sampling: dict[str, Any], inbox: Any, outbox: Any) -> None:
+def _replica(devices: list[int], arguments: dict[str, Any], adapter: str, inbox: Any, outbox: Any) -> None:
     """A process: jobs in, answers out, until it is killed."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -73,12 +83,17 @@ def _replica(devices: list[int], arguments: dict[str, Any], sampling: dict[str, 
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[i] if seen != [""] else str(i) for i in devices)
     from vllm import LLM, SamplingParams
 
-    llm = LLM(**arguments)
+    llm, lora = LLM(**arguments), None
+    if adapter:
+        from vllm.lora.request import LoRARequest
+
+        lora = LoRARequest("arm", 1, adapter)
     while True:
         numbers, jobs = inbox.get()
         prompts = [{"prompt_token_ids": ids} for ids, _ in jobs]
-        parameters = [SamplingParams(**sampling, seed=seed) for _, seed in jobs]
-        outputs = [result.outputs[0] for result in llm.generate(prompts, parameters, use_tqdm=False)]
+        parameters = [SamplingParams(**sampling) for _, sampling in jobs]
+        results = llm.generate(prompts, parameters, use_tqdm=False, lora_request=lora)
+        outputs = [result.outputs[0] for result in results]
         outbox.send((numbers, [(output.text, output.finish_reason, len(output.token_ids)) for output in outputs]))
 
 
@@ -94,7 +109,7 @@ def _end(process: multiprocessing.process.BaseProcess) -> None:
 
 @contextmanager
 def opened(
-    arguments: dict[str, Any], groups: list[list[int]], sampling: Sampling, ends: list[int]
+    arguments: dict[str, Any], groups: list[list[int]], ends: list[int], adapter: str = ""
 ) -> Iterator[Callable[[Sequence[Request], Sequence[list[int]]], Iterator[list[dict[str, Any]]]]]:
     """Start the replicas; yields `answer(requests, prompts)`, which yields rows as they come.
 
@@ -102,6 +117,7 @@ def opened(
         arguments: of `vllm.LLM`.
         groups: the GPUs of each replica; one empty group on a machine without.
         ends: token ids that end an answer.
+        adapter: folder of the LoRA adapter that answers; empty for the model itself.
 
     Raises:
         UserError: vLLM is not installed; (in `answer`, after all that the others answered) a replica ended.
@@ -110,17 +126,12 @@ def opened(
         raise UserError(
             "the vllm engine needs vLLM; run this script with an environment made from requirements-vllm.txt"
         )
-    parameters = {
-        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1, "min_p": 0.0,
-        "max_tokens": sampling.max_new_tokens, "stop_token_ids": ends, "repetition_penalty": 1.0,
-        "presence_penalty": 0.0, "frequency_penalty": 0.0,
-    }  # fmt: skip
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
     inboxes = [context.Queue() for _ in groups]
     # answers by a pipe each: the lock of a shared queue would stay locked if a replica were killed while it writes
     outboxes, their_ends = zip(*(context.Pipe(duplex=False) for _ in groups), strict=True)
     processes = [
-        context.Process(target=_replica, args=(group, arguments, parameters, inbox, end))
+        context.Process(target=_replica, args=(group, arguments, adapter, inbox, end))
         for group, inbox, end in zip(groups, inboxes, their_ends, strict=True)
     ]
     logger.info("vLLM: %d replica(s) on GPUs %s, %s", len(groups), groups, arguments)
@@ -132,7 +143,7 @@ def opened(
             left[rank] = set(own)
             for start in range(0, len(own), HANDED_OVER):
                 part = own[start : start + HANDED_OVER]
-                inbox.put((part, [(prompts[i], requests[i].seed) for i in part]))
+                inbox.put((part, [(prompts[i], _parameters(requests[i], ends)) for i in part]))
         lost: dict[int, str] = {}
         while working := [rank for rank in left if left[rank] and rank not in lost]:
             wait([outboxes[rank] for rank in working], timeout=1)
@@ -147,7 +158,7 @@ def opened(
                     numbers, answers = found
                     left[rank] -= set(numbers)
                     rows = zip(numbers, answers, strict=True)
-                    yield [answer_row(requests[i], sampling, ENGINE, *answer) for i, answer in rows]
+                    yield [answer_row(requests[i], ENGINE, *answer) for i, answer in rows]
                 elif ended:
                     code = processes[rank].exitcode
                     lost[rank] = f"vLLM replica {rank} (GPUs {groups[rank]}) ended with exit code {code}"

@@ -27,8 +27,8 @@ THINK = "<think>\n\n</think>\n\n"
 
 
 @pytest.fixture(scope="module")
-def qwen3(shared_data):
-    return load_tokenizer(str(shared_data / "tokenizers/qwen3"))
+def qwen3(real_data):
+    return load_tokenizer(str(real_data / "tokenizers/qwen3"))
 
 
 @pytest.fixture(params=["plain", "hybrid", "qwen3"])

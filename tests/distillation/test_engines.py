@@ -61,9 +61,9 @@ def test_parallel_sizes_obey_vllms_rule_and_use_every_gpu(gpus):
             assert weight_gb / (tensor * pipeline) <= 36.0
 
 
-def test_the_reference_teacher_on_six_gpus(shared_data, monkeypatch):
+def test_the_reference_teacher_on_six_gpus(real_data, monkeypatch):
     monkeypatch.setattr(engines, "compute_dtype", lambda: torch.bfloat16)
-    teacher = str(shared_data / "configs" / "qwen3-30b-a3b-instruct-2507")
+    teacher = str(real_data / "configs" / "qwen3-30b-a3b-instruct-2507")
     arguments, groups = engines.vllm_plan(
         Engine("vllm", teacher, devices=(0, 1, 2, 3, 4, 5), vllm_arguments={"seed": 3})
     )
@@ -87,10 +87,10 @@ def test_the_batch_size_follows_the_memory(tiny_teacher):
 
 
 def test_a_derived_batch_size_answers_like_a_given_one(tiny_teacher):
-    requests = make_requests(ROWS, 1, 7)
+    requests = make_requests(ROWS, 1, 7, GREEDY)
     found = []
     for batch_size in (0, len(ROWS)):  # the machine has room for all of them
-        with opened(Engine("transformers", tiny_teacher, batch_size), GREEDY) as ask:
+        with opened(Engine("transformers", tiny_teacher, batch_size)) as ask:
             found.append({row["id"]: row["response"] for part in ask(requests, frozenset()) for row in part})
     assert found[0] == found[1]
 
@@ -105,7 +105,7 @@ class Result:
     def __init__(self, text): self.outputs = [Output(text)]
 class LLM:
     def __init__(self, **given): self.given = given
-    def generate(self, prompts, parameters, use_tqdm):
+    def generate(self, prompts, parameters, use_tqdm, lora_request):
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if gpus == os.environ.get("KILL_REPLICA"): os._exit(3)
         return [Result(f"{gpus}|{len(p['prompt_token_ids'])}|{s.seed}|{s.top_k}|{self.given['tensor_parallel_size']}")
@@ -115,13 +115,13 @@ class LLM:
 
 def test_vllm_names_absent_gpus_too(tiny_teacher):
     absent = Engine("vllm", tiny_teacher, devices=(98, 99))
-    with pytest.raises(UserError, match=r"GPUs \[98, 99\], but .* has none|GPU 98 is named"), opened(absent, GREEDY):
+    with pytest.raises(UserError, match=r"GPUs \[98, 99\], but .* has none|GPU 98 is named"), opened(absent):
         pass
 
 
 def test_without_vllm_its_requirements_are_named(monkeypatch, tiny_teacher):
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"requirements-vllm.txt"), opened(Engine("vllm", tiny_teacher), GREEDY):
+    with pytest.raises(UserError, match=r"requirements-vllm.txt"), opened(Engine("vllm", tiny_teacher)):
         pass
 
 
@@ -140,13 +140,15 @@ def three_replicas(tmp_path, monkeypatch, tiny_teacher):
 def test_rows_are_sharded_by_id_and_merged_without_duplicates(three_replicas, monkeypatch):
     """Devices count among those that are visible, as they do for torch."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9,8,7,6,5,4")
-    requests = make_requests([{"id": f"row-{i}", "prompt": "x" * i} for i in range(40)], 2, 7)
-    done = frozenset({("row-3", 0), ("row-4", 1)})
-    with opened(three_replicas, Sampling(0.7, 0.8, 0, 16)) as ask:
+    requests = make_requests(
+        [{"id": f"row-{i}", "prompt": "x" * i} for i in range(40)], 2, 7, Sampling(0.7, 0.8, 0, 16)
+    )
+    done = frozenset(r for r in requests if (r.id, r.sample_index) in {("row-3", 0), ("row-4", 1)})
+    with opened(three_replicas) as ask:
         first = [row for part in ask(requests, done) for row in part]
         second = [row for part in ask(requests[:6], frozenset()) for row in part]
     assert len(first) == 78
-    assert {(r["id"], r["sample_index"]) for r in first} == {(r.id, r.sample_index) for r in requests} - done
+    assert {(r["id"], r["sample_index"]) for r in first} == {(r.id, r.sample_index) for r in requests if r not in done}
     assert {(r["id"], r["sample_index"]) for r in second} == {(r.id, r.sample_index) for r in requests[:6]}
     pairs = ["9,8", "7,6", "5,4"]
     assert {row["response"].split("|")[0] for row in first} == set(pairs)
@@ -160,11 +162,11 @@ def test_rows_are_sharded_by_id_and_merged_without_duplicates(three_replicas, mo
 @pytest.mark.slow
 def test_a_replica_is_lost_and_the_others_answer_all_of_theirs(three_replicas, monkeypatch):
     monkeypatch.setenv("KILL_REPLICA", "2,3")
-    requests = make_requests([{"id": f"row-{i}", "prompt": "x"} for i in range(40)], 1, 7)
+    requests = make_requests([{"id": f"row-{i}", "prompt": "x"} for i in range(40)], 1, 7, GREEDY)
     rows = []
 
     def run():
-        with opened(three_replicas, GREEDY) as ask:
+        with opened(three_replicas) as ask:
             for part in ask(requests, frozenset()):
                 rows.extend(part)
 
@@ -207,7 +209,7 @@ def running(command, port, log):
 def local_answers(model):
     """In the servers' float32, whatever the processor would have."""
     own = load_model(model, torch.float32), load_tokenizer(model)
-    return sorted_rows(generate(*own, make_requests(ROWS, 1, 7), GREEDY, 4))
+    return sorted_rows(generate(*own, make_requests(ROWS, 1, 7, GREEDY), 4))
 
 
 def sorted_rows(parts):
@@ -225,8 +227,9 @@ def test_transformers_serve_gives_the_answers_of_the_local_engine(tmp_path, endi
                "--device", "cpu", "--dtype", "float32"]  # fmt: skip
     with running(command, port, tmp_path / "server.log") as url:
         place = Server(url, ending_teacher, "transformers", concurrency=4, timeout=60)
-        with opened(Engine("openai", ending_teacher, server=place), GREEDY) as ask:
-            served = sorted_rows(ask(make_requests(ROWS, 1, 7), frozenset({("row-0", 0)})))
+        with opened(Engine("openai", ending_teacher, server=place)) as ask:
+            asked = make_requests(ROWS, 1, 7, GREEDY)
+            served = sorted_rows(ask(asked, frozenset(asked[:1])))
     local = local_answers(ending_teacher)
     assert {row["finish_reason"] for row in local} == {"stop", "length"}
     for row in (*served, *local):
@@ -243,8 +246,8 @@ def test_a_vllm_server_answers_every_request(tmp_path, ending_teacher):
                "--gpu-memory-utilization", "0.3"]  # fmt: skip
     with running(command, port, tmp_path / "server.log") as url:
         place = Server(url, ending_teacher, "vllm", concurrency=8, timeout=120)
-        with opened(Engine("openai", ending_teacher, server=place), GREEDY) as ask:
-            served = sorted_rows(ask(make_requests(ROWS, 1, 7), frozenset()))
+        with opened(Engine("openai", ending_teacher, server=place)) as ask:
+            served = sorted_rows(ask(make_requests(ROWS, 1, 7, GREEDY), frozenset()))
     agree_mostly(served, local_answers(ending_teacher))
 
 
@@ -254,9 +257,9 @@ from src.distillation.engines import Engine, opened
 from src.distillation.sft import Sampling, make_requests
 if __name__ == "__main__":
     model, rows, target = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    with opened(Engine("vllm", model, vllm_arguments=json.loads(sys.argv[4])),
-                Sampling(0.0, 1.0, 0, 16)) as ask:
-        found = [row for part in ask(make_requests(rows, 1, 7), frozenset()) for row in part]
+    requests = make_requests(rows, 1, 7, Sampling(0.0, 1.0, 0, 16))
+    with opened(Engine("vllm", model, vllm_arguments=json.loads(sys.argv[4]))) as ask:
+        found = [row for part in ask(requests, frozenset()) for row in part]
     json.dump(found, open(target, "w"))
 """
 

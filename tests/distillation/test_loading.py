@@ -171,11 +171,10 @@ def test_model_fingerprint(tmp_path, tiny_student, change, other):
 
 
 @pytest.fixture(scope="module")
-def skeletons(shared_data):
+def skeletons(real_data):
     """The reference teacher and student with their true configs and no memory."""
     configs = [
-        AutoConfig.from_pretrained(shared_data / "configs" / name)
-        for name in ("qwen3-30b-a3b-instruct-2507", "qwen3-8b")
+        AutoConfig.from_pretrained(real_data / "configs" / name) for name in ("qwen3-30b-a3b-instruct-2507", "qwen3-8b")
     ]
     with torch.device("meta"):
         return [AutoModelForCausalLM.from_config(config) for config in configs]

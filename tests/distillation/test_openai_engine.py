@@ -166,9 +166,9 @@ def serve(monkeypatch):
 
 
 def answers(server, rows=ROWS, samples=2, sampling=SAMPLING, url=None, thinking=False, tokenizer=None, **settings):
-    requests = make_requests(rows, samples, 7)
+    requests = make_requests(rows, samples, 7, sampling)
     place = Server(url or server.url, "teacher", **({"timeout": 60.0, "tries": len(FAULTS) + 1} | settings))
-    parts = generate_from_server(place, requests, sampling, thinking, tokenizer=tokenizer)
+    parts = generate_from_server(place, requests, thinking, tokenizer=tokenizer)
     return requests, [row for part in parts for row in part]
 
 
@@ -280,7 +280,7 @@ def test_a_refused_request_stops_the_run_and_keeps_what_was_answered(serve):
     rows = []
 
     def run():
-        for part in generate_from_server(place, make_requests(ROWS, 1, 7), SAMPLING):
+        for part in generate_from_server(place, make_requests(ROWS, 1, 7, SAMPLING)):
             rows.extend(part)
 
     with pytest.raises(UserError, match=r"refuses row row-7: Error code: 400") as refused:
@@ -414,8 +414,8 @@ def test_the_engine_takes_the_tokenizer_of_the_teacher_it_is_told(serve, tiny_te
     server = serve(lambda *_: Body(completion("Four.[END]")))
     for model, tokens in ((tiny_teacher, 11), ("nobody/has-this", None), ("", None)):
         engine = Engine("openai", model, server=Server(server.url, "teacher"))
-        with opened(engine, SAMPLING) as ask:
-            [[row]] = ask(make_requests(ROWS[:1], 1, 7), frozenset())
+        with opened(engine) as ask:
+            [[row]] = ask(make_requests(ROWS[:1], 1, 7, SAMPLING), frozenset())
         assert (row["response"], row["num_tokens"]) == ("Four.[END]", tokens)
     assert "'nobody/has-this' cannot be loaded" in caplog.text
 
@@ -652,7 +652,7 @@ def test_a_wrong_setting_stops_early_and_records_nothing(serve):
     place = Server(server.url, "teacher", concurrency=4)
 
     def run():
-        for part in generate_from_server(place, make_requests(many(200), 1, 7), SAMPLING):
+        for part in generate_from_server(place, make_requests(many(200), 1, 7, SAMPLING)):
             rows.extend(part)
 
     with pytest.raises(UserError, match="5 of 200 answers refused"):
@@ -663,9 +663,9 @@ def test_a_wrong_setting_stops_early_and_records_nothing(serve):
 
 def test_the_share_is_of_all_answers_also_in_a_later_session(serve):
     server = serve(lambda prompt, number: REFUSALS[0] if int(prompt[4:-1]) < 2 else None)
-    requests = make_requests(many(100), 1, 7)
-    done = frozenset((request.id, 0) for request in requests[3:])
-    with opened(Engine("openai", "", server=Server(server.url, "teacher")), SAMPLING) as ask:
+    requests = make_requests(many(100), 1, 7, SAMPLING)
+    done = frozenset(requests[3:])
+    with opened(Engine("openai", "", server=Server(server.url, "teacher"))) as ask:
         rows = [row for part in ask(requests, done) for row in part]
     assert [row["finish_reason"] for row in rows] == ["stop", "refused", "refused"]
 

@@ -20,9 +20,9 @@ def loaded(tiny_teacher):
 
 
 def answers(loaded, sampling, batch_size=4, rows=ROWS, done=frozenset(), num_samples=1):
-    requests = make_requests(rows, num_samples, 7)
+    requests = make_requests(rows, num_samples, 7, sampling)
     stored = {request for request in requests if (request.id, request.sample_index) in done}
-    return [answer for part in generate(*loaded, requests, sampling, batch_size, stored) for answer in part]
+    return [answer for part in generate(*loaded, requests, batch_size, stored) for answer in part]
 
 
 def by_key(rows):
@@ -77,9 +77,8 @@ def test_every_prompt_is_read_once_and_hardly_padded(make_model, window):
     distinct = [[draw.randrange(256) for _ in range(length)] for length in (5, 6, 6, 7, 40)]
     read = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
-    found = sft._answer_batch(
-        model, 0, torch.tensor([287]), distinct * 3, list(range(15)), [Sampling(0.0, 1, 0, 6)] * 15
-    )
+    requests = make_requests([{"id": str(i), "prompt": ""} for i in range(15)], 1, 7, Sampling(0.0, 1, 0, 6))
+    found = sft._answer_batch(model, 0, torch.tensor([287]), distinct * 3, requests)
     hook.remove()
     assert found[:5] == found[5:10] == found[10:]
     for prompt, ids in zip(distinct, found, strict=False):
@@ -93,9 +92,9 @@ def test_a_batch_may_mix_temperatures(loaded):
     """Each answer is the one it would be among its like."""
     kinds = [Sampling(0.0, 1.0, 0, 24), Sampling(1.0, 0.9, 20, 24), Sampling(1.2, 1.0, 0, 24)]
     alone = [by_key(answers(loaded, kind)) for kind in kinds]
-    requests = make_requests(ROWS, 1, 7)
     mixed = [kinds[number % 3] for number in range(11)]
-    rows = [answer for part in generate(*loaded, requests, mixed, 4) for answer in part]
+    requests = [make_requests([row], 1, 7, own)[0] for row, own in zip(ROWS, mixed, strict=True)]
+    rows = [answer for part in generate(*loaded, requests, 4) for answer in part]
     assert by_key(rows) == {(r.id, 0): alone[number % 3][r.id, 0] for number, r in enumerate(requests)}
     for row in rows:
         assert row["sampling"] == vars(mixed[int(row["id"].split("-")[1])])

@@ -193,7 +193,7 @@ def test_an_id_that_stands_twice_is_named_with_both_lines(answered, fails, tmp_p
     path, sft = answered
     data = tmp_path / "data" / "train_dataset.jsonl"
     rows = read_jsonl(data)
-    write_jsonl(data, [*rows, rows[2] | {"prompt": "Why?"}])
+    write_jsonl(data, [*rows, rows[2] | {"prompt": "Why?", "instruction": ""}])
     before = content(sft)
     line = fails(name, "--config", path)
     assert f"{data}:{len(rows) + 1}: id {rows[2]['id']} stands in line 3 too; give each row its own, or delete" in line
@@ -223,7 +223,7 @@ def test_no_answer_left_says_what_to_try(answered, fails):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--teacher_model", ""], "teacher_model_name_or_path is not set"),
-    (["--num_samples", "0"], "num_samples, concurrency and tries must be at least 1"),
+    (["--num_samples", "0"], "num_samples must be at least 1"),
     (["--batch_size", "-1"], "batch_size at least 0"),
     (["--engine", "sglang"], "invalid choice: 'sglang'"),
     (["--engine", "vllm", "--vllm_arguments", "{"], "vllm_arguments is not JSON"),
