@@ -1,10 +1,13 @@
-"""Uncertainty of scores and of paired differences: whole prompts are the unit, and the tests are exact.
+"""Uncertainty of scores and of paired differences: families of prompts are the unit, and the tests are exact.
 
-learn.md, section 16, has the reasons and what was measured.
+Rows of one family are variants of one scenario: whether an arm is right on one says much about the others. So families,
+not prompts, are resampled, counted and tested; a prompt by itself is a family of one. learn.md, section 16, has the
+reasons and what was measured.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import comb, sqrt
 from typing import Any, NamedTuple
@@ -19,87 +22,107 @@ POWER = 0.8
 
 
 class Estimate(NamedTuple):
-    """A value and the ends of its 95 % interval; None where one prompt alone, or a division by 0, leaves it open."""
+    """A value and the ends of its 95 % interval; None where one family alone, or a division by 0, leaves it open."""
 
     value: float
     low: float | None
     high: float | None
 
 
-class Sums(NamedTuple):
-    """Column sums over prompts, and the same over resampled prompts.
+@dataclass(frozen=True)
+class Sums:
+    """Column sums over families, and the same over resampled families.
 
-    total: `[M]`; resampled: `[RESAMPLES, M]`; prompts: how many.
+    total: `[M]`; resampled: `[RESAMPLES, M]`; families: how many.
     """
 
     total: np.ndarray
     resampled: np.ndarray
-    prompts: int
+    families: int
 
 
 def excludes_zero(estimate: Estimate) -> bool:
     return estimate.low is not None and (estimate.low > 0 or estimate.high < 0)
 
 
-def resample(columns: Sequence[Sequence[float]] | np.ndarray, seed: int) -> Sums:
-    """Sums of the columns over prompts drawn with replacement, the columns of a prompt always together.
+def by_family(values: np.ndarray, families: Sequence[str]) -> np.ndarray:
+    """Sums over the prompts of each family, `[n, ...]` to `[F, ...]`; `families` names that of each of n prompts."""
+    _, family_n = np.unique(np.asarray(families), return_inverse=True)
+    sums = np.zeros((family_n.max() + 1, *values.shape[1:]), values.dtype)
+    np.add.at(sums, family_n, values)
+    return sums
+
+
+def resample(columns: Sequence[Sequence[float]] | np.ndarray, families: Sequence[str], seed: int) -> Sums:
+    """Sums of the columns over families drawn with replacement, all prompts and columns of a family together.
 
     Args:
         columns: `[M, n]`: for each quantity its value on each of n prompts.
+        families: of each prompt, its family.
         seed: of the resampling; the order of the prompts is of no account.
     """
-    rows = np.asarray(columns, float).T
-    # prompts with equal rows are interchangeable: how often each kind is drawn is multinomial
-    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    sums_FM = by_family(np.asarray(columns, float).T, families)
+    # families with equal rows are interchangeable: how often each kind is drawn is multinomial
+    kinds, counts = np.unique(sums_FM, axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     resampled = np.empty((RESAMPLES, kinds.shape[1]))
     step = max(1, 4_000_000 // len(kinds))
     for start in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - start)
-        resampled[start : start + size] = generator.multinomial(len(rows), counts / len(rows), size) @ kinds
-    return Sums(counts @ kinds, resampled, len(rows))
+        drawn = generator.multinomial(len(sums_FM), counts / len(sums_FM), size)
+        resampled[start : start + size] = drawn @ kinds
+    return Sums(counts @ kinds, resampled, len(sums_FM))
 
 
 def estimate(sums: Sums, statistic: Callable[[np.ndarray], Any]) -> Estimate:
     """A function of column sums with its expanded percentile interval (Hesterberg 2015).
 
-    The percentile interval is too narrow by sqrt((n - 1) / n) and takes normal quantiles where t quantiles are due;
-    both are put right by quantiles further out. From n = 50 on it is the percentile interval for all purposes.
+    The percentile interval is too narrow by sqrt((F - 1) / F) of F families and takes normal quantiles where t
+    quantiles are due; both are put right by quantiles further out. From F = 50 on it is the percentile interval for all
+    purposes.
 
     Args:
         statistic: maps sums `[..., M]` to `[...]`.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         value, values = float(statistic(sums.total)), statistic(sums.resampled)
-    n = sums.prompts
-    if n < 2 or not np.isfinite(values).all():
+    count = sums.families
+    if count < 2 or not np.isfinite(values).all():
         return Estimate(value, None, None)
-    tail = norm.cdf(t.ppf(ALPHA / 2, n - 1) * sqrt(n / (n - 1)))
+    tail = norm.cdf(t.ppf(ALPHA / 2, count - 1) * sqrt(count / (count - 1)))
     low, high = np.quantile(values, [tail, 1 - tail])
     return Estimate(value, float(low), float(high))
 
 
-def difference(a: Sequence[float], b: Sequence[float], seed: int) -> Estimate:
-    """The mean over prompts of a - b."""
-    return estimate(resample([np.asarray(a, float) - np.asarray(b, float)], seed), lambda s: s[..., 0] / len(a))
+def difference(a: Sequence[float], b: Sequence[float], families: Sequence[str], seed: int) -> Estimate:
+    """The mean over prompts of a - b; in a resample, of the prompts of the families drawn."""
+    gaps = np.asarray(a, float) - np.asarray(b, float)
+    return estimate(resample([gaps, np.ones_like(gaps)], families, seed), lambda s: s[..., 0] / s[..., 1])
 
 
-def proportion(shares: Sequence[float], samples: int) -> Estimate:
+def proportion(shares: Sequence[float], families: Sequence[str], samples: int) -> Estimate:
     """A mean of shares with a Wilson interval at the effective number of answers (Korn and Graubard 1998).
 
     A bootstrap of ten wrong answers has no width; this interval has. The effective number is that of independent
-    answers with the same standard error, between the number of prompts and of answers; the quantile is a t quantile.
+    answers with the same standard error, which is the cluster-robust one of a ratio: from the families' sums of
+    deviations. It lies between the number of families and of answers; the quantile is a t quantile.
 
     Args:
         shares: of each prompt, the share of its answers that are right.
+        families: of each prompt, its family.
         samples: answers a prompt.
     """
-    n, mean = len(shares), float(np.mean(shares))
-    if n < 2:
+    shares_n = np.asarray(shares, float)
+    prompts, mean = len(shares_n), float(shares_n.mean())
+    deviations_F = by_family(shares_n - mean, families)
+    count = len(deviations_F)
+    if count < 2:
         return Estimate(mean, None, None)
-    variance = float(np.var(shares, ddof=1))
-    size = min(max(mean * (1 - mean) * n / variance, n), n * samples) if variance else n
-    z = float(t.ppf(1 - ALPHA / 2, n - 1))
+    variance = count / (count - 1) * float(deviations_F @ deviations_F) / prompts**2
+    size = count  # families that are all alike do not say how alike the answers of one are
+    if variance > 1e-12:  # a real one is larger: one answer of 64 that differs on one prompt of 1,000 gives 2e-10
+        size = min(max(mean * (1 - mean) / variance, count), prompts * samples)
+    z = float(t.ppf(1 - ALPHA / 2, count - 1))
     centre, half = mean + z * z / (2 * size), z * sqrt(mean * (1 - mean) / size + z * z / (4 * size * size))
     low, high = ((centre + sign * half) / (1 + z * z / size) for sign in (-1, 1))
     return Estimate(mean, max(min(low, mean), 0.0), min(max(high, mean), 1.0))
@@ -113,9 +136,40 @@ def discordant(a: Sequence[float], b: Sequence[float]) -> tuple[int, int]:
     return sum(x > y for x, y in zip(a, b, strict=True)), sum(x < y for x, y in zip(a, b, strict=True))
 
 
-def mcnemar(won: int, lost: int) -> float:
-    """The exact two-sided p-value of McNemar's test (the sign test of discordant prompts)."""
-    return min(1.0, 2 * float(binom.cdf(min(won, lost), won + lost, 0.5)))
+def sign_flip(nets: Sequence[int] | np.ndarray) -> float:
+    """The exact two-sided p-value of Fisher's randomisation test of paired differences (1935).
+
+    Without a difference between the arms, each family's net count is as likely to have the other sign. The statistic is
+    the sum of the counts; its distribution over all signs is a convolution, not a simulation. Where every family is one
+    prompt with one answer this is McNemar's exact test (the sign test of discordant prompts).
+
+    Args:
+        nets: `[F]`: of each family, the right answers of one arm less those of the other.
+    """
+    nets_F = np.asarray(nets, int)
+    nets_F = nets_F[nets_F != 0]
+    if not len(nets_F):
+        return 1.0
+    nets_F = nets_F // np.gcd.reduce(nets_F)
+    sizes = np.abs(nets_F)
+    chance_W = np.ones(1)  # of W = 0, 1, ...: the sum of the sizes whose sign is plus
+    for size in sizes:
+        longer = np.zeros(len(chance_W) + size)
+        longer[:-size] += chance_W / 2
+        longer[size:] += chance_W / 2
+        chance_W = longer
+    # the statistic is 2 W - sum of sizes and symmetric: as far out as the observed is W at most this, or its mirror
+    lowest = (sizes.sum() - abs(nets_F.sum())) // 2
+    return min(1.0, 2 * float(chance_W[: lowest + 1].sum()))
+
+
+def smallest_p(nets: Sequence[int] | np.ndarray) -> float:
+    """The p-value of `sign_flip` if every family that differs did so for one arm: 2 of its 2^m signs; 1 without any.
+
+    Given the sizes of the differences it is fixed before their signs are seen. A test whose smallest p-value is above
+    the level can never reject, and a correction need not count it (Tarone 1990).
+    """
+    return min(1.0, 2 * 0.5 ** int(np.count_nonzero(nets)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -127,46 +181,74 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def mcnemar_power(prompts: int, differing: float, net: float, alpha: float) -> float:
+def mcnemar_power(families: int, differing: float, net: float, alpha: float) -> float:
     """The chance that the exact test calls a true difference, in its direction or against it.
 
     Args:
-        differing: share of prompts on which the arms differ, in truth.
+        families: how many, each won, lost or equal, and all that differ by equally much.
+        differing: share of families on which the arms differ, in truth.
         net: share won less share lost, in truth; at most `differing`.
     """
-    counts = np.arange(prompts + 1)
+    counts = np.arange(families + 1)
     critical = binom.ppf(alpha / 2, counts, 0.5)  # the most losses (or wins) at which it still calls
     critical -= binom.cdf(critical, counts, 0.5) > alpha / 2
     won = (1 + net / differing) / 2
     calls = binom.cdf(critical, counts, 1 - won) + binom.cdf(critical, counts, won)
-    return float(binom.pmf(counts, prompts, differing) @ calls)
+    return float(binom.pmf(counts, families, differing) @ calls)
 
 
-def minimum_detectable(a: Sequence[float], b: Sequence[float], alpha: float) -> float | None:
-    """The smallest true difference of means that the exact test at `alpha` calls with 80 % power; None if no
+def minimum_detectable(nets: Sequence[int] | np.ndarray, answers: int, alpha: float) -> float | None:
+    """The smallest true difference of accuracy that the exact test at `alpha` calls with 80 % power; None if no
     difference is large enough.
 
-    The prompts at hand say which of them differ and by how much; in the supposed truth the sign of each difference is
-    tilted, the log-odds in proportion to its size (with one answer a prompt: the same for all). Where even all signs
-    alike are not enough, more prompts are supposed to differ, by as much as these do.
-    """
-    gaps = np.abs(np.asarray(a, float) - np.asarray(b, float))
-    sizes = gaps[gaps > 0] if gaps.any() else np.ones(1)
-    n, differing = len(gaps), float((gaps > 0).mean())
+    Where every family is one answer, it is exact for these shares of families that differ. Else two approximations,
+    and the larger counts: signs alone (`_by_signs`), which knows how few families differ, and a shift of all families
+    (`_by_shift`), which knows that a true difference makes the families' own larger.
 
-    def lacking_tilted(tilt: float) -> float:
-        return mcnemar_power(n, differing, differing * float(np.tanh(tilt * sizes).mean()), alpha) - POWER
+    Args:
+        nets: `[F]`: of each family, the right answers of one arm less those of the other.
+        answers: of one arm, over all families.
+    """
+    gaps = np.abs(np.asarray(nets, float)) / answers  # what each family adds to the difference of accuracy
+    least = _by_signs(gaps, alpha)
+    if least is None or answers == len(gaps):
+        return least
+    return min(1.0, max(least, _by_shift(gaps, alpha)))
+
+
+def _by_signs(gaps: np.ndarray, alpha: float) -> float | None:
+    """The least difference where families differ as often and by as much as these `[F]`, and only signs have causes.
+
+    The sign of each is tilted, the log-odds in proportion to its size. Where even all signs alike are not enough, more
+    families are supposed to differ, by as much as these do; where none differs, by all of their answers. The power is
+    that of equally many families which all differ by the root mean square of the sizes: the same ratio of mean to
+    spread, to first order in the tilt.
+    """
+    families, sizes = len(gaps), gaps[gaps > 0]
+    differing = len(sizes) / families
+    if not len(sizes):
+        sizes = np.full(1, 1 / families)
+
+    def lacking_tilted(net: float) -> float:
+        return mcnemar_power(families, differing, net, alpha) - POWER
 
     def lacking_alike(share: float) -> float:
-        return mcnemar_power(n, share, share, alpha) - POWER
+        return mcnemar_power(families, share, share, alpha) - POWER
 
     if lacking_alike(1.0) < 0:
         return None
-    largest = 20 / float(sizes.min())  # tanh(20) is 1
-    if differing and lacking_tilted(largest) > 0:
-        tilt = brentq(lacking_tilted, 0.0, largest)
-        return differing * float((sizes * np.tanh(tilt * sizes)).mean())
-    return float(brentq(lacking_alike, max(differing, 1e-9), 1.0)) * float(sizes.mean())
+    if differing and lacking_tilted(differing) > 0:
+        net = brentq(lacking_tilted, 0.0, differing)
+        tilt = np.arctanh(net / differing) / sqrt(float((sizes**2).mean()))
+        return float((sizes * np.tanh(tilt * sizes)).sum())
+    return float(brentq(lacking_alike, max(differing, 1e-9), 1.0)) * families * float(sizes.mean())
+
+
+def _by_shift(gaps: np.ndarray, alpha: float) -> float:
+    """The least difference by which families `[F]` that vary as much as these around 0 are all shifted: a t-test's."""
+    families = len(gaps)
+    error = sqrt(families / (families - 1) * float(gaps @ gaps))  # few families understate it, as in a bootstrap
+    return error * float(t.ppf(1 - alpha / 2, families - 1) + t.ppf(POWER, families - 1))
 
 
 def pass_at_k(answers: int, right: int, k: int) -> float:
