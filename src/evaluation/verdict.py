@@ -1,8 +1,19 @@
-"""What the numbers of results.json show, in words: one sentence for everybody, then the particulars."""
+"""What the numbers of results.json show, in words: accuracy, then closeness, then distillation against SFT.
 
+Accuracy on graded answers and closeness to the teacher are two questions; no sentence draws on one for the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 NAMES = {"base": "student before", "sft": "SFT control", "kd": "distilled", "teacher": "teacher"}
+WHO = {
+    "base": "the student before training",
+    "sft": "the SFT control",
+    "kd": "the distilled student",
+    "teacher": "the teacher",
+}
 DECISIONS = {
     "better": "better",
     "worse": "worse",
@@ -10,19 +21,65 @@ DECISIONS = {
     "withheld": "withheld: cut answers would turn it",
 }
 RULE = (
-    "Won and lost: prompts with more, or fewer, right answers than the other arm. p: exact McNemar test of these two "
-    "counts; p (Holm): corrected over the cells of one comparison. A cell is better or worse where p (Holm) is at most "
-    "0.05 and the interval excludes 0. Could show: the smallest difference that this test, corrected, finds with 80 % "
-    "power among this number of prompts and answers. Cut: answers that reached the token limit; they count as wrong, "
-    "and the decision is withheld where it would turn if all of them counted as right."
+    "Won and lost: prompts with more, or fewer, right answers than the other arm. p: exact paired sign-flip test over "
+    "families of related prompts; where a family is one prompt with one answer it is McNemar's exact test. p (Holm): "
+    "corrected over the comparisons of one pair of arms that could differ. A comparison is better or worse where "
+    "p (Holm) is at most 0.05 and the interval excludes 0. Could show: the smallest difference that this test, "
+    "corrected, finds with 80 % power. Cut: answers that reached the token limit; they count as wrong, and the "
+    "decision is withheld where it would turn if all of them counted as right."
 )
 NO_CONTROL = "no control: nothing is shown about distillation itself"
-AGAINST = (("base", "the untrained student"), ("sft", "its SFT control (same rows, same steps)"))
+NOT_GRADED = "No answers were graded: nothing is said about accuracy."
+NOT_HELD_OUT = "Closeness to the teacher on held-out text was not measured."
+NO_STUDENT = "No distilled student was evaluated."
+PREFERRED_PRESET = "recommended"
 
 Entry = dict[str, Any]
 
 
-def _heldout(results: dict[str, Any], against: str) -> Entry | None:
+@dataclass(frozen=True)
+class Setting:
+    """The sampling that the headline is about."""
+
+    preset: str
+    temperature: float
+
+    def holds(self, entry: Entry) -> bool:
+        return (entry["preset"], entry["temperature"]) == (self.preset, self.temperature)
+
+
+def headline_setting(results: dict[str, Any]) -> Setting | None:
+    """The lowest temperature of the preset `recommended`, else of the first preset; None where nothing was graded."""
+    if "graded" not in results:
+        return None
+    scores = results["graded"]["overall"]["scores"] or results["graded"]["scores"]
+    presets = [score["preset"] for score in scores]
+    preset = PREFERRED_PRESET if PREFERRED_PRESET in presets else presets[0]
+    return Setting(preset, min(score["temperature"] for score in scores if score["preset"] == preset))
+
+
+def overall_scores(results: dict[str, Any]) -> dict[str, Entry]:
+    """The pooled score of every arm at the headline's setting."""
+    setting = headline_setting(results)
+    scores = results["graded"]["overall"]["scores"] if setting else []
+    return {score["arm"]: score for score in scores if setting.holds(score) and score["accuracy"] is not None}
+
+
+def pooled_first(graded: dict[str, Any], kind: str) -> list[Entry]:
+    """The `scores` or `comparisons`, those over several domains before those of single ones."""
+    overall = graded["overall"]
+    return (overall[kind] if len(overall["domains"]) > 1 else []) + graded[kind]
+
+
+def _overall_comparison(results: dict[str, Any], against: str) -> Entry | None:
+    setting = headline_setting(results)
+    for entry in results["graded"]["overall"]["comparisons"] if setting else ():
+        if (entry["a"], entry["b"]) == ("kd", against) and setting.holds(entry):
+            return entry
+    return None
+
+
+def _heldout_difference(results: dict[str, Any], against: str) -> Entry | None:
     """The paired difference in KL to the teacher between the distilled student and another arm."""
     for entry in results.get("heldout", {}).get("differences", []):
         if (entry["a"], entry["b"], entry["metric"]) == ("kd", against, "kl_to_teacher"):
@@ -30,116 +87,247 @@ def _heldout(results: dict[str, Any], against: str) -> Entry | None:
     return None
 
 
-def _graded(results: dict[str, Any], against: str) -> list[Entry]:
-    comparisons = results.get("graded", {}).get("comparisons", [])
-    return [c for c in comparisons if (c["a"], c["b"]) == ("kd", against)]
+def _number(value: float, decimals: int) -> str:
+    """With a minus sign that is one, and no sign on a zero."""
+    text = f"{value:.{decimals}f}"
+    return f"{0:.{decimals}f}" if float(text) == 0 else text.replace("-", "−")
 
 
-def _way(entry: Entry) -> str:
-    return "no measurable difference" if not entry["real"] else "closer" if entry["difference"] < 0 else "farther"
+def _points(share: float) -> str:
+    """Whole points; below one point a decimal, so that an end of an interval beside 0 does not read as 0."""
+    return _number(100 * share, 1 if 0 < abs(share) < 0.01 else 0)
 
 
-def _count(entries: list[Entry], decision: str) -> int:
-    return sum(entry["decision"] == decision for entry in entries)
+def _nats(value: float) -> str:
+    """Two decimals; below 0.1 two digits, so that a small KL does not read as 0."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
-def _cells(number: int) -> str:
-    return f"{number} cell{'' if number == 1 else 's'}"
+def _interval(interval: Sequence[float] | None, flip: bool = False) -> str:
+    """In points; flipped where the words already say that it is a loss."""
+    if interval is None:
+        return "no interval"
+    low, high = (-interval[1], -interval[0]) if flip else interval
+    return f"95 % interval {_points(low)} to {_points(high)}"
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _left_out(results: dict[str, Any]) -> str:
+    return "; ".join(f"{domain} ({why})" for domain, why in results["graded"]["overall"]["left_out"].items())
+
+
+def _is_counted(scores: dict[str, Entry]) -> bool:
+    """Whether 'N of M questions' is exact: one answer a question, and the same questions for every arm."""
+    return len({score["prompts"] for score in scores.values()} | {score["answers"] for score in scores.values()}) == 1
+
+
+def _right(score: Entry, counted: bool) -> str:
+    return str(score["outcomes"]["correct"]) if counted else f"{_number(100 * score['accuracy'], 1)} %"
+
+
+def _accuracies(scores: dict[str, Entry]) -> str:
+    """How much each arm has right, the distilled student first where it is there."""
+    counted = _is_counted(scores)
+    first = "kd" if "kd" in scores else next(iter(scores))
+    score = scores[first]
+    of = f"{score['outcomes']['correct']} of {_plural(score['prompts'], 'question')}"
+    if not counted:
+        of = f"{_right(score, False)} of {score['answers']} answers to {_plural(score['prompts'], 'question')}"
+    said = [f"{WHO[first]} {'answers' if counted else 'has'} {of} right"]
+    if first != "base" and "base" in scores:
+        said.append(f"{_right(scores['base'], counted)} before training")
+    if first != "teacher" and "teacher" in scores:
+        said.append(f"its teacher {_right(scores['teacher'], counted)}")
+    return ", ".join(said)
+
+
+def _undecided(entry: Entry) -> str:
+    """A difference that is not shown: its size, and how far the test is from showing it."""
+    way = "higher" if entry["difference"] > 0 else "lower"
+    corrected = "corrected p" if entry["corrected_over"] > 1 else "p"
+    size = f"{_points(abs(entry['difference']))} points {way}" if entry["difference"] else "0 points"
+    return f"{size}, {_interval(entry['interval'])}, {corrected} = {entry['p_holm']:.2g}"
+
+
+def _decided(entry: Entry) -> str:
+    """What may be said of the distilled student's accuracy against before training."""
+    flip = entry["decision"] == "worse"
+    size = f"{_points(abs(entry['difference']))} points ({_interval(entry['interval'], flip)})"
+    holds = "holds after correction" if entry["corrected_over"] > 1 else "the exact test confirms"
+    if entry["decision"] in ("better", "worse"):
+        return f"a {'loss' if flip else 'gain'} of {size} that {holds}"
+    if entry["decision"] == "withheld":
+        ours, theirs = entry["cut"]
+        return (
+            f"whether that is a gain is withheld, because {ours} of its answers and {theirs} from before training were "
+            "cut at the token limit, and the decision would turn if they counted as right"
+        )
+    if not entry["could_differ"]:
+        why = "too few answers differ" if entry["won"] or entry["lost"] else "no question is answered differently"
+        return f"no gain can be shown, because {why}"
+    return f"no difference is shown ({_undecided(entry)})"
 
 
 def headline(results: dict[str, Any]) -> str:
-    """One sentence without a technical term."""
+    """Accuracy, in one sentence."""
+    missing = "" if "kd" in results["arms"] else f"{NO_STUDENT} "
+    if "graded" not in results:
+        return f"{missing}{NOT_GRADED}"
+    scores, setting = overall_scores(results), headline_setting(results)
+    if not scores:
+        left_out = _left_out(results)
+        return f"{missing}Nothing can be said about accuracy{f'; left out: {left_out}' if left_out else ''}."
+    said = f"{missing}At temperature {setting.temperature:g} {_accuracies(scores)}"
+    if "kd" not in scores:
+        return f"{said}."
+    if "base" not in scores:
+        return f"{said}; the student before training was not evaluated, so no gain can be told."
+    entry = _overall_comparison(results, "base")
+    return f"{said}: {_decided(entry)}." if entry else f"{said}; the two answered no question in common."
+
+
+def closeness(results: dict[str, Any]) -> str:
+    """Closeness to the teacher on held-out text, in one sentence; empty where there is no distilled student."""
     if "kd" not in results["arms"]:
-        return "No distilled student was evaluated."
-    parts = []
-    if base := _heldout(results, "base"):
-        parts.append({
-            "closer": "distillation brought the student closer to its teacher",
-            "farther": "distillation took the student away from its teacher",
-        }.get(_way(base), "whether distillation brought the student closer to its teacher cannot be told"))  # fmt: skip
-        if control := _heldout(results, "sft"):
-            parts[-1] += {
-                "closer": ", closer than training on the same answers alone does",
-                "farther": ", though training on the same answers alone brings it closer",
-            }.get(_way(control), ", not measurably closer or farther than training on the same answers alone")
-    if graded := _graded(results, "base"):
-        better, worse, held = (_count(graded, decision) for decision in ("better", "worse", "withheld"))
-        questions = sum({c["domain"]: c["prompts"] for c in graded}.values())
-        if better or worse:
-            gained = [f"in {better}"] * bool(better) + [f"fewer in {worse}"] * bool(worse and better)
-            parts.append(
-                f"it answers {'more' if better else 'fewer'} questions correctly than before "
-                f"{' and '.join(gained or [f'in {worse}'])} of {len(graded)} combinations of task and temperature"
-            )
-        elif held == len(graded):
-            parts.append("too many answers were cut short to say whether it answers more questions correctly")
-        else:
-            parts.append(
-                f"whether it answers more questions correctly than before, {questions} questions were too few to show"
-            )
-    if not parts:
-        return "Nothing was measured that the distilled student could be compared by."
-    if "sft" in results["missing_arms"]:
-        parts.append("without a control run nobody can say how much of this is due to distillation itself")
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+        return ""
+    arms = results.get("heldout", {}).get("arms", {})
+    if "kd" not in arms:
+        return NOT_HELD_OUT
+    accepted = {arm: f"{100 * own['expected_acceptance']:.0f}" for arm, own in arms.items()}
+    kl = {arm: _nats(own["kl_to_teacher"]) for arm, own in arms.items()}
+    said = f"Of 100 tokens of the distilled student its teacher would accept {accepted['kd']}"
+    if "base" not in arms:
+        return f"{said} (KL to the teacher {kl['kd']} nats per token)."
+    said += f", {accepted['base']} before training (KL to the teacher {kl['kd']} nats per token, {kl['base']} before)"
+    entry = _heldout_difference(results, "base")
+    if not entry["real"]:
+        return f"{said}; no difference from before is shown."
+    return f"{said}: it is {'closer to' if entry['difference'] < 0 else 'farther from'} its teacher than before."
 
 
-def _graded_sentences(results: dict[str, Any], against: str, words: str) -> list[str]:
-    graded = _graded(results, against)
-    if not graded:
-        return []
-    other = words.partition(" (")[0]
-    better, worse, held = (_count(graded, decision) for decision in ("better", "worse", "withheld"))
-    counts = [f"{better} better", f"{worse} worse", f"{len(graded) - better - worse - held} without a difference shown"]
-    counts += [f"{held} withheld because answers that were cut would turn them"] if held else []
-    said = [
-        f"On graded answers against {words}, of {_cells(len(graded))} of task, sampling and temperature: "
-        f"{', '.join(counts)} (exact McNemar, Holm over the {len(graded)})."
-    ]
-    for decision in ("better", "worse"):
-        if found := [c for c in graded if c["decision"] == decision]:
-            where: dict[str, list[str]] = {}
-            for c in found:
-                where.setdefault(f"{c['domain']} ({c['preset']})", []).append(f"{c['temperature']:g}")
-            cells = "; ".join(f"{name} at T = {', '.join(at)}" for name, at in where.items())
-            sizes = sorted((c["difference"] for c in found), key=abs)
-            by = f"{sizes[0]:+.1%}" if len(sizes) == 1 else f"{sizes[0]:+.1%} to {sizes[-1]:+.1%}"
-            said.append(f"{decision.capitalize()} than {other}, by {by}: {cells}.")
-    able = [c["minimum_detectable"] for c in graded if c["minimum_detectable"] is not None]
-    if able:
-        least = " to ".join(dict.fromkeys(f"{end:.0%}" for end in (min(able), max(able))))
-        said.append(f"The smallest difference from {other} that a cell could have shown with 80 % power: {least}.")
-    if len(able) < len(graded):
-        few = _cells(len(graded) - len(able))
-        said.append(f"Against {other}, {few} had too few prompts to show a difference of any size.")
-    return said
+def _win(entry: Entry) -> str:
+    """Who wins a decided comparison with SFT, and by how much."""
+    winner, flip = ("distilled", False) if entry["decision"] == "better" else ("SFT", True)
+    size = f"{_points(abs(entry['difference']))} points ({_interval(entry['interval'], flip)})"
+    return f"{winner} wins, by {size}"
+
+
+def _elsewhere(results: dict[str, Any], here: str) -> str:
+    """What is decided against SFT at other samplings than the headline's, other than `here`; empty where nothing is."""
+    setting, said = headline_setting(results), []
+    for entry in results["graded"]["overall"]["comparisons"]:
+        decided = (entry["a"], entry["b"]) == ("kd", "sft") and entry["decision"] in ("better", "worse")
+        if decided and entry["decision"] != here and not setting.holds(entry):
+            preset = "" if entry["preset"] == setting.preset else f", {entry['preset']} sampling,"
+            said.append(f", at temperature {entry['temperature']:g}{preset} {_win(entry)}")
+    return "".join(said)
+
+
+def _accuracy_against_sft(results: dict[str, Any]) -> str:
+    entry = _overall_comparison(results, "sft")
+    if entry is None:
+        return "accuracy was not compared"
+    at = f" at temperature {headline_setting(results).temperature:g}"
+    elsewhere = _elsewhere(results, entry["decision"])
+    if entry["decision"] in ("better", "worse"):
+        return f"in accuracy{at} {_win(entry)}{elsewhere}"
+    if entry["decision"] == "withheld":
+        return f"in accuracy{at} the decision is withheld, because cut answers would turn it{elsewhere}"
+    if not entry["could_differ"]:
+        return f"in accuracy{at} too few answers differ to show a winner{elsewhere}"
+    return f"in accuracy{at} neither is shown to win (distilled {_undecided(entry)}){elsewhere}"
+
+
+def _closeness_against_sft(results: dict[str, Any]) -> str:
+    entry = _heldout_difference(results, "sft")
+    if entry is None:
+        return "closeness was not compared"
+    if not entry["real"]:
+        return "in closeness to the teacher neither is shown to win"
+    ends = sorted(abs(end) for end in entry["interval"])
+    size = f"{_nats(abs(entry['difference']))} nats per token (95 % interval {_nats(ends[0])} to {_nats(ends[1])})"
+    winner = "distilled" if entry["difference"] < 0 else "SFT"
+    return f"in closeness to the teacher {winner} wins, its KL lower by {size}"
+
+
+def against_sft(results: dict[str, Any]) -> str:
+    """Whether distillation beats training on the same answers, in accuracy and in closeness: two things."""
+    if "kd" not in results["arms"]:
+        return ""
+    if "sft" not in results["arms"]:
+        return f"{NO_CONTROL[0].upper()}{NO_CONTROL[1:]}."
+    return f"Distilled against SFT: {_accuracy_against_sft(results)}; {_closeness_against_sft(results)}."
+
+
+def _places(entries: Sequence[Entry]) -> str:
+    """Domain and temperatures of every entry, a domain once; the preset is named where there are several."""
+    presets = {entry["preset"] for entry in entries}
+    found: dict[str, set[float]] = {}
+    for entry in entries:
+        name = f"{entry['domain']} ({entry['preset']})" if len(presets) > 1 else entry["domain"]
+        found.setdefault(name, set()).add(entry["temperature"])
+    return "; ".join(f"{name} at T = {', '.join(f'{t:g}' for t in sorted(at))}" for name, at in found.items())
+
+
+def is_idle(entry: Entry) -> bool:
+    """Whether no outcome of a comparison's test could reach 0.05, were cut answers right or wrong."""
+    return not entry["could_differ"] and entry["decision"] == "not shown"
+
+
+def could_show_nothing(comparisons: Sequence[Entry]) -> str:
+    """The one line for all idle comparisons; empty without any."""
+    idle = [entry for entry in comparisons if is_idle(entry)]
+    if not idle:
+        return ""
+    further = "further " if len(idle) < len(comparisons) else ""
+    return (
+        f"{_plural(len(idle), f'{further}comparison')} could show nothing: no or too few answers differ "
+        f"({_places(idle)})."
+    )
+
+
+def _domain_sentence(results: dict[str, Any], against: str, other: str) -> str:
+    """Where, among the domains and samplings, a difference from another arm is shown."""
+    comparisons = results.get("graded", {}).get("comparisons", [])
+    entries = [c for c in comparisons if (c["a"], c["b"]) == ("kd", against) and not is_idle(c)]
+    if not entries:
+        return ""
+    said = []
+    for decision, words in DECISIONS.items():
+        if found := [entry for entry in entries if entry["decision"] == decision]:
+            said.append(f"{words[0].upper()}{words[1:].partition(':')[0]}: {_places(found)}.")
+    return f"Against {other}, by domain. {' '.join(said)}"
+
+
+def cut_rate(graded: dict[str, Any]) -> str:
+    share = _number(100 * graded["cap_hit_rate"], 1)
+    return f"{share} % of all answers were cut at the token limit; they count as wrong."
+
+
+def particulars(results: dict[str, Any]) -> list[str]:
+    """What the first three sentences leave out: single domains, what is missing, and why."""
+    said = [_domain_sentence(results, "base", "before training"), _domain_sentence(results, "sft", "SFT")]
+    if graded := results.get("graded"):
+        pooled, left_out = graded["overall"]["domains"], _left_out(results)
+        if len(pooled) > 1 or (pooled and left_out):
+            said.append(f"The headline is about {_joined(pooled)}{f'; left out: {left_out}' if left_out else ''}.")
+        said.append(cut_rate(graded))
+    said += [f"The arm {arm} is missing: {why}." for arm, why in results["missing_arms"].items()]
+    if {"kd", "sft"} <= results["arms"].keys():
+        said.append("One training seed an arm: a claim that distillation beats SFT needs several.")
+    return [sentence for sentence in said if sentence]
 
 
 def sentences(results: dict[str, Any]) -> list[str]:
-    """The headline and what it rests on; missing arms and measures and answers that were not executed are named."""
-    parts = [headline(results)]
-    for against, words in AGAINST:
-        if (found := _heldout(results, against)) and found["interval"]:
-            low, high = found["interval"]
-            parts.append(
-                f"On held-out teacher text the distilled student against {words}: {_way(found)} (KL to the teacher "
-                f"{found['difference']:+.3f} nats per token, 95 % interval {low:+.3f} to {high:+.3f})."
-            )
-    for against, words in AGAINST:
-        parts += _graded_sentences(results, against, words)
+    """The whole verdict, from the headline to the particulars."""
+    said = [headline(results), closeness(results), against_sft(results), *particulars(results)]
     if graded := results.get("graded"):
-        parts.append(f"{graded['cap_hit_rate']:.1%} of all answers were cut at the token limit.")
-        unjudged = sorted({score["domain"] for score in graded["scores"] if score["outcomes"]["not_executed"]})
-        if unjudged:
-            parts.append(f"Not executed, and so without accuracy: answers of {', '.join(unjudged)}.")
-    else:
-        parts.append("No answers were graded.")
-    if "heldout" not in results:
-        parts.append("Closeness to the teacher on held-out text was not measured.")
-    parts += [f"The arm {arm} is missing: {why}." for arm, why in results["missing_arms"].items()]
-    if "sft" in results["missing_arms"]:
-        parts.append(f"{NO_CONTROL[0].upper()}{NO_CONTROL[1:]}.")
-    elif "kd" in results["arms"]:
-        parts.append("One training seed an arm: a claim that distillation beats SFT needs several.")
-    return parts
+        said.append(could_show_nothing(pooled_first(graded, "comparisons")))
+    return [sentence for sentence in said if sentence]

@@ -3,13 +3,17 @@
 import json
 import re
 import shutil
+from html import escape
+from time import process_time
 
 import pytest
 
-from src.evaluation.page import TEMPLATE, browser_data, script_json
-from src.evaluation.plots import Dot, Point, dots, lines, ticks
-from src.evaluation.report import markdown, write_reports
 from src.evaluation.results import make_results
+from src.evaluation.results_schema import ARMS
+from src.evaluation.verdict import could_show_nothing
+from src.report.page import TEMPLATE, browser_data, script_json, write_reports
+from src.report.plots import Dot, Point, Series, Tick, dots, lines, ticks
+from src.report.tables import markdown
 
 NASTY = {
     "maths-000": "<script>document.title = 'owned'</script></script><img src=x onerror=\"document.title='owned'\">",
@@ -61,7 +65,7 @@ def test_data_cannot_leave_its_block():
 
 
 def test_too_many_answers_are_cut_and_counted(evaluation, monkeypatch):
-    from src.evaluation import page
+    from src.report import page
 
     whole = browser_data(evaluation[1])
     assert len(whole["items"]) == whole["all"] == 14 * 2 * 2
@@ -82,7 +86,8 @@ def test_markdown_has_the_verdict_the_decisions_and_no_model_text(evaluation):
     text = markdown(results)
     assert results["headline"] in text
     for c in results["graded"]["comparisons"]:
-        assert f"| {c['won']} / {c['lost']} | {c['p']:.2g} | {c['p_holm']:.2g} |" in text
+        row = f"| {c['won']} / {c['lost']} | {c['p']:.2g} | {c['p_holm']:.2g} |"
+        assert row in text or not c["could_differ"]
     assert not [row for row in samples if row["response"] in text]
 
 
@@ -91,7 +96,7 @@ def test_a_domain_cannot_break_a_table_of_the_markdown(made_up):
     text = markdown(make_results(samples, [], made_up["context"](), 0))
     rows = [line for line in text.splitlines() if line.startswith("| a\\|b c |")]
     assert len(rows) == 3
-    assert all(row.replace("\\|", "").count("|") == 9 for row in rows)
+    assert all(row.replace("\\|", "").count("|") == 11 for row in rows)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.3, 0.02), (0.0, 0.0), (5, 5), (2.1, 947), (-1e-6, 3e-6)])
@@ -110,7 +115,8 @@ def test_plots_place_values_and_escape_names():
     [(x1, x2)] = re.findall(r'class="whisker" x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"', plot)
     [x] = re.findall(r'polygon class="mark hollow" transform="translate\(([\d.]+)', plot)
     assert (float(x) - float(x1)) / (float(x2) - float(x1)) == pytest.approx(1 / 3, abs=0.01)
-    rising = lines([("kd", "kd", [Point(0, 0.0), Point(10, 1.0)])], str, "", [(0, "0"), (10, "10")], "x", marks=False)
+    series = [Series("kd", "kd", [Point(0, 0.0), Point(10, 1.0)])]
+    rising = lines(series, str, "", [Tick(0, "0"), Tick(10, "10")], "x", marks=False)
     (xa, ya), (xb, yb) = re.findall(r"([\d.]+) ([\d.]+)", re.search(r' d="M([^"]+)"', rising)[1].replace("L", ";"))
     assert float(xa) < float(xb)
     assert float(ya) > float(yb), "SVG's y points down"
@@ -162,13 +168,30 @@ def choose(browser, control: str, value: str | bool) -> list[str]:
 def test_it_renders(opened, evaluation):
     results, _ = evaluation
     assert texts(opened, "h1") == [results["headline"]]
-    assert len(texts(opened, "svg.plot")) == 19
+    assert len(texts(opened, "svg.plot")) == 22
     titles = ["Closeness to the teacher", "Correct answers", "Differences, paired by prompt", "Training"]
     assert set(titles) <= set(texts(opened, "h2"))
     assert len(texts(opened, ".item")) == 20
-    assert texts(opened, "td").count("no difference shown") == sum(
-        c["decision"] == "not shown" for c in results["graded"]["comparisons"]
+    compared = [*results["graded"]["overall"]["comparisons"], *results["graded"]["comparisons"]]
+    shown = [c for c in compared if c["decision"] == "not shown" and c["could_differ"]]
+    assert texts(opened, "td").count("no difference shown") == len(shown) > 0
+    assert texts(opened, ".note").count(could_show_nothing(compared)) == 1
+    closeness_said, control_said = texts(opened, ".standfirst")
+    assert closeness_said.startswith("Of 100 tokens of the distilled student its teacher would accept")
+    assert control_said.startswith("Distilled against SFT: ")
+
+
+def test_the_first_screen_holds_the_sentences_and_the_picture(opened, page):
+    opened.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 1280, "height": 800, "deviceScaleFactor": 1, "mobile": False},
     )
+    opened.get(page.as_uri())
+    bottom = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom"
+    assert 0 < opened.execute_script(bottom, "h1") < opened.execute_script(bottom, ".picture") < 800
+    titles = ["Together", "maths", "ops", "Held-out text"]
+    assert texts(opened, ".picture figcaption b") == titles
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_what_a_model_wrote_is_text(opened):
@@ -253,8 +276,53 @@ def test_both_themes_at_two_widths(opened, page, width, theme):
     assert (lightness[0] > lightness[1]) == (theme == "light")
 
 
+def test_a_large_evaluation_is_rendered_quickly(made_up, tmp_path):
+    samples = made_up["samples"](117, domains=("maths", "ops", "code"))
+    samples += [row | {"preset": "raw"} for row in samples]
+    results = make_results(samples, made_up["heldout"](), made_up["context"](), 0)
+    start = process_time()
+    write_reports(tmp_path, results, samples)
+    assert len(samples) > 8400
+    assert process_time() - start < 5
+
+
+@pytest.mark.parametrize(("samples", "heldout", "missing"), [
+    (0, 40, []), (12, 0, ["sft"]), (12, 40, ["base"]), (12, 0, ["kd"]), (12, 0, ["base", "sft", "teacher"]), (1, 1, []),
+])  # fmt: skip
+def test_a_page_is_made_of_whatever_there_is(made_up, tmp_path, samples, heldout, missing):
+    arms = [arm for arm in ARMS if arm not in missing]
+    rows = made_up["samples"](samples, arms=arms)
+    held = made_up["heldout"](heldout, arms=[arm for arm in arms if arm != "teacher"])
+    results = make_results(rows, held, made_up["context"](dict.fromkeys(missing, "not asked for")), 0)
+    write_reports(tmp_path, results, rows)
+    assert escape(results["headline"]) in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ("SFT control is the same student" in (tmp_path / "report.html").read_text()) == ("sft" in arms)
+
+
+def test_the_name_of_a_domain_is_text(made_up, tmp_path):
+    name = "<img src=x onerror='document.title=1'>\"{{ 7 * 7 }}"
+    rows = made_up["samples"](8, domains=(name, "maths"))
+    write_reports(tmp_path, make_results(rows, [], made_up["context"](), 0), rows)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<img" not in text
+    assert "&lt;img src=x" in text
+    assert "{{ 7 * 7 }}" in text
+
+
+def test_answers_that_were_not_executed_have_no_place_in_the_picture(made_up, tmp_path):
+    rows = [row | {"outcome": "not_executed"} for row in made_up["samples"](8, domains=("code",))]
+    write_reports(tmp_path, make_results(rows, [], made_up["context"](), 0), rows)
+    assert "not executed</text>" in (tmp_path / "report.html").read_text()
+
+
+def test_every_text_is_escaped_by_the_template():
+    template = TEMPLATE.read_text()
+    assert not re.search(r"\|\s*safe|autoescape\s+false", template)
+    assert not re.search(r"\{[{%#]", re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1])
+
+
 def test_the_template_is_shipped():
     import tomllib
 
     settings = tomllib.loads((TEMPLATE.parents[2] / "pyproject.toml").read_text())
-    assert TEMPLATE.name in settings["tool"]["setuptools"]["package-data"]["src.evaluation"]
+    assert TEMPLATE.name in settings["tool"]["setuptools"]["package-data"]["src.report"]

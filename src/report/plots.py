@@ -1,30 +1,51 @@
 """Two kinds of plot as inline SVG: dots with whiskers, and lines. Colours and text sizes are the page's (CSS)."""
 
 from collections.abc import Callable, Sequence
-from html import escape
+from dataclasses import dataclass
 from math import floor, log10
-from typing import NamedTuple
 
-WIDTH, LEFT, RIGHT, ROW, HEADING = 360, 104, 18, 17, 22
+from markupsafe import Markup, escape
+
+WIDTH, LEFT, ROW, HEADING, AXIS = 360, 104, 17, 22, 26  # AXIS: height of the labels under a plot of dots
+VALUES = 50  # width of the column of values beside dots
+HEIGHT, MARGIN, RIGHT, BOTTOM, TOP = 190, 44, 18, 34, 8  # of a plot of lines
 Text = Callable[[float], str]
 
 
-class Dot(NamedTuple):
-    """A value with its interval in the style of an arm; `hollow` says that nothing is shown by it. Without an arm it
-    is the heading of the rows under it."""
+@dataclass(frozen=True)
+class Dot:
+    """A value with its interval in the style of an arm; `hollow` says that nothing is shown by it, `instead` what
+    stands in the place of a value. Without an arm it is the heading of the rows under it."""
 
     label: str
     arm: str = ""
     value: float | None = None
     interval: Sequence[float] | None = None
     hollow: bool = False
+    strong: bool = False
     instead: str = ""
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True)
+class Point:
     x: float
     y: float
     interval: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """An arm's points, from left to right."""
+
+    arm: str
+    name: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Tick:
+    at: float
+    label: str
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -53,13 +74,14 @@ def _mark(arm: str, x: float, y: float, hollow: bool = False) -> str:
     return f'<polygon class="mark{kind}" transform="translate({x:.1f} {y:.1f})" points="{shape}"/>'
 
 
-def mark(arm: str) -> str:
+def mark(arm: str) -> Markup:
     """An arm's mark alone, for legends."""
-    return f'<svg class="key a-{arm}" viewBox="-6 -6 12 12" aria-hidden="true">{_mark(arm, 0, 0)}</svg>'
+    return Markup(f'<svg class="key a-{arm}" viewBox="-6 -6 12 12" aria-hidden="true">{_mark(arm, 0, 0)}</svg>')
 
 
-def _svg(height: float, label: str, parts: Sequence[str]) -> str:
-    return (
+def _svg(height: float, label: str, parts: Sequence[str]) -> Markup:
+    """The parts are this module's own markup, every text in them escaped."""
+    return Markup(
         f'<svg class="plot" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
         f"{''.join(parts)}</svg>"
     )
@@ -78,24 +100,38 @@ def _spoken(name: str, value: float, interval: Sequence[float] | None, text: Tex
     return f"<title>{escape(f'{name}: {text(value)}{between}')}</title>"
 
 
+def _dot(row: Dot, y: float, x: Callable[[float], float], text: Text) -> list[str]:
+    """A row of `dots` on the baseline y: label, whisker, mark and value; or a heading."""
+    if not row.arm:
+        return [_text("heading", 0, y - 1, row.label)]
+    kind = "label end strong" if row.strong else "label end"
+    label = _text(kind, LEFT - 9, y - 1, row.label)
+    if row.value is None:
+        return [label, _text("label none", LEFT + 4, y - 1, row.instead)]
+    whisker = _line("whisker", x(row.interval[0]), y - 5, x(row.interval[1]), y - 5) if row.interval else ""
+    spoken = _spoken(row.label, row.value, row.interval, text)
+    drawn = f'<g class="a-{row.arm}">{spoken}{whisker}{_mark(row.arm, x(row.value), y - 5, row.hollow)}</g>'
+    return [label, drawn, _text(kind, WIDTH, y - 1, text(row.value))]
+
+
 def dots(
     rows: Sequence[Dot], text: Text, label: str, within: Sequence[float] = (), line_at: float | None = None
-) -> str:
-    """Values with whiskers, one under another.
+) -> Markup:
+    """Values with whiskers, one under another, the numbers beside them.
 
     Args:
         rows: from top to bottom.
-        text: a value in words, for the axis and the tooltips.
+        text: a value in words, for the axis, the numbers and the tooltips.
         within: values that the axis must hold at least.
         line_at: where to draw a line to compare with (0, or the teacher's value).
     """
     values = [v for row in rows for v in (row.value, *(row.interval or ())) if v is not None]
     values += [*within, *([] if line_at is None else [line_at])]
     scale = ticks(min(values), max(values))
-    height = sum(ROW if row.arm else HEADING for row in rows) + 26
+    height = sum(ROW if row.arm else HEADING for row in rows) + AXIS
 
     def x(value: float) -> float:
-        return LEFT + (value - scale[0]) / (scale[-1] - scale[0]) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - scale[0]) / (scale[-1] - scale[0]) * (WIDTH - LEFT - VALUES)
 
     parts = []
     for tick in scale:
@@ -105,62 +141,49 @@ def dots(
     y = 0.0
     for row in rows:
         y += ROW if row.arm else HEADING
-        if not row.arm:
-            parts.append(_text("heading", 0, y - 6, row.label))
-            continue
-        parts.append(_text("label end", LEFT - 9, y - 1, row.label))
-        if row.value is None:
-            parts.append(_text("label none", LEFT + 4, y - 1, row.instead))
-            continue
-        whisker = _line("whisker", x(row.interval[0]), y - 5, x(row.interval[1]), y - 5) if row.interval else ""
-        spoken = _spoken(row.label, row.value, row.interval, text)
-        parts.append(f'<g class="a-{row.arm}">{spoken}{whisker}{_mark(row.arm, x(row.value), y - 5, row.hollow)}</g>')
+        parts += _dot(row, y, x, text)
     return _svg(height, label, parts)
 
 
 def lines(
-    series: Sequence[tuple[str, str, Sequence[Point]]],
+    series: Sequence[Series],
     text: Text,
     label: str,
-    x_ticks: Sequence[tuple[float, str]],
+    x_ticks: Sequence[Tick],
     x_label: str,
     within: Sequence[float] = (),
     marks: bool = True,
-) -> str:
+) -> Markup:
     """Values against something, an arm a line.
 
     Args:
-        series: (arm, its name, points from left to right).
         text, within: see `dots`.
-        x_ticks: positions and their labels, at least two.
+        x_ticks: at least two.
     """
-    height, left, bottom, top = 190, 44, 34, 8
-    values = [v for *_, points in series for p in points for v in (p.y, *(p.interval or ()))] + list(within)
+    values = [v for one in series for p in one.points for v in (p.y, *(p.interval or ()))] + list(within)
     scale = ticks(min(values), max(values))
-    first, last = x_ticks[0][0], x_ticks[-1][0]
+    first, last = x_ticks[0].at, x_ticks[-1].at
     pad = 14 if marks else 0
 
     def x(value: float) -> float:
-        return left + pad + (value - first) / (last - first) * (WIDTH - left - RIGHT - 2 * pad)
+        return MARGIN + pad + (value - first) / (last - first) * (WIDTH - MARGIN - RIGHT - 2 * pad)
 
     def y(value: float) -> float:
-        return top + (scale[-1] - value) / (scale[-1] - scale[0]) * (height - top - bottom)
+        return TOP + (scale[-1] - value) / (scale[-1] - scale[0]) * (HEIGHT - TOP - BOTTOM)
 
     parts = []
     for tick in scale:
-        parts += [
-            _line("grid", left, y(tick), WIDTH - RIGHT, y(tick)),
-            _text("tick end", left - 6, y(tick) + 4, text(tick)),
-        ]
-    parts += [_text("tick mid", x(at), height - bottom + 15, name) for at, name in x_ticks]
-    parts.append(_text("tick mid", (left + WIDTH - RIGHT) / 2, height - 4, x_label))
-    for index, (arm, name, points) in enumerate(series):
+        parts.append(_line("grid", MARGIN, y(tick), WIDTH - RIGHT, y(tick)))
+        parts.append(_text("tick end", MARGIN - 6, y(tick) + 4, text(tick)))
+    parts += [_text("tick mid", x(tick.at), HEIGHT - BOTTOM + 15, tick.label) for tick in x_ticks]
+    parts.append(_text("tick mid", (MARGIN + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label))
+    for index, one in enumerate(series):
         shift = (index - (len(series) - 1) / 2) * 4 if marks else 0  # whiskers side by side, not on one another
-        places = [(x(p.x) + shift, y(p.y), p) for p in points]
-        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py, _ in places)
-        parts.append(f'<g class="a-{arm}"><path class="line" d="{path}"><title>{escape(name)}</title></path>')
-        for px, py, p in places if marks else ():
+        path = "M" + "L".join(f"{x(p.x) + shift:.1f} {y(p.y):.1f}" for p in one.points)
+        parts.append(f'<g class="a-{one.arm}"><path class="line" d="{path}"><title>{escape(one.name)}</title></path>')
+        for p in one.points if marks else ():
+            px = x(p.x) + shift
             whisker = _line("whisker", px, y(p.interval[0]), px, y(p.interval[1])) if p.interval else ""
-            parts.append(f"<g>{_spoken(name, p.y, p.interval, text)}{whisker}{_mark(arm, px, py)}</g>")
+            parts.append(f"<g>{_spoken(one.name, p.y, p.interval, text)}{whisker}{_mark(one.arm, px, y(p.y))}</g>")
         parts.append("</g>")
-    return _svg(height, label, parts)
+    return _svg(HEIGHT, label, parts)
