@@ -21,13 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from src.evaluation.evaluator import SECTION, EvaluateConfig, run_evaluation, shipped_profile
-from src.evaluation.report import console_tables, make_console
 from src.grading.graders import read_dataset
 from src.grading.rows import question_of
+from src.report.tables import make_console, print_summary
 from src.utils.common import logger, read_jsonl, run_cli
 from src.utils.config import build_config, profile_argument, read_profile, setting
 
-SHOWN = 6  # answers shown side by side
+SHOWN = 3  # answers shown side by side
 LIMIT = 400  # characters of a text shown
 
 
@@ -96,8 +96,7 @@ def _printable(text: str) -> str:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Answers side by side, then the tables and the verdict. Model-written text is shown as text, never as markup."""
-    console = make_console()
+    """A few answers side by side, then the summary. Model-written text is shown as text, never as markup."""
     data = Path(results["settings"]["data_dir"]) / "eval_dataset.jsonl"
     questions = {row["id"]: question_of(row) for row in read_dataset(data)}
     answers: dict[tuple, dict[str, dict[str, Any]]] = {}
@@ -109,12 +108,8 @@ def show(results: dict[str, Any]) -> None:
         cells = [f"{temperature:g}", questions[row_id]]
         cells += [f"[{arms[arm]['outcome']}] {arms[arm]['response']}" if arm in arms else "-" for arm in ("base", "kd")]
         table.add_row(*(Text(_printable(cell)) for cell in cells))
-    console.print(table)
-    for one in console_tables(results):
-        console.print(one)
-    console.print(results["verdict"], markup=False)
-    for name in ("results.json", "samples.jsonl", "report.md", "report.html"):
-        print(Path(results["output_dir"]) / name)
+    make_console().print(table)
+    print_summary(results, results["output_dir"])
 
 
 def main() -> None:

@@ -152,10 +152,8 @@ def test_sweep_generation_asks_both_for_the_same_answers(job, tmp_path):
              "kd": str(run / "final_model")}  # fmt: skip
     settings = {"data_dir": str(tmp_path), "mode": "quick", "temperatures": [0.0, 1.0], "num_samples": 2,
                 "max_new_tokens": 4, "allow_unsafe_execution": True}  # fmt: skip
-    job = {"settings": settings, "models": found, "merged": {"kd": str(tmp_path / "merged")}}
-    sweep_generation.measure("merge_kd", job)
+    job = {"settings": settings, "models": found}
     for arm in found:
         for what in ("sweep", "stage_1"):
             measured = sweep_generation.measure(f"{what}_{arm}", job)
             assert measured["answers"] == 3 * 2 * 2, (what, arm)
-            assert measured["tokens"] == pytest.approx(measured["tokens_per_second"] * measured["seconds"])

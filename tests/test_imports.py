@@ -1,4 +1,4 @@
-"""Imports point one way: scripts, tests -> evaluation, data -> grading, distillation -> utils."""
+"""Imports point one way: scripts, tests -> evaluation, data -> grading, distillation, report -> utils."""
 
 import ast
 from pathlib import Path
@@ -16,9 +16,11 @@ ALLOWED = {
     "src.distillation.loss_kernel": set(),
     "src.grading": {"src.grading", "src.utils"},
     "src.data": {"src.data", "src.grading", "src.utils"},
-    "src.evaluation": {"src.evaluation", "src.grading", "src.utils"} | {
+    "src.evaluation.verdict": set(),
+    "src.report": {"src.report", "src.utils", "src.evaluation.verdict", "src.evaluation.results_schema"},
+    "src.evaluation": {"src.evaluation", "src.grading", "src.report", "src.utils"} | {
         f"src.distillation.{name}"
-        for name in ("base", "sft", "losses", "lora", "heldout", "batching", "packing", "teacher")
+        for name in ("base", "engines", "heldout", "server", "sft")
     },
     "scripts": {"src"},
     "examples": {"src"},
@@ -91,18 +93,21 @@ def test_all_folders_are_walked():
         ("src.distillation.kd", "from src.grading.graders import grade"),
         ("src.distillation.kd", "from src.data import cleaning"),
         ("src.distillation.kd", "from src import data"),
-        ("src.distillation.kd", "def late():\n    from src.evaluation import report"),
-        ("src.distillation.kd", "from ..evaluation import report"),
+        ("src.distillation.kd", "def late():\n    from src.evaluation import results"),
+        ("src.distillation.kd", "from ..evaluation import results"),
         ("src.distillation.losses", "from src.utils.common import UserError"),
         ("src.data.sources", "from src.evaluation.verdict import headline"),
         ("src.grading.code", "from src.data.sources import gsm8k_rows"),
         ("src.data.sources", "from src.distillation.base import load_tokenizer"),
         ("src.distillation.kd", "from src.grading.numeric import find_number"),
-        ("src.data.cleaning", "from src.evaluation.report import write_markdown"),
-        ("src.evaluation.report", "from src.distillation.kd import run_kd_pipeline"),
-        ("src.evaluation.report", "from src.data.cleaning import clean"),
-        ("src.evaluation.report", "import scripts.one"),
-        ("src.evaluation.report", "from tests.conftest import SHARED"),
+        ("src.data.cleaning", "from src.report.page import write_reports"),
+        ("src.evaluation.evaluator", "from src.distillation.kd import run_kd_pipeline"),
+        ("src.evaluation.evaluator", "from src.data.cleaning import clean"),
+        ("src.evaluation.evaluator", "import scripts.one"),
+        ("src.evaluation.evaluator", "from tests.conftest import TinyModels"),
+        ("src.evaluation.verdict", "from src.report.tables import sections"),
+        ("src.report.page", "from src.evaluation.results import make_results"),
+        ("src.report.tables", "from src.grading.rows import OUTCOMES"),
         ("scripts.one", "from scripts.two import main"),
         ("scripts.one", "from scripts import two"),
         ("scripts.one", "import two"),
@@ -126,7 +131,8 @@ def test_the_walk_can_fail(module, source):
         ("src.evaluation.evaluator", "from src.distillation.sft import generate\nfrom src.distillation import base"),
         ("src.grading.graders", "from src.grading.numeric import find_number"),
         ("scripts.one", "import torch\nfrom src.distillation.kd import KDConfig\nimport twofold"),
-        ("tests.test_it", "from src.evaluation.report import write_markdown"),
+        ("src.report.page", "from src.evaluation.verdict import headline\nfrom src.report.tables import markdown"),
+        ("tests.test_it", "from src.report.page import write_reports"),
         ("benchmarks.kd_loss", "from benchmarks import harness\nfrom src.distillation.losses import kd_loss"),
     ],
 )

@@ -133,12 +133,13 @@ def test_killed_stages_end_as_uninterrupted_ones(profile, tmp_path, clean_rows, 
 
     flags = {n: ["--model_path", str(run[n]), "--sft_model_path", str(control[n])] for n in run}
     finish("evaluate_distillation", *whole, *flags["whole"])
-    samples = {name: folder / "evaluation" / "samples.jsonl" for name, folder in folders.items()}
-    for lines in (10, 100):
-        kill_when(samples["cut"], lines, "evaluate_distillation", *cut, *flags["cut"])
+    evaluation = folders["cut"] / "evaluation"
+    kill_when(evaluation / "answers.jsonl", 60, "evaluate_distillation", *cut, *flags["cut"])
+    for step in ("grade", "results", "report"):
+        kill_when(evaluation / f"step_{step}.json", 0, "evaluate_distillation", *cut, *flags["cut"])
     finish("evaluate_distillation", *cut, *flags["cut"])
-    keys = ("arm", "preset", "temperature", "id", "sample_index")
-    assert by_key(samples["cut"], *keys) == by_key(samples["whole"], *keys)
+    for name in ("answers.jsonl", "samples.jsonl"):
+        assert (evaluation / name).read_bytes() == (folders["whole"] / "evaluation" / name).read_bytes(), name
     sections = []
     for folder in folders.values():
         stored = read_json(folder / "evaluation" / "results.json")

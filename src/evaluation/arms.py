@@ -1,13 +1,8 @@
 """Which models an evaluation compares: the student before, the SFT control, the distilled student, the teacher."""
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from src.evaluation.results_schema import ARMS
 from src.utils.common import UserError, read_json
@@ -23,6 +18,7 @@ class Arms:
     base: str  # the student that the adapters sit on, whether or not it is an arm
     found: dict[str, str]
     missing: dict[str, str]
+    places: dict[str, str] = field(default_factory=dict)  # of all that there are, asked for or not
 
 
 def _finished_runs(root: Path, prefix: str, experiment: str) -> list[Path]:
@@ -113,19 +109,6 @@ def resolve_arms(config: "EvaluateConfig") -> Arms:
             )
         else:
             missing["sft"] = "no finished control of this experiment; run_improved_kd.py --alpha 0"
-    found = {arm: found[arm] for arm in ARMS if arm in found and arm in config.arms}
+    asked = {arm: found[arm] for arm in ARMS if arm in found and arm in config.arms}
     missing |= {arm: "not asked for" for arm in ARMS if arm not in config.arms}
-    return Arms(base, found, missing)
-
-
-@contextlib.contextmanager
-def use_arm(student: PreTrainedModel | PeftModel, arm: str) -> Iterator[None]:
-    """The student as one of its arms: `base` without an adapter, else with the adapter of that name."""
-    if not isinstance(student, PeftModel):
-        yield
-    elif arm == "base":
-        with student.disable_adapter():
-            yield
-    else:
-        student.set_adapter(arm)
-        yield
+    return Arms(base, asked, missing, found)

@@ -1,67 +1,61 @@
-"""Base, SFT control, distilled student and teacher on the same prompts and the same held-out text.
+"""Base, SFT control, distilled student and teacher on the same prompts: four steps, each made from the one before.
 
-Answers go to samples.jsonl and per-row sums to heldout.jsonl as they are made; results.json derives from those two.
+answers (answers.jsonl, the only step with models) -> grade (samples.jsonl) -> results (results.json, heldout.jsonl)
+-> report (report.md, report.html). A finished step is skipped; `--from STEP` does that step and the later ones again.
 """
 
 import contextlib
-import gc
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from src.distillation.base import (
-    causal_lm,
-    compute_dtype,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-    place,
-    prompt_text,
-    shared_vocabulary,
-)
-from src.distillation.batching import encode_pairs, read_clean
-from src.distillation.heldout import score_heldout
-from src.distillation.lora import load_adapters
-from src.distillation.packing import check_packing
-from src.distillation.sft import Sampling, generate, make_requests
-from src.distillation.teacher import model_reader
-from src.evaluation.arms import Arms, resolve_arms, run_of_model, use_arm
-from src.evaluation.report import write_reports
-from src.evaluation.results import make_results, run_files
+from src.distillation.base import model_fingerprint
+from src.distillation.engines import EngineSettings, make_engine
+from src.distillation.sft import Sampling
+from src.evaluation.answers import MODES, PRESETS, cells, generate_answers, select_rows, stored_rows
+from src.evaluation.arms import Arms, resolve_arms, run_of_model
+from src.evaluation.results import join_heldout, make_results, run_files
 from src.evaluation.results_schema import ARMS, SCHEMA_VERSION, read_results, write_results
 from src.grading.graders import grade_all, read_dataset
-from src.grading.rows import UNGRADED, Grade
+from src.grading.rows import UNGRADED, Row, family_of
 from src.grading.sandbox import Sandbox, open_sandbox
+from src.report.page import write_reports
 from src.utils.common import (
     ROOT,
     Progress,
     UserError,
-    append_jsonl,
     finish_stage,
     logger,
     provenance,
     read_json,
-    read_jsonl,
-    repair_jsonl_tail,
     require_disk,
     sha256_file,
     sha256_text,
     stage_state,
     start_stage,
+    write_jsonl,
 )
 from src.utils.config import read_profile, setting
 from src.utils.stages import hold
 
 SECTION = "evaluate_distillation"
-MODES = {"quick": 10, "medium": 50, "full": 350}
-PRESETS = {"raw": {"top_p": 1.0, "top_k": 0}, "recommended": {"top_p": 0.8, "top_k": 20}}
+MADE = {  # by each step
+    "answers": ("answers.jsonl",),
+    "grade": ("samples.jsonl",),
+    "results": ("results.json", "heldout.jsonl"),
+    "report": ("report.md", "report.html"),
+}
+STEPS = tuple(MADE)
+GRADED_AT_ONCE = 512  # answers between two signs of life
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(EngineSettings):
     data_dir: str = setting("data/processed", "where eval_dataset.jsonl is")
-    experiment_dir: str = setting("outputs/experiment/default", "held-out rows are in its folder sft/, runs beside it")
-    output_dir: str = setting("outputs/evaluation", "where samples, results and reports go")
+    experiment_dir: str = setting("outputs/experiment/default", "runs are beside it")
+    output_dir: str = setting("outputs/evaluation", "where answers, grades, results and reports go")
     model_path: str | None = setting(
         None, "RUN/final_model of the distilled student (default: the newest finished run)"
     )
@@ -74,140 +68,25 @@ class EvaluateConfig:
     presets: list[str] = setting(["recommended"], "raw (top_p 1, top_k 0) and / or recommended (0.8, 20)")
     num_samples: int = setting(1, "answers a prompt, temperature and preset")
     max_new_tokens: int = setting(768, "longest answer")
-    batch_size: int = setting(32, "rows in one forward pass")
-    packing: bool = setting(True, "score held-out rows packed end to end; --no_packing pads them")
-    heldout: bool = setting(True, "score the held-out teacher text (KL, NLL, top-1 agreement)")
-    max_length: int = setting(1024, "longest held-out row in tokens")
-    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
+    heldout: bool = setting(True, "take over the runs' measures of the held-out teacher text (KL, NLL, agreement)")
     student_devices: list[int] = setting([], "GPUs the student is spread over")
-    gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
-    lm_eval_tasks: list[str] = setting([], "tasks of lm-evaluation-harness (names or YAML files) for the student arms")
+    teacher_base_url: str = setting("", "openai: the teacher's server, where it is not that of the students")
+    teacher_server_command: str = setting("", "openai: the command that starts it")
     seed: int = setting(42, "every answer's seed is made from this, its row, temperature and preset")
     allow_unsafe_execution: bool = setting(False, "run code answers even where the host allows limits only")
-    overwrite: bool = setting(False, "evaluate again")
+    from_step: Literal["answers", "grade", "results", "report"] = setting(
+        "answers", "do this step and the later ones again, from the files of those before it", "from"
+    )
+    overwrite: bool = setting(False, "evaluate again, all four steps")
 
 
-def select_rows(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` rows, the sources taking turns, each in the order of its ids: quick is part of medium, medium of full."""
-    by_source: dict[str, list] = {}
-    for row in sorted(rows, key=lambda row: row["id"]):
-        by_source.setdefault(row["source"], []).append(row)
-    turns = [(turn, source, row) for source, own in by_source.items() for turn, row in enumerate(own)]
-    return [row for _, _, row in sorted(turns, key=lambda item: item[:2])[:count]]
-
-
-def _stored(path: Path) -> list[dict[str, Any]]:
-    repair_jsonl_tail(path)
-    return read_jsonl(path) if path.is_file() and path.stat().st_size else []
-
-
-def _sample_row(arm: str, row: dict[str, Any], answer: dict[str, Any], preset: str, prompt: str, result: Grade,
-                sandbox_level: str) -> dict[str, Any]:  # fmt: skip
-    return {
-        "arm": arm,
-        "id": row["id"],
-        "source": row["source"],
-        "domain": row["domain"],
-        "grader": row["grader"],
-        "prompt": row["prompt"],
-        "reference": row["reference"],
-        "temperature": answer["sampling"]["temperature"],
-        "preset": preset,
-        "sample_index": answer["sample_index"],
-        "seed": answer["seed"],
-        "sampling": answer["sampling"],
-        "prompt_sha256": sha256_text(prompt),
-        "response": answer["response"],
-        "finish_reason": answer["finish_reason"],
-        "num_tokens": answer["num_tokens"],
-        **asdict(result),
-        "sandbox_level": sandbox_level,
-    }
-
-
-@dataclass
-class Models:
-    """What the arms run on; the adapters of sft and kd sit on `student`."""
-
-    student: Any = None
-    student_tokenizer: Any = None
-    teacher: Any = None
-    teacher_tokenizer: Any = None
-
-
-def load_models(config: EvaluateConfig, arms: Arms) -> Models:
-    """The models of `arms.found`.
-
-    Raises:
-        UserError: one cannot be loaded or placed, or an adapter is for another student.
-    """
-    dtype, models, base = compute_dtype(), Models(), arms.base
-    if arms.found.keys() != {"teacher"}:
-        models.student_tokenizer = load_tokenizer(base, config.experiment_dir)
-        student = load_model(base, dtype, place(base, config.student_devices, dtype, config.gpu_memory_gb))
-        models.student = load_adapters(student, {arm: arms.found[arm] for arm in ("kd", "sft") if arm in arms.found})
-    if name := arms.found.get("teacher"):
-        models.teacher_tokenizer = load_tokenizer(name, config.experiment_dir)
-        models.teacher = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
-    return models
-
-
-def _score_heldout(config: EvaluateConfig, arms: Arms, models: Models, rows: list[dict[str, Any]], path: Path) -> None:
-    """Append the sums of the rows that heldout.jsonl lacks."""
-    names = [arm for arm in ("base", "sft", "kd") if arm in arms.found]
-    done = {(row["arm"], row["id"], row["sample_index"]) for row in _stored(path)}
-    tokenizers = (models.student_tokenizer, models.teacher_tokenizer)
-    pairs, _ = encode_pairs(rows, *tokenizers, config.max_length, "held-out rows")
-    todo = [p for p in pairs if not all((arm, p.student.id, p.student.sample_index) in done for arm in names)]
-    ours, theirs = [pair.student for pair in todo], [pair.teacher for pair in todo]
-    pad_id = models.student_tokenizer.pad_token_id
-    student, teacher = (model_reader(m, pad_id, config.packing) for m in (models.student, models.teacher))
-    vocab_size = shared_vocabulary(*tokenizers, student.vocab_size, teacher.vocab_size, ours, theirs)
-    if config.packing and todo:
-        check_packing(models.teacher, theirs, pad_id)
-        check_packing(models.student, ours, pad_id)
-    contexts = {arm: lambda arm=arm: use_arm(models.student, arm) for arm in names}
-    with Progress(len(todo), "held-out rows") as progress:
-        for part in score_heldout(student.cut(vocab_size), teacher.cut(vocab_size), todo, contexts):
-            append_jsonl(path, [row for row in part if (row["arm"], row["id"], row["sample_index"]) not in done])
-            progress.advance(len(part) // len(names))
-
-
-def cells(config: EvaluateConfig) -> list[tuple[str, float]]:
-    """Preset and temperature of every cell; greedy decoding is one cell, for no preset changes it."""
-    return [(p, t) for p in config.presets for t in config.temperatures if t or p == config.presets[0]]
-
-
-def generate_answers(config: EvaluateConfig, arms: Arms, models: Models, rows: list[dict[str, Any]], path: Path,
-                     sandbox: Sandbox) -> None:  # fmt: skip
-    """Append the graded answers that samples.jsonl lacks. All cells of an arm share its batches."""
-    done: dict[str, set] = {}
-    for row in _stored(path):
-        done.setdefault(row["arm"], set()).add((row["id"], row["sample_index"], row["seed"]))
-    by_id = {row["id"]: row for row in rows}
-    requests, samplings = [], []
-    for preset, temperature in cells(config):
-        # the seeds are the same for every arm: arms are compared on common random numbers
-        requests += make_requests(rows, config.num_samples, config.seed, f"{preset}/{temperature:g}")
-        sampling = Sampling(temperature, **PRESETS[preset], max_new_tokens=config.max_new_tokens)
-        samplings += [sampling] * (len(requests) - len(samplings))
-    preset_of = {tuple(fields.values()): preset for preset, fields in PRESETS.items()}
-    with Progress(len(arms.found) * len(requests), "graded answers", "answer") as progress:
-        for arm in arms.found:
-            stored = {r for r in requests if (r.id, r.sample_index, r.seed) in done.get(arm, ())}
-            progress.skip(len(stored))
-            tokenizer = models.teacher_tokenizer if arm == "teacher" else models.student_tokenizer
-            prompts = {r.id: prompt_text(tokenizer, r.messages) for r in requests}
-            model = models.teacher if arm == "teacher" else causal_lm(models.student)
-            with contextlib.nullcontext() if arm == "teacher" else use_arm(models.student, arm):
-                for part in generate(model, tokenizer, requests, samplings, config.batch_size, stored):
-                    grades = grade_all([(by_id[a["id"]], a["response"], a["finish_reason"]) for a in part], sandbox)
-                    presets = [preset_of[a["sampling"]["top_p"], a["sampling"]["top_k"]] for a in part]
-                    append_jsonl(path, [
-                        _sample_row(arm, by_id[a["id"]], a, preset, prompts[a["id"]], result, sandbox.used_level)
-                        for a, preset, result in zip(part, presets, grades, strict=True)
-                    ])  # fmt: skip
-                    progress.advance(len(part), arm=arm)
+# Where things are and how fast they go, which cannot change an answer: other values may finish what these began
+CONDUCT = {
+    "overwrite", "from_step", "output_dir", "data_dir", "experiment_dir", "model_path", "sft_model_path", "base",
+    "teacher", "heldout", "allow_unsafe_execution", "teacher_devices", "student_devices", "gpu_memory_gb", "base_url",
+    "server_command", "teacher_base_url", "teacher_server_command", "api_key_variable", "concurrency",
+    "request_timeout", "tries", "max_refused",
+}  # fmt: skip
 
 
 def shipped_profile(model_path: str | None = None) -> Path:
@@ -244,9 +123,20 @@ def _check(config: EvaluateConfig) -> None:
                 raise UserError(f"{name}: unknown {value!r}; there are {', '.join(known)}")
             if values.count(value) > 1:
                 raise UserError(f"{name}: {value} is named twice")
-    for name in ("num_samples", "batch_size", "max_new_tokens"):
+    for name in ("num_samples", "max_new_tokens", "batch_size"):  # what a batch holds can change an answer's rounding
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1")
+    if config.overwrite and config.from_step != "answers":
+        raise UserError(f"--overwrite makes all four steps again, --from {config.from_step} the later ones; say one")
+    if config.teacher_server_command and config.engine != "openai":
+        raise UserError(f"teacher_server_command: engine {config.engine} asks no server; say openai, or leave it out")
+    teacher_is_served = config.teacher_server_command or config.teacher_base_url
+    if config.server_command and "teacher" in config.arms and not teacher_is_served:
+        raise UserError(
+            "server_command starts the students' server; set teacher_server_command, or teacher_base_url where the "
+            "teacher's runs, or leave the teacher out of arms"
+        )
+    make_engine(config, config.base or "", [])  # complains about its settings
     for temperature in config.temperatures:
         Sampling(temperature)  # complains before anything is loaded or written
 
@@ -254,84 +144,253 @@ def _check(config: EvaluateConfig) -> None:
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate every arm; returns the content of results.json.
 
-    Writes `output_dir`/{samples,heldout}.jsonl, results.json and report.{md,html}. Killed and called again, it goes on
-    where it was; called again when finished, it returns what is there.
+    Killed and called again, it goes on where it was; called again when finished, it returns what is there.
 
     Raises:
         UserError: something the user must put right, or another process works on `output_dir`; the text says what.
     """
     _check(config)
-    arms = resolve_arms(config)
-    with hold(Path(config.output_dir), SECTION):
-        return _evaluate(config, arms)
+    folder, first = Path(config.output_dir), STEPS.index(config.from_step)
+    arms = resolve_arms(config) if first == 0 else None  # nothing is looked for that is not needed
+    with contextlib.ExitStack() as held:
+        # the last step first: every evaluation wants that lock, so that the second is refused before it touches a file
+        for step in reversed(STEPS[first:]):
+            held.enter_context(hold(folder, SECTION, step))
+        if arms is not None:
+            answer_step(config, folder, arms)
+        for step in STEPS[:first]:
+            _require(folder, step)
+        if first <= 1:
+            grade_step(config, folder, again=first == 1)
+        if first <= 2:
+            results_step(config, folder, again=first == 2)
+        report_step(folder, again=first == 3)
+        return read_results(folder / "results.json")
 
 
-def _evaluate(config: EvaluateConfig, arms: Arms) -> dict[str, Any]:
-    """`run_evaluation` of these arms, in a folder that is held."""
+def marker_of(folder: Path, step: str) -> Path:
+    """The file that says what a step was made from, and whether it is complete."""
+    return folder / f"step_{step}.json"
+
+
+def _require(folder: Path, step: str) -> None:
+    """Refuse to go on from a step that is not complete, or was made from another file than is there now.
+
+    Raises:
+        UserError: names the step and the way out.
+    """
+    marker = marker_of(folder, step)
+    made_from = {"grade": ("answers", "answers.jsonl"), "results": ("samples", "samples.jsonl")}
+    stored = read_json(marker) if marker.is_file() else {}
+    complete = stored.get("finished") and (folder / MADE[step][0]).is_file()
+    if complete and step in made_from:
+        name, file = made_from[step]
+        complete = stored["fingerprint"][name] == sha256_file(folder / file)
+    if not complete:
+        way_out = "run this without --from" if step == "answers" else f"run this with --from {step}"
+        raise UserError(f"{folder}: the step {step} is not complete, or its source has changed; {way_out}")
+
+
+def answered(folder: Path) -> dict[str, Any]:
+    """What the step `answers` left: its fingerprint, the arms, settings and provenance; empty before it began."""
+    path = marker_of(folder, "answers")
+    return read_json(path) if path.is_file() else {}
+
+
+def _discard(folder: Path, first: int) -> None:
+    """Delete what the steps from this one on have made: they are made from what is about to change."""
+    for step in STEPS[first:]:
+        for path in (marker_of(folder, step), *(folder / name for name in MADE[step])):
+            path.unlink(missing_ok=True)
+
+
+def answer_step(config: EvaluateConfig, folder: Path, arms: Arms) -> None:
+    """answers.jsonl: every arm's answers, as the engine gave them."""
+    rows = _chosen_rows(config)
+    asked = [[row["id"], row["system"], row["prompt"]] for row in rows]
+    settings = {name: value for name, value in asdict(config).items() if name not in CONDUCT}
+    if config.engine != "transformers":  # only there batches have a fixed make-up
+        del settings["batch_size"]
+    fingerprint = settings | {
+        "prompts": sha256_text(repr(asked)),
+        "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},
+    }
+    path, marker = folder / "answers.jsonl", marker_of(folder, "answers")
+    if config.overwrite:
+        _discard(folder, 0)
+    made = [path] if marker.is_file() else [folder / name for names in MADE.values() for name in names]
+    state = stage_state(marker, fingerprint, False, made)
+    if state == "done":
+        logger.info("%s is complete; no answers are generated", path)
+        return
+    facts = {name: value for name, value in answered(folder).items() if name not in ("finished", "fingerprint")}
+    if state == "fresh":
+        _discard(folder, 1)
+        shown = {"experiment": Path(config.experiment_dir).name, "data_dir": config.data_dir, "prompts": len(rows)}
+        facts = {"arms": arms.found, "missing_arms": arms.missing, "settings": shown | settings,
+                 "provenance": provenance()}  # fmt: skip
+    answers = len(rows) * len(arms.found) * len(cells(config)) * config.num_samples
+    require_disk(folder, answers * (4 * config.max_new_tokens + 2000), "the answers")
+    start_stage(marker, fingerprint, **facts)
+    path.touch()
+    for arm, why in arms.missing.items():
+        logger.info("arm %s: %s", arm, why)
+    generate_answers(config, arms, rows, path)
+    finish_stage(marker, fingerprint, **facts)
+
+
+def _chosen_rows(config: EvaluateConfig) -> list[Row]:
+    """The prompts of this mode, of those that a grader can judge."""
     data = Path(config.data_dir) / "eval_dataset.jsonl"
     rows = read_dataset(data)
     gradeable = [row for row in rows if row["grader"] != UNGRADED]
     if len(gradeable) < len(rows):
         logger.info("%s: %d rows have no grader; they count as held-out text only", data, len(rows) - len(gradeable))
-    chosen = select_rows(gradeable, MODES[config.mode])
-    heldout_file = Path(config.experiment_dir) / "sft" / "sft_eval_data_clean.jsonl"
-    with_heldout = config.heldout and "teacher" in arms.found and len(arms.found) > 1
-    heldout_rows = read_clean(heldout_file) if with_heldout else []
+    wanted = MODES[config.mode]
+    if len(gradeable) < wanted:
+        logger.info("%s asks for %d prompts, %s has %d: all are used", config.mode, wanted, data, len(gradeable))
+    return select_rows(gradeable, wanted)
 
-    ignored = {
-        "overwrite", "output_dir", "data_dir", "experiment_dir", "model_path", "sft_model_path", "base", "teacher",
-        "lm_eval_tasks",
-    }  # fmt: skip
-    settings = {name: value for name, value in asdict(config).items() if name not in ignored}
-    placement = {"teacher_devices", "student_devices", "gpu_memory_gb"}  # others may finish what these began
+
+def graders_sha256() -> str:
+    """A hash of the code that judges an answer."""
+    digest = hashlib.sha256()
+    source = Path(__file__).resolve().parents[1]
+    for path in [*sorted((source / "grading").glob("*.py")), source / "utils" / "answers.py"]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def grade_step(config: EvaluateConfig, folder: Path, again: bool = False) -> None:
+    """samples.jsonl: the answers with their grades, in an order of its own. No model, and no state but the sandbox."""
+    data = Path(config.data_dir) / "eval_dataset.jsonl"
+    answers, samples, marker = folder / "answers.jsonl", folder / "samples.jsonl", marker_of(folder, "grade")
     fingerprint = {
-        **{name: value for name, value in settings.items() if name not in placement},
-        "schema_version": SCHEMA_VERSION,
+        "answers": sha256_file(answers),
         "data": sha256_file(data),
-        "heldout_rows": sha256_file(heldout_file) if with_heldout else None,
-        "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},
+        "graders": graders_sha256(),
+        "allow_unsafe_execution": config.allow_unsafe_execution,
     }
-    folder = Path(config.output_dir)
-    samples_path, heldout_path, results_path = (folder / n for n in ("samples.jsonl", "heldout.jsonl", "results.json"))
-    reports = [folder / "report.md", folder / "report.html"]
-    outputs = [samples_path, results_path, *reports, *([heldout_path] if with_heldout else [])]
-    marker = folder / "evaluation.json"
-    if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
-        logger.info("%s is complete; nothing to do", folder)
-        return read_results(results_path)
-    answers = len(chosen) * len(arms.found) * len(cells(config)) * config.num_samples
-    require_disk(folder, answers * (4 * config.max_new_tokens + 2000), "the answers")
+    if stage_state(marker, fingerprint, again, [samples], "pass --from grade to grade again") == "done":
+        return
+    rows = {row["id"]: row for row in read_dataset(data)}
+    given = sorted(stored_rows(answers), key=_place)
+    for answer in given:
+        if answer["id"] not in rows or answer["prompt"] != rows[answer["id"]]["prompt"]:
+            raise UserError(
+                f"{answers}: row {answer['id']} is not in {data}, or has another prompt there; bring the file back "
+                "that was answered, or pass --overwrite to answer this one"
+            )
+    _discard(folder, 2)
     start_stage(marker, fingerprint)
-    samples_path.touch()
-    if len(chosen) < MODES[config.mode]:
-        logger.info(
-            "%s asks for %d prompts, %s has %d: all are used", config.mode, MODES[config.mode], data, len(chosen)
-        )
-    for arm, why in arms.missing.items():
-        logger.info("arm %s: %s", arm, why)
-
-    sandbox = open_sandbox(config.allow_unsafe_execution)
-    models = load_models(config, arms)
-    if heldout_rows:
-        _score_heldout(config, arms, models, heldout_rows, heldout_path)
-    generate_answers(config, arms, models, chosen, samples_path, sandbox)
-    del models
-    gc.collect()
-    context = {
-        "arms": arms.found,
-        "missing_arms": arms.missing,
-        **run_files(arms.found),
-        "settings": {
-            "experiment": Path(config.experiment_dir).name,
-            "data_dir": config.data_dir,
-            "prompts": len(chosen),
-            **settings,
-        },
-        "provenance": provenance(),
-    }
-    samples = _stored(samples_path)
-    results = make_results(samples, _stored(heldout_path) if with_heldout else [], context, config.seed)
-    write_results(results_path, results)
-    write_reports(folder, results, samples)
+    asked = {answer["id"] for answer in given}
+    has_code = any(rows[key]["grader"] == "python_tests" for key in asked)
+    sandbox = open_sandbox(config.allow_unsafe_execution) if has_code else Sandbox("none", "there is no code to run")
+    graded: list[dict[str, Any]] = []
+    with Progress(len(given), "grades", "answer") as progress:
+        for start in range(0, len(given), GRADED_AT_ONCE):
+            part = given[start : start + GRADED_AT_ONCE]
+            grades = grade_all([(rows[a["id"]], a["response"], a["finish_reason"]) for a in part], sandbox)
+            for answer, grade in zip(part, grades, strict=True):
+                level = {"sandbox_level": sandbox.used_level}
+                graded.append(_sample(answer, rows[answer["id"]]) | asdict(grade) | level)
+            progress.advance(len(part))
+    write_jsonl(samples, graded)
     finish_stage(marker, fingerprint)
-    return results
+
+
+def _place(answer: dict[str, Any]) -> tuple:
+    """Where an answer stands in samples.jsonl, whatever the order in which a server gave them."""
+    return (
+        ARMS.index(answer["arm"]), answer["id"], answer["preset"], answer["sampling"]["temperature"],
+        answer["sample_index"],
+    )  # fmt: skip
+
+
+def _sample(answer: dict[str, Any], row: Row) -> dict[str, Any]:
+    """An answer beside what was asked, without its grade."""
+    return {
+        "arm": answer["arm"],
+        "id": row["id"],
+        "source": row["source"],
+        "domain": row["domain"],
+        "family": family_of(row),
+        "grader": row["grader"],
+        "prompt": row["prompt"],
+        "reference": row["reference"],
+        "temperature": answer["sampling"]["temperature"],
+        "preset": answer["preset"],
+        "sample_index": answer["sample_index"],
+        "seed": answer["seed"],
+        "sampling": answer["sampling"],
+        "prompt_sha256": answer["prompt_sha256"],
+        "response": answer["response"],
+        "finish_reason": answer["finish_reason"],
+        "num_tokens": answer["num_tokens"],
+    }
+
+
+def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> None:
+    """results.json from the grades, and heldout.jsonl, which joins what the training runs measured."""
+    facts, samples = answered(folder), folder / "samples.jsonl"
+    runs = _measured_runs(facts) if config.heldout else {}
+    fingerprint = {
+        "samples": sha256_file(samples),
+        "heldout": {arm: sha256_file(run / "heldout.jsonl") for arm, run in runs.items()},
+        "training": sha256_text(json.dumps(run_files(facts["arms"]))),
+        "schema_version": SCHEMA_VERSION,
+    }
+    marker, results, joined = marker_of(folder, "results"), folder / "results.json", folder / "heldout.jsonl"
+    outputs = [results, *([joined] if runs else [])]
+    if stage_state(marker, fingerprint, again, outputs, "pass --from results to make them again") == "done":
+        return
+    heldout: list[dict[str, Any]] = []
+    if runs:
+        families = {row["id"]: family_of(row) for row in read_dataset(Path(config.data_dir) / "eval_dataset.jsonl")}
+        heldout = [row for row in join_heldout(runs, families) if row["arm"] in facts["arms"]]
+    _discard(folder, 3)
+    joined.unlink(missing_ok=True)  # of results that were made with it
+    start_stage(marker, fingerprint)
+    if runs:
+        write_jsonl(joined, heldout)
+    context = {name: facts[name] for name in ("arms", "missing_arms", "settings", "provenance")}
+    context |= run_files(facts["arms"])
+    write_results(results, make_results(stored_rows(samples), heldout, context, facts["settings"]["seed"]))
+    finish_stage(marker, fingerprint)
+
+
+def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
+    """The runs of the trained arms that have measured the held-out text, with the student and teacher of this
+    evaluation (`--base` and `--teacher` may have named others)."""
+    models, runs = facts["fingerprint"]["models"], {}
+    for arm in ("kd", "sft"):
+        if arm not in facts["arms"]:
+            continue
+        run, why = Path(facts["arms"][arm]).parent, ""
+        if not (run / "heldout.jsonl").is_file():
+            why = "there is no heldout.jsonl"
+        else:
+            measured = read_json(run / "kd_config.json")["fingerprint"]
+            for own, name in (("base", "student"), ("teacher", "teacher")):
+                if own in models and models[own] != measured.get(name):
+                    why = f"it was measured with another {name}"
+        if why:
+            logger.info("%s: %s; closeness to the teacher is not shown for %s", run, why, arm)
+        else:
+            runs[arm] = run
+    return runs
+
+
+def report_step(folder: Path, again: bool = False) -> None:
+    """report.md and report.html, drawn from results.json and samples.jsonl."""
+    results, samples = folder / "results.json", folder / "samples.jsonl"
+    for needed in (results, samples):
+        if not needed.is_file():
+            raise UserError(f"{needed}: no such file; run this without --from report")
+    fingerprint = {"results": sha256_file(results), "samples": sha256_file(samples)}
+    marker, outputs = marker_of(folder, "report"), [folder / name for name in MADE["report"]]
+    if stage_state(marker, fingerprint, again, outputs, "pass --from report to draw it again") == "done":
+        return
+    start_stage(marker, fingerprint)
+    write_reports(folder, read_results(results), stored_rows(samples))
+    finish_stage(marker, fingerprint)

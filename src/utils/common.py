@@ -328,17 +328,27 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refuse_mismatch(where: str | Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+OVERWRITE = "pass --overwrite to replace it, or name another folder"
+
+
+def refuse_mismatch(
+    where: str | Path, stored: dict[str, Any], wanted: dict[str, Any], way_out: str = OVERWRITE
+) -> None:
     """Raise a UserError that names the first field in which two fingerprints differ."""
     for key in sorted(stored.keys() | wanted.keys()):
         if stored.get(key) != wanted.get(key):
             raise UserError(
-                f"{where} was made with {key} = {stored.get(key)!r}, this run has {wanted.get(key)!r}; "
-                "pass --overwrite to replace it, or name another folder"
+                f"{where} was made with {key} = {stored.get(key)!r}, this run has {wanted.get(key)!r}; {way_out}"
             )
 
 
-def stage_state(marker: str | Path, fingerprint: dict[str, Any], overwrite: bool, outputs: Iterable[Path] = ()) -> str:
+def stage_state(
+    marker: str | Path,
+    fingerprint: dict[str, Any],
+    overwrite: bool,
+    outputs: Iterable[Path] = (),
+    way_out: str = OVERWRITE,
+) -> str:
     """Decide what a stage has to do, from the fingerprint an earlier run left in `marker`.
 
     Returns:
@@ -365,12 +375,12 @@ def stage_state(marker: str | Path, fingerprint: dict[str, Any], overwrite: bool
                     output.unlink(missing_ok=True)
         return "fresh"
     stored = read_json(marker)
-    refuse_mismatch(marker.parent, stored.get("fingerprint", {}), fingerprint)
+    refuse_mismatch(marker.parent, stored.get("fingerprint", {}), fingerprint, way_out)
     return "done" if stored.get("finished") and all(output.exists() for output in outputs) else "resume"
 
 
-def start_stage(marker: str | Path, fingerprint: dict[str, Any]) -> None:
-    write_json(marker, {"finished": False, "fingerprint": fingerprint})
+def start_stage(marker: str | Path, fingerprint: dict[str, Any], **facts: Any) -> None:
+    write_json(marker, {"finished": False, "fingerprint": fingerprint, **facts})
 
 
 def finish_stage(marker: str | Path, fingerprint: dict[str, Any], **facts: Any) -> None:
@@ -511,5 +521,6 @@ def run_cli(main: Callable[[], None]) -> None:
               file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        again = "run the same command again" + (" without --overwrite" if "--overwrite" in sys.argv else "")
+        print(f"interrupted; {again} to continue", file=sys.stderr)
         sys.exit(130)

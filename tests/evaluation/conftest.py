@@ -1,5 +1,6 @@
 """Evaluations of tiny models, and made-up ones: answers, held-out rows and curves as the stages leave them."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from src.distillation.heldout import tokens_by_position
-from src.distillation.sft import ENGINE
-from src.evaluation import evaluator
+from src.distillation.sft import ENGINE, answer_row
+from src.evaluation import answers
 from src.evaluation.evaluator import EvaluateConfig, run_evaluation
 from src.evaluation.results_schema import ARMS
 from src.utils.common import write_jsonl
@@ -146,21 +147,21 @@ def copied(trained, tmp_path) -> Path:
 def scripted(monkeypatch, tmp_path):
     """Every arm says the right thing in the asked-for form; code that is run outside a sandbox leaves a file `ran`."""
 
-    def generate(model, tokenizer, requests, sampling, batch_size, done=frozenset()):
-        for request, own in zip(requests, sampling, strict=True):
-            kind, number = request.id.split("-")
-            leave = f"try: open({str(tmp_path / 'ran')!r}, 'w')\nexcept OSError: pass"
-            code = f"{leave}\ndef f():\n    return {int(number)}"
-            response = {
-                "sums": f"#### {int(number)}",
-                "functions": f"```python\n{code}\n```",
-                "incidents": "Root cause: disk full",
-            }[kind]
-            if request not in done:
-                yield [{
-                    "id": request.id, "sample_index": request.sample_index, "prompt": request.prompt,
-                    "response": response, "finish_reason": "stop", "num_tokens": 5, "engine": ENGINE,
-                    "sampling": vars(own), "seed": request.seed,
-                }]  # fmt: skip
+    @contextlib.contextmanager
+    def opened(engine):
+        def generate(requests, done):
+            for request in requests:
+                kind, number = request.id.split("-")
+                leave = f"try: open({str(tmp_path / 'ran')!r}, 'w')\nexcept OSError: pass"
+                code = f"{leave}\ndef f():\n    return {int(number)}"
+                response = {
+                    "sums": f"#### {int(number)}",
+                    "functions": f"```python\n{code}\n```",
+                    "incidents": "Root cause: disk full",
+                }[kind]
+                if request not in done:
+                    yield [answer_row(request, ENGINE, response, "stop", 5)]
 
-    monkeypatch.setattr(evaluator, "generate", generate)
+        yield generate
+
+    monkeypatch.setattr(answers, "opened", opened)

@@ -1,78 +1,198 @@
 """An interruption changes nothing; a folder takes one evaluation."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from src.evaluation import evaluator
-from src.evaluation.evaluator import EvaluateConfig, run_evaluation
+from src.evaluation import answers, evaluator
+from src.evaluation.evaluator import STEPS, EvaluateConfig, marker_of, run_evaluation
 from src.utils.common import read_json, read_jsonl, write_jsonl
+from src.utils.stages import hold
 from tests.evaluation.tiny import config_for, eval_rows, refused
-from tests.reading import as_set
 
 
-def interrupted(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Evaluate until `after` answers are graded."""
-    calls, real = [], evaluator.grade_all
+def interrupted(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str,
+                calls: int = 0) -> None:  # fmt: skip
+    """Evaluate until `module.name` has been called so many times: then the process is as good as killed."""
+    seen, real = [], getattr(module, name)
 
-    def stop(answers, *rest):
-        calls.extend(answers)
-        if len(calls) > after:
+    def stop(*arguments, **named):
+        seen.append(arguments)
+        if len(seen) > calls:
             raise KeyboardInterrupt
-        return real(answers, *rest)
+        return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator, "grade_all", stop)
+        patch.setattr(module, name, stop)
         with pytest.raises(KeyboardInterrupt):
             run_evaluation(config)
 
 
-def test_an_interrupted_evaluation_ends_as_an_uninterrupted_one(evaluated, tmp_path, monkeypatch):
+def same_but_for_provenance(folder: Path, other: Path) -> None:
+    """Every file of two evaluations has the same bytes; results.json also says when and by what command."""
+    for name in ("answers.jsonl", "samples.jsonl", "heldout.jsonl", "report.md"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    ours, theirs = (read_json(one / "results.json") | {"provenance": {}} for one in (folder, other))
+    assert ours == theirs
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "calls", "complete"),
+    [
+        (answers, "append_jsonl", 7, []),
+        (evaluator, "grade_all", 0, ["answers"]),
+        (evaluator, "write_jsonl", 0, ["answers"]),
+        (evaluator, "write_results", 0, ["answers", "grade"]),
+        (evaluator, "write_reports", 0, ["answers", "grade", "results"]),
+        (evaluator, "finish_stage", 2, ["answers", "grade", "results"]),
+    ],
+    ids=["answers", "grade", "grades unwritten", "results", "report", "report unmarked"],
+)
+def test_an_evaluation_that_was_killed_ends_as_one_that_was_not(
+    evaluated, tmp_path, monkeypatch, module, name, calls, complete
+):
     whole, results = evaluated
     config = replace(whole, output_dir=str(tmp_path / "out"))
-    interrupted(config, monkeypatch, after=30)
-    assert not (tmp_path / "out" / "results.json").exists()
+    if complete:  # the answers are there already
+        (tmp_path / "out").mkdir()
+        for file in ("answers.jsonl", "step_answers.json"):
+            shutil.copy(Path(whole.output_dir) / file, tmp_path / "out" / file)
+    interrupted(config, monkeypatch, module, name, calls)
+    for step in STEPS:
+        marker = marker_of(tmp_path / "out", step)
+        assert (marker.is_file() and read_json(marker)["finished"]) == (step in complete), step
     again = run_evaluation(config)
-    for name in ("samples", "heldout"):
-        assert as_set(tmp_path / "out" / f"{name}.jsonl") == as_set(Path(whole.output_dir) / f"{name}.jsonl")
     assert again["graded"] == results["graded"]
-    assert again["verdict"] == results["verdict"]
+    same_but_for_provenance(tmp_path / "out", Path(whole.output_dir))
 
 
 def test_a_torn_line_is_cut_and_its_answer_given_again(evaluated, tmp_path):
+    whole, _ = evaluated
+    shutil.copytree(whole.output_dir, tmp_path / "out")
+    path = tmp_path / "out" / "answers.jsonl"
+    kept = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(kept[:46]) + kept[46][:60])
+    marker = marker_of(tmp_path / "out", "answers")
+    marker.write_text(json.dumps(read_json(marker) | {"finished": False}))
+    run_evaluation(replace(whole, output_dir=str(tmp_path / "out")))
+    same_but_for_provenance(tmp_path / "out", Path(whole.output_dir))
+
+
+@pytest.mark.parametrize("lost", ["report.html", "results.json", "samples.jsonl"])
+def test_what_is_missing_is_made_again_without_a_model(evaluated, tmp_path, monkeypatch, lost):
+    whole, _ = evaluated
+    shutil.copytree(whole.output_dir, tmp_path / "out")
+    (tmp_path / "out" / lost).unlink()
+    monkeypatch.setattr(answers, "opened", lambda *_: pytest.fail("a model was loaded"))
+    run_evaluation(replace(whole, output_dir=str(tmp_path / "out")))
+    for name in ("samples.jsonl", "results.json", "report.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (Path(whole.output_dir) / name).read_bytes()
+
+
+def test_a_changed_grader_grades_again_on_demand(evaluated, tmp_path, monkeypatch):
+    """The same command says so; `--from grade` needs neither the models nor the runs' adapters."""
     whole, results = evaluated
     shutil.copytree(whole.output_dir, tmp_path / "out")
     config = replace(whole, output_dir=str(tmp_path / "out"))
-    for name, lines in (("samples", 47), ("heldout", 18)):
-        path = tmp_path / "out" / f"{name}.jsonl"
-        kept = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(b"".join(kept[: lines - 1]) + kept[lines - 1][:60])
-    (tmp_path / "out" / "results.json").unlink()
-    marker = tmp_path / "out" / "evaluation.json"
-    marker.write_text(json.dumps(read_json(marker) | {"finished": False}))
-    assert run_evaluation(config)["graded"] == results["graded"]
-    assert as_set(tmp_path / "out" / "samples.jsonl") == as_set(Path(whole.output_dir) / "samples.jsonl")
-    assert len(read_jsonl(tmp_path / "out" / "heldout.jsonl")) == 18
+    monkeypatch.setattr(evaluator, "graders_sha256", lambda: "another")
+    monkeypatch.setattr(answers, "opened", lambda *_: pytest.fail("a model was loaded"))
+    refused(config, "was made with graders = .* this run has 'another'; pass --from grade to grade again")
+    monkeypatch.setattr(evaluator, "resolve_arms", lambda *_: pytest.fail("the arms were looked for"))
+    assert run_evaluation(replace(config, from_step="grade"))["graded"] == results["graded"]
+    for step in ("results", "report"):
+        assert run_evaluation(replace(config, from_step=step))["graded"] == results["graded"]
+    same_but_for_provenance(tmp_path / "out", Path(whole.output_dir))
 
 
-def test_a_held_out_row_that_is_too_long_does_not_stop_a_resumed_evaluation(
-    copied, tmp_path, scripted, monkeypatch, clean_rows, write_sft
-):
-    rows = clean_rows(30, start=100)
-    rows[0]["messages"][1]["content"] = "long " * 100
-    write_sft(copied / "tiny", clean_rows(24), rows)
-    config = config_for(copied, tmp_path / "out")
-    interrupted(config, monkeypatch, after=0)
-    assert run_evaluation(config)["heldout"]["rows"] == 29
+def test_from_a_step_wants_those_before_it(trained, tmp_path, evaluated):
+    config = config_for(trained, tmp_path / "out", from_step="grade")
+    refused(config, "the step answers is not complete, or its source has changed; run this without --from")
+    refused(replace(config, overwrite=True), "--overwrite makes all four steps again, --from grade the later ones")
+    whole, _ = evaluated
+    shutil.copytree(whole.output_dir, tmp_path / "cut")
+    (tmp_path / "cut" / "results.json").unlink()
+    refused(replace(whole, output_dir=str(tmp_path / "cut"), from_step="report"), "the step results is not complete")
+
+
+def test_results_are_not_made_of_grades_of_other_answers(evaluated, tmp_path):
+    whole, _ = evaluated
+    shutil.copytree(whole.output_dir, tmp_path / "out")
+    path = tmp_path / "out" / "answers.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[::-1]))
+    config = replace(whole, output_dir=str(tmp_path / "out"), from_step="results")
+    refused(config, "the step grade is not complete, or its source has changed; run this with --from grade")
+
+
+def test_a_regrading_that_was_killed_goes_on(evaluated, tmp_path, monkeypatch):
+    whole, _ = evaluated
+    shutil.copytree(whole.output_dir, tmp_path / "out")
+    config = replace(whole, output_dir=str(tmp_path / "out"))
+    interrupted(replace(config, from_step="grade"), monkeypatch, evaluator, "write_jsonl")
+    refused(replace(config, from_step="results"), "the step grade is not complete")
+    run_evaluation(config)
+    same_but_for_provenance(tmp_path / "out", Path(whole.output_dir))
+
+
+def test_held_out_numbers_come_and_go_with_the_setting(evaluated, tmp_path):
+    whole, results = evaluated
+    shutil.copytree(whole.output_dir, tmp_path / "out")
+    config = replace(whole, output_dir=str(tmp_path / "out"), from_step="results")
+    assert "heldout" not in run_evaluation(replace(config, heldout=False))
+    assert not (tmp_path / "out" / "heldout.jsonl").exists()
+    assert run_evaluation(config)["heldout"] == results["heldout"]
+
+
+def test_held_out_numbers_of_other_models_are_not_taken(copied, tmp_path, scripted, tiny_student, save_model,
+                                                       make_model, make_tokenizer):  # fmt: skip
+    other = save_model(tmp_path / "other", make_model(seed=9), make_tokenizer())
+    results = run_evaluation(config_for(copied, tmp_path / "out", base=other, arms=["base", "kd"]))
+    assert "heldout" not in results
+    assert "was not measured" in results["verdict"]
+
+
+def test_answers_to_other_prompts_are_not_graded(copied, tmp_path, scripted):
+    config = config_for(copied, tmp_path / "out", heldout=False)
+    run_evaluation(config)
+    data = copied / "data" / "eval_dataset.jsonl"
+    rows = read_jsonl(data)
+    write_jsonl(data, [row | {"prompt": f"{row['prompt']} Please."} for row in rows])
+    refused(replace(config, from_step="grade"), "is not in .*, or has another prompt there; bring the file back")
+    write_jsonl(data, [row | {"reference": "7"} if row["grader"] == "numeric" else row for row in rows])
+    graded = run_evaluation(replace(config, from_step="grade"))["graded"]
+    maths = [score for score in graded["scores"] if score["domain"] == "maths"]
+    assert all(score["outcomes"]["wrong"] == score["answers"] > 0 for score in maths)
+
+
+@pytest.mark.parametrize(("held", "from_step"), [("answers", "answers"), ("report", "answers"), ("grade", "grade")])
+def test_a_second_evaluation_of_a_folder_is_refused_by_name(evaluated, tmp_path, held, from_step):
+    whole, _ = evaluated
+    shutil.copytree(whole.output_dir, tmp_path / "out")
+    config = replace(whole, output_dir=str(tmp_path / "out"), from_step=from_step)
+    with hold(tmp_path / "out", "the first", held):
+        refused(config, rf"out: the first \(process {os.getpid()} on ")
+
+
+def test_an_evaluation_of_an_earlier_version_is_not_touched(trained, tmp_path, scripted):
+    """Its samples.jsonl stood for the answers and their grades."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples.jsonl").write_text("{}\n")
+    config = config_for(trained, tmp_path / "out", heldout=False)
+    refused(config, "samples.jsonl is there but was not made by this stage; move it away or pass --overwrite")
+    assert (tmp_path / "out" / "samples.jsonl").read_text() == "{}\n"
+    run_evaluation(replace(config, overwrite=True))
 
 
 def test_a_finished_evaluation_is_returned(evaluated, monkeypatch):
     config, results = evaluated
-    monkeypatch.setattr(evaluator, "load_model", lambda *_: pytest.fail("evaluated again"))
+    monkeypatch.setattr(answers, "opened", lambda *_: pytest.fail("evaluated again"))
     assert run_evaluation(config) == json.loads(json.dumps(results))
 
 
@@ -101,7 +221,7 @@ def test_other_prompts_in_the_same_folder_are_refused(trained, tmp_path, scripte
     config = config_for(trained, tmp_path / "out", heldout=False)
     run_evaluation(config)
     write_jsonl(tmp_path / "data" / "eval_dataset.jsonl", eval_rows()[:-1])
-    refused(replace(config, data_dir=str(tmp_path / "data")), "was made with data = ")
+    refused(replace(config, data_dir=str(tmp_path / "data")), "was made with prompts = ")
 
 
 def test_overwrite_evaluates_again(trained, tmp_path, scripted):

@@ -1,25 +1,17 @@
-"""The commands of the evaluation, from flags to files, and the outside judge."""
+"""The commands of the evaluation, from flags to files."""
 
-import contextlib
 import importlib.util
 import json
-import math
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
 
-from src.distillation.base import prompt_text
 from src.evaluation import evaluator
-from src.evaluation.evaluator import EvaluateConfig, resolve_arms
-from src.evaluation.outside import judge_outside
 from src.evaluation.results_schema import ARMS
 from src.utils import common
-from src.utils.common import ROOT, UserError, read_json, read_jsonl, write_jsonl
-from tests.evaluation.tiny import config_for, run_of
+from src.utils.common import ROOT, UserError, read_json
+from tests.evaluation.tiny import run_of
 
 
 def load_script(name: str):
@@ -49,7 +41,7 @@ def shipped(trained, tmp_path, monkeypatch) -> Path:
     (tmp_path / "configs").mkdir()
     for name, root in (("tiny", trained), ("zz_other", tmp_path)):
         folders = {"data_dir": str(root / "data"), "experiment_dir": str(root / name)}
-        own = {"mode": "quick", "temperatures": [0.1, 1.2], "max_new_tokens": 8, "max_length": 256}
+        own = {"mode": "quick", "temperatures": [0.1, 1.2], "max_new_tokens": 8}
         (tmp_path / "configs" / f"{name}.yaml").write_text(json.dumps(folders | {"evaluate_distillation": own}))
     monkeypatch.setattr(evaluator, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -88,86 +80,3 @@ def test_test_model_compares_at_one_temperature(trained, shipped, scripted, mode
     assert stored == {name: value for name, value in results.items() if name != "output_dir"}
     with pytest.raises(UserError, match="mode"):
         load_script("test_kd_inference_v2.py").test_model(mode="hasty")
-
-
-@pytest.fixture
-def task_file(tmp_path, monkeypatch) -> Path:
-    """A task of lm-evaluation-harness: a YAML file and its rows."""
-    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(5)]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    task = {
-        "task": "tiny_sums", "dataset_path": "json", "test_split": "test", "output_type": "loglikelihood",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
-        "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "target_delimiter": "",
-        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
-    }  # fmt: skip
-    (tmp_path / "tiny_sums.yaml").write_text(json.dumps(task))
-    return tmp_path / "tiny_sums.yaml"
-
-
-def evaluate_script(config: EvaluateConfig, monkeypatch, *arguments: object) -> int:
-    said = [f"--{name}={getattr(config, name)}" for name in ("data_dir", "experiment_dir", "output_dir", "mode")]
-    return run_script(monkeypatch, *said, "--no_heldout", "--temperatures", "0.7", *arguments)
-
-
-def test_the_harness_judges_the_student_with_its_adapter(trained, tmp_path, scripted, monkeypatch, task_file):
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-dev.txt)")
-    config = config_for(trained, tmp_path / "out")
-    arguments = ("--arms", "base", "kd", "--lm_eval_tasks", task_file)
-    assert evaluate_script(config, monkeypatch, *arguments) == 0
-    found = {arm: read_json(tmp_path / "out" / f"lm_eval_{arm}.json") for arm in ("base", "kd")}
-    arms = resolve_arms(config)
-    tokenizer = AutoTokenizer.from_pretrained(arms.base)
-    kd = AutoPeftModelForCausalLM.from_pretrained(arms.found["kd"]).eval()
-    losses = {}
-    for arm, context in (("base", kd.disable_adapter()), ("kd", contextlib.nullcontext())):
-        with torch.no_grad(), context:
-            own = []
-            for row in read_jsonl(tmp_path / "rows.jsonl"):
-                prompt = prompt_text(tokenizer, [{"role": "user", "content": row["question"]}])
-                asked = prompt.rstrip()  # the harness scores the blanks at the end of a prompt with the answer
-                asked, said = (tokenizer(t)["input_ids"] for t in (asked, prompt[len(asked) :] + row["answer"]))
-                logits = kd(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1].float()
-                logits = logits[:, : len(tokenizer)] if arm == "kd" else logits  # it cuts padded columns of adapters
-                own.append(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum").item())
-        losses[arm] = math.log(found[arm]["results"]["tiny_sums"]["perplexity,none"])
-        assert losses[arm] == pytest.approx(sum(own) / 5, rel=0.02), "the harness computes in bf16 where it can"
-        assert found[arm]["settings"]["apply_chat_template"] is True
-        assert found[arm]["configs"]["tiny_sums"]["output_type"] == "loglikelihood"
-    assert losses["kd"] < 0.95 * losses["base"]
-    assert found["kd"]["settings"]["model_args"]["peft"] == arms.found["kd"]
-
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("lm_eval_*.json")}
-    assert evaluate_script(config, monkeypatch, *arguments) == 0, "a finished evaluation and its judge are left alone"
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    task_file.write_text(task_file.read_text().replace("{{question}}", "Say {{question}}"))
-    assert evaluate_script(config, monkeypatch, *arguments) == 2
-
-
-def test_a_task_that_cannot_be_run_is_one_line(trained, tmp_path, task_file):
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-dev.txt)")
-    (tmp_path / "rows.jsonl").unlink()
-    with pytest.raises(
-        UserError, match=r"lm-evaluation-harness cannot run .*tiny_sums\.yaml: FileNotFoundError"
-    ) as error:
-        judge_outside(config_for(trained, tmp_path / "out", lm_eval_tasks=[str(task_file)], arms=["kd"]))
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("installed", "task", "words"),
-    [
-        (False, "arc_easy", "--lm_eval_tasks needs lm-evaluation-harness; pip install lm_eval"),
-        (True, "arc_eazy", "no task and no YAML file 'arc_eazy'; did you mean arc_easy?"),
-    ],
-)
-def test_the_harness_is_looked_for_first(trained, tmp_path, monkeypatch, capsys, installed, task, words):
-    if installed:
-        pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-dev.txt)")
-    else:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert evaluate_script(config_for(trained, tmp_path / "out"), monkeypatch, "--lm_eval_tasks", task) == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert words in line
-    assert not (tmp_path / "out").exists()

@@ -10,23 +10,23 @@ import pytest
 from src.distillation.heldout import tokens_by_position
 from src.evaluation import evaluator
 from src.evaluation.evaluator import MODES, run_evaluation, select_rows
-from src.evaluation.report import write_reports
-from src.evaluation.results import CONTEXT, heldout_section, make_results, rebuild
-from src.evaluation.results_schema import ARMS, SCHEMA_VERSION, write_results
-from src.evaluation.verdict import NO_CONTROL
+from src.evaluation.results import CONTEXT, heldout_section, make_results
+from src.evaluation.results_schema import ARMS, SCHEMA_VERSION
+from src.evaluation.verdict import NO_CONTROL, sentences
 from src.grading.rows import OUTCOMES
 from src.grading.sandbox import Sandbox
+from src.report.page import write_reports
 from src.utils.common import ROOT, read_json, read_jsonl, write_jsonl
 from tests.evaluation.tiny import config_for, refused, run_of, stored
 
 SAMPLE_FIELDS = {
-    "arm", "id", "source", "domain", "grader", "prompt", "reference", "temperature", "preset", "sample_index", "seed",
-    "sampling", "prompt_sha256", "response", "finish_reason", "num_tokens", "extracted", "outcome", "strict", "score",
-    "sandbox_level",
+    "arm", "id", "source", "domain", "family", "grader", "prompt", "reference", "temperature", "preset", "sample_index",
+    "seed", "sampling", "prompt_sha256", "response", "finish_reason", "num_tokens", "extracted", "outcome", "strict",
+    "score", "sandbox_level",
 }  # fmt: skip
 HELDOUT_FIELDS = {
     "arm", "id", "sample_index", "num_tokens", "kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum",
-    "acceptance_sum", "kl_by_position", "agreement_by_position",
+    "acceptance_sum", "kl_by_position", "agreement_by_position", "family",
 }  # fmt: skip
 
 
@@ -67,14 +67,11 @@ def test_held_out_rows_are_scored_for_every_student_arm(evaluated):
 
 
 def test_the_held_out_numbers_are_those_of_training(trained, evaluated):
-    """Two ways to one number: the evaluation loads the adapter from disk, training had it in memory.
-
-    The evaluation computes in bf16 where the processor does, this training in fp32.
-    """
+    """One number for one quantity: the evaluation takes over what the runs measured."""
     _, results = evaluated
     run = read_json(run_of(trained) / "kd_results.json")
     for arm, name in (("base", "before"), ("kd", "after"), ("teacher", "teacher")):
-        assert results["heldout"]["arms"][arm] == pytest.approx(run[name], rel=5e-3, abs=1e-6)
+        assert results["heldout"]["arms"][arm] == pytest.approx(run[name], rel=1e-12)
     assert results["training"]["kd"] == run
     assert results["training"]["sft"]["arm"] == "sft"
 
@@ -89,8 +86,8 @@ def test_the_distilled_student_is_closer_to_the_teacher(evaluated):
     low, high = difference["interval"]
     assert low <= difference["difference"] <= high < 0
     assert 0 < results["heldout"]["gap_recovered"]["kd"]["kl_to_teacher"]["value"] < 1
-    assert "the distilled student against the untrained student: closer" in results["verdict"]
-    assert "against its SFT control" in results["verdict"]
+    assert "it is closer to its teacher than before" in results["verdict"]
+    assert "Distilled against SFT: " in results["verdict"]
     assert "a claim that distillation beats SFT needs several" in results["verdict"]
     assert NO_CONTROL not in results["verdict"].lower()
 
@@ -110,14 +107,13 @@ def test_rows_are_the_sum_of_outcomes(evaluated):
         assert low <= comparison["difference"] <= high
 
 
-def test_results_and_reports_are_made_from_the_stored_files_alone(evaluated, tmp_path):
+def test_reports_are_made_from_the_stored_files_alone(evaluated, tmp_path):
     config, results = evaluated
     folder = Path(config.output_dir)
     written = read_json(folder / "results.json")
     assert written == json.loads(json.dumps(results))
-    write_results(tmp_path / "results.json", rebuild(folder))
-    write_reports(tmp_path, read_json(tmp_path / "results.json"), stored(config, "samples"))
-    for name in ("results.json", "report.md", "report.html"):
+    write_reports(tmp_path, read_json(folder / "results.json"), stored(config, "samples"))
+    for name in ("report.md", "report.html"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert written["schema_version"] == SCHEMA_VERSION
     for arm in ("sft", "kd"):
@@ -136,8 +132,7 @@ def test_the_order_of_the_stored_rows_is_of_no_account(evaluated):
 def test_the_report_shows_the_numbers_and_no_model_text(evaluated):
     config, results = evaluated
     text = (Path(config.output_dir) / "report.md").read_text(encoding="utf-8")
-    assert results["headline"] in text
-    assert results["verdict"].removeprefix(results["headline"]).strip() in text
+    assert [sentence for sentence in sentences(results) if sentence not in text] == []
     for arm, what in results["arms"].items():
         assert f"{results['heldout']['arms'][arm]['nll']:.4f}" in text
         assert f"`{what}`" in text
@@ -213,7 +208,7 @@ def test_code_is_not_executed_where_the_host_does_not_isolate(trained, tmp_path,
             assert (row["outcome"], row["score"], row["sandbox_level"]) == ("not_executed", None, "none")
             assert row["extracted"].startswith("try:")
     assert allowed == [False]
-    assert "Not executed, and so without accuracy: answers of code." in results["verdict"]
+    assert "left out: code (not executed)" in results["verdict"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "not executed" in report
     assert "return" not in report
@@ -262,27 +257,10 @@ def test_a_cell_named_twice_is_refused(trained, tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_size": 0}, {"num_samples": 0}, {"temperatures": []}, {"presets": []}, {"arms": []}], ids=str
+    "change", [{"batch_size": -1}, {"num_samples": 0}, {"temperatures": []}, {"presets": []}, {"arms": []}], ids=str
 )
 def test_sizes_below_one_are_refused(trained, tmp_path, change):
     refused(config_for(trained, tmp_path / "out", **({"heldout": False} | change)), next(iter(change)))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"messages": []}, r"sft_eval_data_clean\.jsonl:2: messages must be a list of"),
-        ({"id": 7}, r"sft_eval_data_clean\.jsonl:2: id must be text, found int"),
-        ({"id": "sum-00100"}, r"sft_eval_data_clean\.jsonl:2: id sum-00100, sample_index 0 stands in line 1 too"),
-    ],
-    ids=str,
-)
-def test_a_broken_held_out_row_is_named_before_anything_is_loaded(copied, tmp_path, monkeypatch, change, words):
-    path = copied / "tiny" / "sft" / "sft_eval_data_clean.jsonl"
-    first, second, *rest = read_jsonl(path)
-    write_jsonl(path, [first, second | change, *rest])
-    monkeypatch.setattr(evaluator, "load_models", lambda *_: pytest.fail("loaded"))
-    refused(config_for(copied, tmp_path / "out"), words)
 
 
 def test_an_id_that_stands_twice_among_the_prompts_is_refused(copied, tmp_path):

@@ -34,7 +34,7 @@ def train(root: Path, **settings) -> dict:
 
 
 def config_for(root: Path, output: Path, **settings) -> EvaluateConfig:
-    small = {"mode": "quick", "temperatures": [0.7], "max_new_tokens": 8, "batch_size": 4, "max_length": 256}
+    small = {"mode": "quick", "temperatures": [0.7], "max_new_tokens": 8, "batch_size": 4}
     return EvaluateConfig(
         data_dir=str(root / "data"), experiment_dir=str(root / "tiny"), output_dir=str(output), **(small | settings)
     )

@@ -67,7 +67,7 @@ def test_an_evaluation_is_made_by_one(succeeds, fails, answered, tmp_path):
     profile = yaml.safe_load(answered[0].read_text())
     profile["evaluate_distillation"] = {"output_dir": str(tmp_path / "evaluation"), "mode": "quick"}
     answered[0].write_text(yaml.safe_dump(profile))
-    with hold(tmp_path / "evaluation", "the first"):
+    with hold(tmp_path / "evaluation", "the first", "results"):
         line = fails("evaluate_distillation", "--config", answered[0])
         assert f"{tmp_path / 'evaluation'}: the first (process" in line
-    assert not (tmp_path / "evaluation" / "samples.jsonl").exists()
+    assert not (tmp_path / "evaluation" / "answers.jsonl").exists()
