@@ -17,9 +17,9 @@ import contextlib
 from rich.table import Table
 
 from src.data.cleaning import clean
-from src.evaluation.report import make_console
 from src.grading.graders import read_dataset
 from src.grading.sandbox import open_sandbox
+from src.report.tables import make_console
 from src.utils.common import (
     finish_stage,
     logger,
