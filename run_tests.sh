@@ -35,4 +35,8 @@ ensure_venv requirements.txt requirements-dev.txt
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 bash -n run_pipeline.sh run_kd_inference_test.sh scripts/venv.sh
-"$VENV/bin/python" -m pytest "${arguments[@]}"
+# a file's tests stay together, files run side by side: two processes of one thread each do more than one of two
+workers=${KD_TEST_WORKERS:-$(nproc)}
+[ "$workers" -le 8 ] || workers=8
+export OMP_NUM_THREADS=1
+"$VENV/bin/python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "${arguments[@]}"

@@ -1,6 +1,6 @@
-"""Fixtures for every test: the shared data, tiny random models with a byte-level tokenizer, and clean rows.
+"""Fixtures for every test: tiny random models with a byte-level tokenizer, clean rows, and the folder of real data.
 
-Nothing here needs a network, a GPU or ../shared; only `shared_data` reads it, and skips where it is missing.
+Nothing here needs a network or a GPU. Tests that take `real_data` are skipped where KD_TEST_DATA names no folder.
 """
 
 import os
@@ -25,10 +25,11 @@ from src.grading.sandbox import Sandbox, open_sandbox
 
 torch.set_num_threads(1)  # the models here are too small to share between cores
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the files with the long tests first: where files run side by side, none of them is begun last
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -61,11 +62,17 @@ class TinyModels(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder ../shared/data: real tokenizer, configs and public sets."""
-    folder = SHARED / "data"
-    if not folder.is_dir():
-        pytest.skip("../shared/data is not here")
+def real_data() -> Path:
+    """The folder that KD_TEST_DATA names: public sets, configs and a tokenizer; CONTRIBUTING.md says which.
+
+    Raises:
+        FileNotFoundError: it is named and not there.
+    """
+    name = os.environ.get("KD_TEST_DATA")
+    if not name:
+        pytest.skip("KD_TEST_DATA names no folder of public data (CONTRIBUTING.md)")
+    if not (folder := Path(name).resolve()).is_dir():
+        raise FileNotFoundError(f"KD_TEST_DATA: there is no folder {name}")
     return folder
 
 
