@@ -271,7 +271,8 @@ def grade_step(config: EvaluateConfig, folder: Path, again: bool = False) -> Non
         "graders": graders_sha256(),
         "allow_unsafe_execution": config.allow_unsafe_execution,
     }
-    if stage_state(marker, fingerprint, again, [samples], "pass --from grade to grade again") == "done":
+    way_out = "pass --from grade to grade again"
+    if not again and stage_state(marker, fingerprint, False, [samples], way_out) == "done":
         return
     rows = {row["id"]: row for row in read_dataset(data)}
     given = sorted(stored_rows(answers), key=_place)
@@ -281,7 +282,7 @@ def grade_step(config: EvaluateConfig, folder: Path, again: bool = False) -> Non
                 f"{answers}: row {answer['id']} is not in {data}, or has another prompt there; bring the file back "
                 "that was answered, or pass --overwrite to answer this one"
             )
-    _discard(folder, 2)
+    _discard(folder, 1)  # only now, when nothing is left to refuse
     start_stage(marker, fingerprint)
     asked = {answer["id"] for answer in given}
     has_code = any(rows[key]["grader"] == "python_tests" for key in asked)
@@ -342,14 +343,14 @@ def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> N
     }
     marker, results, joined = marker_of(folder, "results"), folder / "results.json", folder / "heldout.jsonl"
     outputs = [results, *([joined] if runs else [])]
-    if stage_state(marker, fingerprint, again, outputs, "pass --from results to make them again") == "done":
+    way_out = "pass --from results to make them again"
+    if not again and stage_state(marker, fingerprint, False, outputs, way_out) == "done":
         return
     heldout: list[dict[str, Any]] = []
     if runs:
         families = {row["id"]: family_of(row) for row in read_dataset(Path(config.data_dir) / "eval_dataset.jsonl")}
         heldout = [row for row in join_heldout(runs, families) if row["arm"] in facts["arms"]]
-    _discard(folder, 3)
-    joined.unlink(missing_ok=True)  # of results that were made with it
+    _discard(folder, 2)  # only now, when nothing is left to refuse
     start_stage(marker, fingerprint)
     if runs:
         write_jsonl(joined, heldout)

@@ -164,7 +164,9 @@ def test_answers_to_other_prompts_are_not_graded(copied, tmp_path, scripted):
     data = copied / "data" / "eval_dataset.jsonl"
     rows = read_jsonl(data)
     write_jsonl(data, [row | {"prompt": f"{row['prompt']} Please."} for row in rows])
+    kept = (tmp_path / "out" / "samples.jsonl").read_bytes()
     refused(replace(config, from_step="grade"), "is not in .*, or has another prompt there; bring the file back")
+    assert (tmp_path / "out" / "samples.jsonl").read_bytes() == kept
     write_jsonl(data, [row | {"reference": "7"} if row["grader"] == "numeric" else row for row in rows])
     graded = run_evaluation(replace(config, from_step="grade"))["graded"]
     maths = [score for score in graded["scores"] if score["domain"] == "maths"]
