@@ -211,6 +211,8 @@ def answer_step(config: EvaluateConfig, folder: Path, arms: Arms) -> None:
     settings = {name: value for name, value in asdict(config).items() if name not in CONDUCT}
     if config.engine != "transformers":  # only there batches have a fixed make-up
         del settings["batch_size"]
+    if config.engine != "vllm":
+        del settings["vllm_arguments"]
     fingerprint = settings | {
         "prompts": sha256_text(repr(asked)),
         "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},
