@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from src.utils.common import UserError
+from src.utils.common import ROOT, UserError
 
 Config = TypeVar("Config")
 
@@ -29,7 +29,9 @@ SECTIONS = (
     "evaluate_distillation",
 )
 # Keys above the sections: each reaches every stage that has such a setting; a section may say otherwise.
-SHARED = ("data_dir", "experiment_dir", "model_name_or_path", "teacher_model_name_or_path", "seed")
+SHARED = ("data_dir", "experiment_dir", "model_name_or_path", "teacher_model_name_or_path", "seed", "serve")
+# Keys of no stage: the overlay that a profile takes by default, the GPUs it is for, how training is started on them.
+LAUNCHING = ("hardware", "gpus", "launch")
 
 
 class _Parser(HfArgumentParser):
@@ -112,8 +114,29 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read_profile(path: str | Path, section: str, config_class: type) -> dict[str, Any]:
-    """One stage's values from a profile: its section over the shared keys above it.
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A profile or an overlay, as its file has it."""
+    profile = read_yaml(path) or {}
+    if not isinstance(profile, dict):
+        raise UserError(f"{path}: a profile is a mapping of settings and sections, found {type(profile).__name__}")
+    known = [*SECTIONS, *SHARED, *LAUNCHING]
+    for key in profile:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
+    for section in SECTIONS:
+        own = profile.get(section) or {}
+        if not isinstance(own, dict):
+            raise UserError(f"{path}: section {section} must be a mapping, found {type(own).__name__}")
+    return profile
+
+
+def read_merged(path: str | Path, hardware: str | None = None) -> dict[str, Any]:
+    """A whole profile, with a hardware overlay laid over it: section by section, key by key.
+
+    Args:
+        path: of the profile.
+        hardware: a name in configs/hardware, or the path of an overlay; None for the profile's own `hardware`, if it
+            names one, and empty for none.
 
     Raises:
         UserError: no such file, broken YAML, or a key nobody knows (names the nearest known one).
@@ -121,15 +144,26 @@ def read_profile(path: str | Path, section: str, config_class: type) -> dict[str
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such profile; the shipped ones are in configs/")
-    profile = read_yaml(path) or {}
-    if not isinstance(profile, dict):
-        raise UserError(f"{path}: a profile is a mapping of settings and sections, found {type(profile).__name__}")
-    for key in profile:
-        if key not in SECTIONS and key not in SHARED:
-            raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), [*SECTIONS, *SHARED])}")
+    profile = _read_mapping(path)
+    hardware = profile.get("hardware") if hardware is None else hardware
+    if not hardware:
+        return profile
+    overlay_path = Path(hardware)
+    if not overlay_path.is_file():
+        overlay_path = ROOT / "configs" / "hardware" / f"{hardware}.yaml"
+    if not overlay_path.is_file():
+        there = ", ".join(sorted(file.stem for file in overlay_path.parent.glob("*.yaml"))) or "none"
+        raise UserError(f"--hardware {hardware}: no such overlay; there are {there}")
+    merged = profile | {"hardware": str(hardware)}
+    for key, value in _read_mapping(overlay_path).items():
+        merged[key] = (profile.get(key) or {}) | (value or {}) if key in SECTIONS else value
+    return merged
+
+
+def read_profile(path: str | Path, section: str, config_class: type, hardware: str | None = None) -> dict[str, Any]:
+    """One stage's values from a profile: its section over the shared keys above it. See `read_merged`."""
+    profile = read_merged(path, hardware)
     own = profile.get(section) or {}
-    if not isinstance(own, dict):
-        raise UserError(f"{path}: section {section} must be a mapping, found {type(own).__name__}")
     names = _names(config_class)
     said = {names.get(name) for name in own}
     shared = {key: profile[key] for key in SHARED if key in profile and key in names and key not in said}
