@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from src.data.code_overlap import function_trees
@@ -250,6 +251,74 @@ def chosen(group: list[dict[str, Any]], select: str) -> list[dict[str, Any]]:
     return [min(best, key=lambda row: (len(row["messages"][-1]["content"]), row["sample_index"]))]
 
 
+@dataclass(frozen=True)
+class _OverlapIndex:
+    """What `overlaps` looks for, and the word counts of these entries."""
+
+    entries: set[str]
+    lengths: list[int]
+
+
+@dataclass
+class _Seen:
+    """What the answers looked at so far were: their keys, and the verdict on each text without fault."""
+
+    keys: set[tuple[str, int]] = field(default_factory=set)
+    verdict_of_text: dict[tuple[str, str], bool | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """The first reason of `REASONS` against an answer, None where there is none, and what its grader says."""
+
+    reason: str | None
+    verified: bool | None = None
+
+
+def _text_key(answer: dict[str, Any]) -> tuple[str, str]:
+    """Equal for two answers to one prompt that differ in case and blanks alone."""
+    return answer["id"], " ".join(answer_text(answer["response"]).lower().split())
+
+
+def _find_fault(
+    answer: dict[str, Any], row: Row | None, seen: _Seen, index: _OverlapIndex, verified: bool | None, select: str
+) -> _Finding:
+    """What speaks against an answer, in the order of `REASONS`."""
+    if row is None:
+        return _Finding("unknown_id")
+    if (answer["id"], answer["sample_index"]) in seen.keys:
+        return _Finding("duplicate_key")
+    if fault := text_fault(answer, row["prompt"]):
+        return _Finding(fault)
+    text = _text_key(answer)
+    if text in seen.verdict_of_text:
+        return _Finding("duplicate", seen.verdict_of_text[text])
+    if overlaps(answer_text(answer["response"]), index.entries, index.lengths, given=row["prompt"]):
+        return _Finding("eval_overlap")
+    if verified is False and select != "all":
+        return _Finding("wrong", verified)
+    return _Finding(None, verified)
+
+
+def _rejection(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    return {"id": row["id"], "sample_index": row["sample_index"], "reason": reason}
+
+
+def _choose(candidates: list[dict[str, Any]], select: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The faultless rows that `select` keeps, and the rejections of the others."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in candidates:
+        groups[row["id"]].append(row)
+    best = {(row["id"], row["sample_index"]) for group in groups.values() for row in chosen(group, select)}
+    kept, rejected = [], []
+    for row in candidates:
+        if (row["id"], row["sample_index"]) in best:
+            kept.append(row)
+        else:
+            rejected.append(_rejection(row, "not_selected"))
+    return kept, rejected
+
+
 def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], select: str, minimum: int = 1,
           sandbox: Sandbox = CLOSED) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     """Filter teacher answers; every answer is either kept or rejected with the first reason that applies of `REASONS`.
@@ -277,49 +346,31 @@ def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], 
     if select not in SELECT:
         raise UserError(f"select = {select!r} is not known; say {', '.join(SELECT)}")
     by_id = {row["id"]: row for row in rows}
-    index = overlap_index(eval_rows)
-    lengths = entry_lengths(index)
+    entries = overlap_index(eval_rows)
+    index = _OverlapIndex(entries, entry_lengths(entries))
     verdict_of = verify(answers, by_id, sandbox)
-    seen_keys: set[tuple[str, int]] = set()
-    kept_texts: dict[tuple[str, str], bool | None] = {}
+
+    # 1. each answer's first fault
+    seen = _Seen()
     verdicts: Counter[tuple[str, bool | None]] = Counter()
-    candidates: list[dict[str, Any]] = []
-    rejected: list[dict[str, Any]] = []
+    candidates, rejected = [], []
     for number, answer in enumerate(answers):
         row = by_id.get(answer["id"])
-        key = (answer["id"], answer["sample_index"])
-        text = (answer["id"], " ".join(answer_text(answer["response"]).lower().split()))
-        verified = None
-        if row is None:
-            reason = "unknown_id"
-        elif key in seen_keys:
-            reason = "duplicate_key"
-        elif (reason := text_fault(answer, row["prompt"])) is None:
-            if text in kept_texts:
-                reason, verified = "duplicate", kept_texts[text]
-            elif overlaps(answer_text(answer["response"]), index, lengths, given=row["prompt"]):
-                reason = "eval_overlap"
-            else:
-                verified = verdict_of.get(number)
-                reason = "wrong" if select != "all" and verified is False else None
-        seen_keys.add(key)
-        if reason in (None, "wrong", "duplicate"):
-            verdicts[row["source"], verified] += 1
-        if reason is None:
-            kept_texts[text] = verified
-            candidates.append(clean_row(row, answer, verified))
+        found = _find_fault(answer, row, seen, index, verdict_of.get(number), select)
+        seen.keys.add((answer["id"], answer["sample_index"]))
+        if found.reason in (None, "wrong", "duplicate"):
+            verdicts[row["source"], found.verified] += 1
+        if found.reason is None:
+            seen.verdict_of_text[_text_key(answer)] = found.verified
+            candidates.append(clean_row(row, answer, found.verified))
         else:
-            rejected.append({"id": answer["id"], "sample_index": answer["sample_index"], "reason": reason})
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in candidates:
-        groups[row["id"]].append(row)
-    best = {(row["id"], row["sample_index"]) for group in groups.values() for row in chosen(group, select)}
-    kept = [row for row in candidates if (row["id"], row["sample_index"]) in best]
-    rejected += [
-        {"id": row["id"], "sample_index": row["sample_index"], "reason": "not_selected"}
-        for row in candidates
-        if (row["id"], row["sample_index"]) not in best
-    ]
+            rejected.append(_rejection(answer, found.reason))
+
+    # 2. among several faultless answers to a prompt, those that are wanted
+    kept, passed_over = _choose(candidates, select)
+    rejected += passed_over
+
+    # 3. the counts
     stats = count(answers, kept, rejected, {row["id"]: row["source"] for row in rows}, verdicts)
     if len(kept) < minimum:
         reasons = ", ".join(f"{reason} {number}" for reason, number in stats["by_reason"].items() if number)
