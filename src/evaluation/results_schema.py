@@ -1,7 +1,7 @@
 """The shape of results.json, field by field; checked whenever it is written or read.
 
 A share is between 0 and 1, and so is a difference of shares between -1 and 1 (0.05 is 5 points). An interval is one of
-95 %, and null where nothing says how wide it is (a family of prompts alone). README.md, "results.json", has the words.
+95 %, and null where nothing says how wide it is (a family of prompts alone). docs/files.md has the words.
 """
 
 from pathlib import Path

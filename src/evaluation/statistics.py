@@ -1,8 +1,8 @@
 """Uncertainty of scores and of paired differences: families of prompts are the unit, and the tests are exact.
 
 Rows of one family are variants of one scenario: whether an arm is right on one says much about the others. So families,
-not prompts, are resampled, counted and tested; a prompt by itself is a family of one. learn.md, section 16, has the
-reasons and what was measured.
+not prompts, are resampled, counted and tested; a prompt by itself is a family of one. learn.md, "What does an
+interval say", has the reasons and what was measured.
 """
 
 from collections import Counter
