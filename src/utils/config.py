@@ -190,7 +190,9 @@ def _read_overlay(path: Path) -> dict[str, Any]:
         if key not in (*OVERLAID_ABOVE, *OVERLAID):
             may = ", ".join((*OVERLAID_ABOVE, *OVERLAID))
             raise UserError(f"{path}: {key} belongs in the profile; an overlay says how a run is computed ({may})")
-        for name in value or () if key in OVERLAID else ():
+        if key in OVERLAID_ABOVE:
+            continue
+        for name in value or ():
             if name not in OVERLAID[key]:
                 raise UserError(
                     f"{path} ({key}): {name} can change what is learned, so it belongs in the profile; an overlay may "
@@ -199,12 +201,15 @@ def _read_overlay(path: Path) -> dict[str, Any]:
     return overlay
 
 
+def step_sizes(training: dict[str, Any]) -> dict[str, Any]:
+    """What a profile's section run_improved_kd says of `STEP_ROWS`, under these names, or their defaults."""
+    said = {"batch_size": training.get("per_device_train_batch_size")} | training
+    return {name: default if said.get(name) is None else said[name] for name, default in STEP_ROWS.items()}
+
+
 def rows_of_a_step(training: dict[str, Any]) -> int | None:
     """What a profile's section run_improved_kd makes a step of; None where it does not say numbers."""
-    sizes = []
-    for name, default in STEP_ROWS.items():
-        size = training.get(name)
-        sizes.append(default if size is None else size)
+    sizes = step_sizes(training).values()
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
@@ -214,11 +219,10 @@ def _laid_over(profile: dict[str, Any], overlay: dict[str, Any], where: Path) ->
     Raises:
         UserError: a step would be of other rows.
     """
-    own = dict(profile)
-    if "per_device_train_batch_size" in own and "batch_size" not in own:  # one name for it, or both would stand there
-        own["batch_size"] = own.pop("per_device_train_batch_size")
-    merged = own | overlay
-    before, after = rows_of_a_step(own), rows_of_a_step(merged)
+    merged = profile | overlay
+    if "batch_size" in overlay:
+        merged.pop("per_device_train_batch_size", None)  # its other name
+    before, after = rows_of_a_step(profile), rows_of_a_step(merged)
     if before != after:
         raise UserError(
             f"{where}: batch_size x gradient_accumulation_steps makes steps of {after} rows, the profile has {before}; "
@@ -243,8 +247,8 @@ def read_merged(path: str | Path, hardware: str | None = None) -> dict[str, Any]
     if not path.is_file():
         raise UserError(f"{path}: no such profile; the shipped ones are in configs/")
     profile = _read_mapping(path)
-    hardware = profile.pop("hardware", None) if hardware is None else hardware
-    profile.pop("hardware", None)
+    own = profile.pop("hardware", None)
+    hardware = own if hardware is None else hardware
     if hardware is None or str(hardware) in NO_OVERLAY:
         return profile
     file = overlay_path(hardware)

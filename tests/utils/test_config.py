@@ -367,6 +367,14 @@ def test_the_flag_reaches_a_stage_and_wants_a_profile(load, tmp_path):
     refused("is laid over a profile; name one with --config", load_config, KDConfig, "run_improved_kd", arguments)
 
 
+@pytest.mark.parametrize(("training", "rows"), [
+    ({}, 32), ({"batch_size": 4}, 128), ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 8),
+    ({"batch_size": None, "gradient_accumulation_steps": 3}, 3), ({"batch_size": "four"}, None),
+])  # fmt: skip
+def test_rows_of_a_step(training, rows):
+    assert rows_of_a_step(training) == rows
+
+
 @pytest.mark.parametrize(("overlay", "words"), [
     ({"run_improved_kd": {"learning_rate": 1}}, r"machine\.yaml \(run_improved_kd\): learning_rate can change"),
     ({"run_improved_kd": {"model_name_or_path": "x"}}, "model_name_or_path can change what is learned"),
