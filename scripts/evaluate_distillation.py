@@ -18,13 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from src.evaluation.evaluator import SECTION, EvaluateConfig, run_evaluation, shipped_profile
 from src.report.tables import print_summary
 from src.utils.common import run_cli
-from src.utils.config import load_config, profile_argument
+from src.utils.config import build_config, load_config, profile_argument
 
 
 def main() -> None:
-    config, argv = load_config(EvaluateConfig, SECTION), sys.argv[1:]
-    if config.model_path and profile_argument(argv) is None and config.experiment_dir == EvaluateConfig.experiment_dir:
-        config = load_config(EvaluateConfig, SECTION, ["--config", str(shipped_profile(config.model_path)), *argv])
+    argv = sys.argv[1:]
+    if profile_argument(argv) is None:
+        said = build_config(EvaluateConfig, argv=argv)
+        if said.model_path and said.experiment_dir == EvaluateConfig.experiment_dir:
+            argv = ["--config", str(shipped_profile(said.model_path)), *argv]
+    config = load_config(EvaluateConfig, SECTION, argv)
     print_summary(run_evaluation(config), config.output_dir)
 
 

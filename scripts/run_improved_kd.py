@@ -14,12 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.distillation.kd import SECTION, KDConfig, run_kd_pipeline
-from src.utils.common import run_cli
+from src.utils.common import run_cli, speaks
 from src.utils.config import load_config
 
 
 def main() -> None:
     results = run_kd_pipeline(load_config(KDConfig, SECTION))
+    if not speaks():
+        return
     for name in ("kl_to_teacher", "nll", "top1_agreement", "expected_acceptance"):
         before, after, teacher = (results[arm][name] for arm in ("before", "after", "teacher"))
         print(f"{results['arm']}: held-out {name}: {before:.4f} before, {after:.4f} after, teacher {teacher:.4f}")

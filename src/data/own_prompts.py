@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.records import READ_FROM, format_of, name_of, read_records
-from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION, from_hub
+from src.data.sources import CODE_INSTRUCTION, GSM8K_INSTRUCTION, from_hub, split_revision
 from src.grading.graders import check_dataset_row
 from src.grading.rows import UNGRADED, Row, dataset_row, question_of
 from src.utils.common import UserError, logger, parse_json, sha256_file, sha256_text
@@ -139,7 +139,7 @@ def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str, 
 
 
 def _records(
-    place: str, columns: Columns, hub_split: str, hub_revision: str, flag: str
+    place: str, columns: Columns, hub_split: str, flag: str
 ) -> tuple[str, str, Iterable[tuple[str, dict[str, Any]]]]:
     """The name of a file or hub data set, its origin in words, and its records with the place where each stands."""
     path = Path(place)
@@ -150,9 +150,10 @@ def _records(
         return name_of(path), origin, read_records(path, (columns.prompt, columns.messages), NAME_COLUMNS)
     if path.exists() or path.suffix.lower() in OTHER_FORMATS:
         raise UserError(f"{place}: prompts are read from {READ_FROM} or a hub data set; convert it")
-    name, _, subset = place.partition(":")
-    found, origin = from_hub(name, subset or None, hub_split, hub_revision, flag)
-    return place, origin, _numbered(found, f"hub data set {place}, {hub_split} row")
+    source, revision = split_revision(place)  # rows keep their source's name whatever it is pinned to
+    name, _, subset = source.partition(":")
+    found, origin = from_hub(name, subset or None, hub_split, revision, flag)
+    return source, origin, _numbered(found, f"hub data set {place}, {hub_split} row")
 
 
 def _numbered(records: Iterable[dict[str, Any]], what: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -161,19 +162,19 @@ def _numbered(records: Iterable[dict[str, Any]], what: str) -> Iterator[tuple[st
 
 
 def read_own_prompts(
-    place: str, columns: Columns, domain: str, hub_split: str, hub_revision: str, flag: str, grader: str = ""
+    place: str, columns: Columns, domain: str, hub_split: str, flag: str, grader: str = ""
 ) -> tuple[list[Row], str, int]:
     """Rows of a file or hub data set, their origin in words, and how many were left out as exact repeats.
 
     Args:
-        place: a path that ends as `READ_FROM` says, or a hub id, `owner/name` or `owner/name:subset`.
+        place: a path that ends as `READ_FROM` says, or a hub id, `owner/name[:subset][@revision]`.
         flag: the flag that named it, for error messages.
         grader: of the records that name none.
 
     Raises:
         UserError: it cannot be read, or a record is wrong; names file and line (or record), and the columns found.
     """
-    source, origin, records = _records(place, columns, hub_split, hub_revision, flag)
+    source, origin, records = _records(place, columns, hub_split, flag)
     rows, unread = [], {}
     for where, record in records:
         unread |= dict.fromkeys(name for name in record if name not in astuple(columns))

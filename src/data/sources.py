@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -105,8 +106,31 @@ def mbpp_rows(records: list[dict[str, Any]], split: str) -> list[Row]:
     return rows
 
 
+def split_revision(place: str) -> tuple[str, str]:
+    """A place on the hub and its revision (branch, tag or commit), main where none is named: `hub@v1.0`, `hub`.
+
+    Raises:
+        UserError: there is an @ with nothing behind it.
+    """
+    name, mark, revision = place.partition("@")
+    if mark and not revision:
+        raise UserError(f"{place}: a branch, tag or commit is wanted behind the @")
+    return name, revision or "main"
+
+
+COMMIT = re.compile(r"[0-9a-f]{40}")  # 740312add88f781978c0658806c59bc2815b9866
+
+
+def commit_read(loaded: Any) -> str | None:
+    """The commit that a `datasets.Dataset` off the hub was read at, if its cache says so: a folder is named after it,
+    .../openai___gsm8k/main/0.0.0/740312add88f781978c0658806c59bc2815b9866/gsm8k-train.arrow."""
+    folders = {Path(file["filename"]).parent.name for file in loaded.cache_files}
+    commits = [name for name in folders if COMMIT.fullmatch(name)]
+    return commits[0] if len(commits) == 1 else None
+
+
 def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str) -> tuple[list[dict[str, Any]], str]:
-    """Records of a hub data set and their origin in words.
+    """Records of a hub data set and their origin in words, which names the commit that was read where that is known.
 
     Raises:
         UserError: the hub cannot be reached or does not have it; names the flag that would replace it.
@@ -116,16 +140,21 @@ def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str
     import huggingface_hub
 
     datasets.disable_progress_bars()
+    read = revision
     try:
         with contextlib.suppress(huggingface_hub.errors.OfflineModeIsEnabled):  # then the cache may still have it
-            revision = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha or revision
-        loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
+            read = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha or revision
+        loaded = datasets.load_dataset(name, subset, split=split, revision=read)
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:160]
+        wanted = split if revision == "main" else f"{split}, revision {revision}"
         raise UserError(
-            f"hub data set {name} ({split}) cannot be had: {reason}; name another place with {flag}"
+            f"hub data set {name} ({wanted}) cannot be had: {reason}; name another place with {flag}"
         ) from None
-    return list(loaded), f"model hub, {name} {subset or ''} {split} at revision {revision}".replace("  ", " ")
+    what = f"{name} {subset} {split}" if subset else f"{name} {split}"
+    read = commit_read(loaded) or read
+    pinned = f" ({revision})" if revision not in ("main", read) else ""
+    return list(loaded), f"model hub, {what} at revision {read}{pinned}"
 
 
 OTHER_THAN_TEXT = ("task_id", "test_list")  # columns of the official files

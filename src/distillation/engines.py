@@ -53,6 +53,7 @@ class EngineSettings:
         "vllm", "openai: the server's kind, which decides how top_k and thinking are said; `plain` knows neither"
     )
     server_command: str = setting("", "openai: the command that starts the server; the stage stops it again")
+    serve: str = setting("", "how the stage starts its server, JSON or a mapping")
     api_key_variable: str = setting("OPENAI_API_KEY", "openai: environment variable with the key, if one is needed")
     concurrency: int = setting(32, "openai: requests under way at most")
     request_timeout: float = setting(600.0, "openai: seconds for one answer")

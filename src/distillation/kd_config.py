@@ -125,6 +125,7 @@ class KDConfig(Conduct):
 
     # how it is computed
     bf16: bool | None = setting(None, "bf16 autocast (default: where the processor multiplies bf16)")
+    load_in_4bit: bool = setting(False, "the student's frozen weights in 4 bits")
 
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()

@@ -69,6 +69,7 @@ NOT_IN_FINGERPRINT = (
     "teacher_devices",
     "gpu_memory_gb",
     "tokens_per_batch",
+    "cpu_offload",
 )
 CPU_TOKENS = 4096  # in one pass on a CPU
 MOST_TOKENS = 32_768  # in one pass on a GPU that has memory for more: nothing is gained
@@ -97,6 +98,7 @@ class CacheTeacherConfig:
     tokens_per_shard: int = setting(65536, "response tokens in one file, the unit in which a killed run goes on")
     teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    cpu_offload: bool = setting(False, "stream the teacher's weights from the machine's memory")
     overwrite: bool = setting(False, "make it again")
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ class EvaluateConfig(EngineSettings):
 CONDUCT = {
     "overwrite", "from_step", "output_dir", "data_dir", "experiment_dir", "model_path", "sft_model_path", "base",
     "teacher", "heldout", "allow_unsafe_execution", "teacher_devices", "student_devices", "gpu_memory_gb", "base_url",
-    "server_command", "teacher_base_url", "teacher_server_command", "api_key_variable", "concurrency",
+    "server_command", "serve", "teacher_base_url", "teacher_server_command", "api_key_variable", "concurrency",
     "request_timeout", "tries", "max_refused",
 }  # fmt: skip
 

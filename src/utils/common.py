@@ -424,6 +424,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def speaks() -> bool:
+    """Whether this process is the one that says what all processes of a training run do: the first one."""
+    return os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch number them so
+
+
 def setup_logging() -> None:
     """Plain `kd` log lines on standard error; the libraries keep to warnings, and off a terminal draw no bars."""
     import transformers.utils.logging as library
@@ -433,7 +438,7 @@ def setup_logging() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if speaks() else logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the end of them is reported
     if not sys.stderr.isatty():
@@ -454,7 +459,7 @@ class Progress:
     def __init__(self, total: int, description: str, unit: str = "row", every: float = 30.0) -> None:
         from tqdm import tqdm
 
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and speaks()
         self.bar = tqdm(total=total, desc=description, unit=unit, disable=not self.live, dynamic_ncols=True)
         self.total, self.description, self.unit, self.every = total, description, unit, every
         self.count, self.first, self.note = 0, 0, ""

@@ -7,7 +7,9 @@ refused in either place.
 import dataclasses
 import difflib
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -33,6 +35,33 @@ SHARED = ("data_dir", "experiment_dir", "model_name_or_path", "teacher_model_nam
 # Keys of no stage: the overlay that a profile takes by default, the GPUs it is for, how training is started on them.
 LAUNCHING = ("hardware", "gpus", "launch")
 
+# What a hardware overlay may say: where a run is computed and how its work is cut, which changes what is learned by
+# rounding at most. `load_in_4bit`, and `serve` with another copy of the teacher in it, change more. Memory demands
+# them, and what they make can be told apart: by a run's fingerprint, by the teacher's name stored with the answers.
+ANSWERING = (
+    "engine", "serve", "server", "base_url", "teacher_devices", "gpu_memory_gb", "batch_size", "concurrency",
+    "request_timeout", "tries",
+)  # fmt: skip
+OVERLAID = {
+    "generate_sft_data": ANSWERING,
+    "cache_teacher": ("teacher_devices", "gpu_memory_gb", "cpu_offload", "tokens_per_batch"),
+    "run_improved_kd": (
+        "batch_size", "gradient_accumulation_steps", "packing", "tokens_per_batch", "gradient_checkpointing",
+        "compile_loss", "compile_layers", "liger", "use_cpu", "teacher_devices", "student_devices", "gpu_memory_gb",
+        "load_in_4bit", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to",
+    ),
+    "evaluate_distillation": (*ANSWERING, "student_devices", "teacher_base_url"),
+}  # fmt: skip
+OVERLAID_ABOVE = ("gpus", "launch", "serve")  # keys above the sections
+STEP_ROWS = {"batch_size": 1, "gradient_accumulation_steps": 32}  # their product is the rows of a step; the defaults
+NO_OVERLAY = ("", "none")
+
+# Settings that there were, and what to say instead.
+GONE = {
+    "hub_revision": "every data set has a revision of its own: gsm8k_path: hub@REVISION (humaneval_path and mbpp_path "
+    "alike), prompts_file: owner/name@REVISION"
+}
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -43,6 +72,12 @@ def nearest(name: str, known: list[str]) -> str:
     """A phrase that names the nearest known word, or nothing if none is near."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
+
+
+def _instead(name: str, known: list[str]) -> str:
+    """What to say instead of a setting that nobody knows, or no longer."""
+    gone = GONE.get(name.lstrip("-"))
+    return f"; {gone}" if gone else nearest(name, known)
 
 
 def setting(default: Any, help: str, *aliases: str) -> Any:
@@ -70,7 +105,7 @@ def _as_arguments(values: dict[str, Any], config_class: type, where: str) -> lis
     arguments: list[str] = []
     for name, value in values.items():
         if name not in names:
-            raise UserError(f"{where}: unknown setting {name!r}{nearest(str(name), list(names))}")
+            raise UserError(f"{where}: unknown setting {name!r}{_instead(str(name), list(names))}")
         if names[name] in said:
             raise UserError(f"{where}: {said[names[name]]} and {name} are the same setting; keep one")
         said[names[name]] = name
@@ -130,33 +165,101 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return profile
 
 
+def overlay_path(hardware: str | Path) -> Path:
+    """The file of a hardware overlay: a path, or a name in configs/hardware.
+
+    Raises:
+        UserError: there is none; names those that there are.
+    """
+    shipped = ROOT / "configs" / "hardware"
+    for path in (Path(hardware), shipped / f"{hardware}.yaml"):
+        if path.is_file():
+            return path
+    there = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
+    raise UserError(f"--hardware {hardware}: no such overlay; there are {there}, and none")
+
+
+def _read_overlay(path: Path) -> dict[str, Any]:
+    """A hardware overlay.
+
+    Raises:
+        UserError: it names a setting that is no matter of the hardware; the text names it.
+    """
+    overlay = _read_mapping(path)
+    for key, value in overlay.items():
+        if key not in (*OVERLAID_ABOVE, *OVERLAID):
+            may = ", ".join((*OVERLAID_ABOVE, *OVERLAID))
+            raise UserError(f"{path}: {key} belongs in the profile; an overlay says how a run is computed ({may})")
+        if key in OVERLAID_ABOVE:
+            continue
+        for name in value or ():
+            if name not in OVERLAID[key]:
+                raise UserError(
+                    f"{path} ({key}): {name} can change what is learned, so it belongs in the profile; an overlay may "
+                    f"set {', '.join(OVERLAID[key])}{nearest(str(name), list(OVERLAID[key]))}"
+                )
+    return overlay
+
+
+def step_sizes(training: dict[str, Any]) -> dict[str, Any]:
+    """What a profile's section run_improved_kd says of `STEP_ROWS`, under these names, or their defaults."""
+    said = {"batch_size": training.get("per_device_train_batch_size")} | training
+    return {name: default if said.get(name) is None else said[name] for name, default in STEP_ROWS.items()}
+
+
+def rows_of_a_step(training: dict[str, Any]) -> int | None:
+    """What a profile's section run_improved_kd makes a step of; None where it does not say numbers."""
+    sizes = step_sizes(training).values()
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def _laid_over(profile: dict[str, Any], overlay: dict[str, Any], where: Path) -> dict[str, Any]:
+    """A profile's section run_improved_kd with an overlay's over it.
+
+    Raises:
+        UserError: a step would be of other rows.
+    """
+    merged = profile | overlay
+    if "batch_size" in overlay:
+        merged.pop("per_device_train_batch_size", None)  # its other name
+    before, after = rows_of_a_step(profile), rows_of_a_step(merged)
+    if before != after:
+        raise UserError(
+            f"{where}: batch_size x gradient_accumulation_steps makes steps of {after} rows, the profile has {before}; "
+            f"an overlay may cut a step otherwise, so choose two numbers whose product is {before}"
+        )
+    return merged
+
+
 def read_merged(path: str | Path, hardware: str | None = None) -> dict[str, Any]:
     """A whole profile, with a hardware overlay laid over it: section by section, key by key.
 
     Args:
         path: of the profile.
         hardware: a name in configs/hardware, or the path of an overlay; None for the profile's own `hardware`, if it
-            names one, and empty for none.
+            names one; `none` for none.
 
     Raises:
-        UserError: no such file, broken YAML, or a key nobody knows (names the nearest known one).
+        UserError: no such file, broken YAML, a key nobody knows (names the nearest known one), or an overlay that says
+            what belongs in the profile.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such profile; the shipped ones are in configs/")
     profile = _read_mapping(path)
-    hardware = profile.get("hardware") if hardware is None else hardware
-    if not hardware:
+    own = profile.pop("hardware", None)
+    hardware = own if hardware is None else hardware
+    if hardware is None or str(hardware) in NO_OVERLAY:
         return profile
-    overlay_path = Path(hardware)
-    if not overlay_path.is_file():
-        overlay_path = ROOT / "configs" / "hardware" / f"{hardware}.yaml"
-    if not overlay_path.is_file():
-        there = ", ".join(sorted(file.stem for file in overlay_path.parent.glob("*.yaml"))) or "none"
-        raise UserError(f"--hardware {hardware}: no such overlay; there are {there}")
+    file = overlay_path(hardware)
     merged = profile | {"hardware": str(hardware)}
-    for key, value in _read_mapping(overlay_path).items():
-        merged[key] = (profile.get(key) or {}) | (value or {}) if key in SECTIONS else value
+    for key, value in _read_overlay(file).items():
+        if key == "run_improved_kd":
+            merged[key] = _laid_over(profile.get(key) or {}, value or {}, file)
+        elif key in SECTIONS:
+            merged[key] = (profile.get(key) or {}) | (value or {})
+        else:
+            merged[key] = value
     return merged
 
 
@@ -168,6 +271,40 @@ def read_profile(path: str | Path, section: str, config_class: type, hardware: s
     said = {names.get(name) for name in own}
     shared = {key: profile[key] for key in SHARED if key in profile and key in names and key not in said}
     return shared | own
+
+
+def _checked(config_class: type, values: dict[str, Any] | None, argv: list[str], where: str,
+             prog: str | None) -> tuple[_Parser, list[str]]:  # fmt: skip
+    """The parser of a config, and the command line that says what `values` and, after them, `argv` say."""
+    parser = _Parser(
+        config_class,
+        allow_abbrev=False,
+        prog=prog,
+        epilog="--debug shows a traceback where otherwise one clear line would stand.",
+    )
+    for action in parser._actions:
+        action.nargs = "*" if action.nargs == "+" else action.nargs  # a list may be empty
+    parser.add_argument("--config", metavar="PROFILE.yaml", help="the profile; flags beat what it says")
+    parser.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="configs/hardware/NAME.yaml, or a path, over the profile instead of the overlay that it names; none: none",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the settings that take effect, for --config, and end"
+    )
+    arguments = _as_arguments(values or {}, config_class, where)
+    known = parser._option_string_actions
+    for word in argv:
+        flag = word.split("=")[0]
+        if word.startswith("--") and flag not in known:
+            options = [name for name in known if name.startswith("--") and "-" not in name[2:]]
+            raise UserError(f"unknown flag {flag}{_instead(flag, options)}")
+    try:
+        parser.parse_known_args(arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return parser, arguments + argv
 
 
 def build_config(config_class: type[Config], values: dict[str, Any] | None = None, argv: list[str] | None = None,
@@ -183,28 +320,9 @@ def build_config(config_class: type[Config], values: dict[str, Any] | None = Non
     Raises:
         UserError: unknown name, or a value of the wrong type or out of range.
     """
-    argv = argv or []
-    parser = _Parser(
-        config_class,
-        allow_abbrev=False,
-        prog=prog,
-        epilog="--debug shows a traceback where otherwise one clear line would stand.",
-    )
-    for action in parser._actions:
-        action.nargs = "*" if action.nargs == "+" else action.nargs  # a list may be empty
-    parser.add_argument("--config", metavar="PROFILE.yaml", help="the profile; flags beat what it says")
-    arguments = _as_arguments(values or {}, config_class, where)
-    known = parser._option_string_actions
-    for word in argv:
-        if word.startswith("--") and word.split("=")[0] not in known:
-            options = [name for name in known if name.startswith("--") and "-" not in name[2:]]
-            raise UserError(f"unknown flag {word.split('=')[0]}{nearest(word.split('=')[0], options)}")
+    parser, arguments = _checked(config_class, values, argv or [], where, prog)
     try:
-        parser.parse_known_args(arguments)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    try:
-        config, _, rest = parser.parse_args_into_dataclasses(arguments + argv, True, look_for_args_file=False)
+        config, _, rest = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
     if rest:
@@ -212,20 +330,60 @@ def build_config(config_class: type[Config], values: dict[str, Any] | None = Non
     return config
 
 
-def profile_argument(argv: list[str]) -> str | None:
-    """The path behind `--config`, if the command line names one."""
+def to_yaml(values: dict[str, Any]) -> str:
+    """A profile's text."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def settings_text(config_class: type, section: str, values: dict[str, Any], argv: Sequence[str] = ()) -> str:
+    """Every setting as it was said, or its default, as a profile with one section.
+
+    What a config leaves to the machine (null) stays so: the text may be used on another one.
+    """
+    parser, arguments = _checked(config_class, values, list(argv), section, None)
+    said = vars(parser.parse_known_args(arguments)[0])
+    settings = {field.name: said[field.name] for field in dataclasses.fields(config_class) if field.init}
+    return to_yaml({section: settings})
+
+
+def _argument(argv: Sequence[str], flag: str) -> str | None:
+    """What stands behind a flag, if the command line has it."""
     for position, word in enumerate(argv):
-        if word == "--config":
+        if word == flag:
             return argv[position + 1] if position + 1 < len(argv) else ""
-        if word.startswith("--config="):
+        if word.startswith(f"{flag}="):
             return word.partition("=")[2]
     return None
 
 
+def profile_argument(argv: Sequence[str]) -> str | None:
+    """The path behind `--config`, if the command line names one."""
+    return _argument(argv, "--config")
+
+
+def hardware_argument(argv: Sequence[str]) -> str | None:
+    """The overlay behind `--hardware`, if the command line names one."""
+    return _argument(argv, "--hardware")
+
+
+def wants_config(argv: Sequence[str]) -> bool:
+    """Whether the settings are to be printed, and nothing else done."""
+    return "--print_config" in argv
+
+
 def load_config(config_class: type[Config], section: str, argv: list[str] | None = None) -> Config:
-    """What a script calls first: `--config PROFILE.yaml [--field value ...]` -> its typed config."""
+    """What a script calls first: `--config PROFILE.yaml [--hardware NAME] [--field value ...]` -> its typed config.
+
+    `--print_config` prints every setting instead, and ends the process.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    path = profile_argument(argv)
-    values = {} if path is None else read_profile(path, section, config_class)
+    path, hardware = profile_argument(argv), hardware_argument(argv)
+    if path is None and hardware is not None:
+        raise UserError(f"--hardware {hardware} is laid over a profile; name one with --config")
+    values = {} if path is None else read_profile(path, section, config_class, hardware)
     where = "command line" if path is None else f"{path} ({section})"
-    return build_config(config_class, values, argv, where, prog=f"scripts/{section}.py")
+    config = build_config(config_class, values, argv, where, prog=f"scripts/{section}.py")
+    if wants_config(argv):
+        print(settings_text(config_class, section, values, argv), end="")
+        sys.exit(0)
+    return config

