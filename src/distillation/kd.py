@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -53,6 +52,7 @@ from src.distillation.run_folder import (
 from src.distillation.sft import end_token_ids
 from src.distillation.teacher import Reader, model_reader
 from src.distillation.teacher_cache import cached_tokenizer, open_cache, read_index
+from src.distillation.tracking import check_tracker, log_heldout, tracked
 from src.distillation.training import (
     STATE,
     Run,
@@ -169,9 +169,7 @@ def _open_accelerator(config: KDConfig) -> Accelerator:
             "DeepSpeed divides the loss in a way of its own; launch with configs/accelerate/fsdp2.yaml, "
             "which shards the same"
         )
-    if config.report_to not in ("none", *map(str, get_available_trackers())):
-        known = ", ".join(sorted(map(str, get_available_trackers()))) or "none"
-        raise UserError(f"--report_to {config.report_to}: accelerate finds no such tracker here; installed: {known}")
+    check_tracker(config.report_to)
     accelerator = Accelerator(
         cpu=config.use_cpu,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else its variable would scale gradients
@@ -324,33 +322,22 @@ def _run(
     if accelerator.is_main_process:
         path = folder / "kd_config.json"
         write_json(path, read_json(path) | {"took_effect": run.took_effect})
-    _start_tracker(run, folder)
-    if not (folder / "final_model").is_dir():
-        train(run, folder)
-        _save_final(run, folder, tokenizers.student)
-    results = {
-        "experiment": Path(config.experiment_dir).name,
-        "arm": config.arm,
-        **_heldout(run, folder),
-        **training_facts(folder),
-        "trainable_parameters": count_parameters(run.model, trainable=True),
-        "total_parameters": count_parameters(run.model),
-    }
-    if accelerator.is_main_process:
-        write_json(folder / "kd_results.json", results)
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    with tracked(run, folder):
+        if not (folder / "final_model").is_dir():
+            train(run, folder)
+            _save_final(run, folder, tokenizers.student)
+        results = {
+            "experiment": Path(config.experiment_dir).name,
+            "arm": config.arm,
+            **_heldout(run, folder),
+            **training_facts(folder),
+            "trainable_parameters": count_parameters(run.model, trainable=True),
+            "total_parameters": count_parameters(run.model),
+        }
+        log_heldout(run, results)
+        if accelerator.is_main_process:
+            write_json(folder / "kd_results.json", results)
     return results
-
-
-def _start_tracker(run: Run, folder: Path) -> None:
-    if run.config.report_to == "none":
-        return
-    settings = {name: value for name, value in run.config.identity().items() if isinstance(value, str | int | float)}
-    name = folder.name
-    if run.config.report_to == "wandb":  # a project with a run each
-        name = Path(run.config.experiment_dir).name
-    run.accelerator.init_trackers(name, config=settings, init_kwargs={"wandb": {"name": folder.name}})
 
 
 @dataclasses.dataclass(frozen=True)
