@@ -110,13 +110,10 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
     Raises:
         UserError: something the user must put right; the text says what and how.
     """
-    # 1. which run is it? nothing is encoded or loaded for this
-    config = _read_config(config)
+    # 1. which run is it?
+    config = read_config(config)
     accelerator = _open_accelerator(config)
-    hashes = clean_hashes(Path(config.experiment_dir) / "sft")
-    teacher_tokenizer, teacher = _teacher_tokenizer(config)
-    tokenizers = Tokenizers(load_tokenizer(config.model_name_or_path, config.experiment_dir), teacher_tokenizer)
-    fingerprint = _fingerprint(config, hashes, teacher, tokenizers)
+    tokenizers, fingerprint = identify(config)
 
     # 2. its folder
     with _own_folder(config, fingerprint, accelerator) as folder:
@@ -139,8 +136,12 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
         return _run(config, accelerator, data, tokenizers, folder) | paths
 
 
-def _read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
-    """A config of the caller's own."""
+def read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
+    """A config of the caller's own.
+
+    Raises:
+        UserError: an unknown setting, a value out of range, or a model that is not named or is an adapter.
+    """
     if isinstance(config, str | Path):
         config = build_config(KDConfig, read_profile(config, SECTION, KDConfig), where=str(config))
     elif isinstance(config, dict):
@@ -222,6 +223,18 @@ def _kept(config: KDConfig) -> dict[str, Any]:
     """What a cached signal keeps of the teacher: another cache of the same teacher teaches another thing."""
     index = read_index(Path(config.experiment_dir) / "teacher_cache")
     return {name: index[name] for name in (("bf16", "top_k") if config.teacher_signal == "topk" else ("bf16",))}
+
+
+def identify(config: KDConfig) -> tuple[Tokenizers, dict[str, Any]]:
+    """Both tokenizers, and the fingerprint of the run that these settings are; nothing is encoded or loaded for it.
+
+    Raises:
+        UserError: rows, cache or a model's files are not there, or the cache is another teacher's.
+    """
+    hashes = clean_hashes(Path(config.experiment_dir) / "sft")
+    teacher_tokenizer, teacher = _teacher_tokenizer(config)
+    tokenizers = Tokenizers(load_tokenizer(config.model_name_or_path, config.experiment_dir), teacher_tokenizer)
+    return tokenizers, _fingerprint(config, hashes, teacher, tokenizers)
 
 
 def _fingerprint(config: KDConfig, hashes: dict[str, str], teacher: str, tokenizers: Tokenizers) -> dict[str, Any]:
