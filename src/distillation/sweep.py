@@ -320,6 +320,8 @@ def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
             settings[name] = value
     write_text(_beside(run, "yaml"), yaml.safe_dump({SECTION: settings}, sort_keys=False))
     command = [*command_of(run), "--overwrite"] if overwrite else command_of(run)
+    done = 0 if overwrite else _last_row(folder).get("step", 0)  # of an earlier session; not of this one's speed
+    progress.skip(done)
     log = _beside(run, "log")
     with log.open("ab") as output:
         begin = output.tell()
@@ -329,7 +331,6 @@ def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
         )
     # it waits for the end of its input, which comes with the end of this process, whatever ends it
     guard = subprocess.Popen([sys.executable, "-c", GUARD, str(child.pid)], stdin=subprocess.PIPE)
-    done = 0
     try:
         while child.poll() is None:
             time.sleep(POLL)

@@ -136,7 +136,9 @@ def plot(sweep: Sweep) -> str | None:
         return None
     seeds = sorted({cell["n"] for cell in sweep["cells"] if cell["n"]})
     said = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    title = f"Validation rows over {along}; {said} seed{'s' if seeds[-1] > 1 else ''} a point, bars: range over seeds"
+    title = f"Validation rows over {along}, " + (
+        "one seed" if seeds == [1] else f"{said} seeds a point, with their range"
+    )
     return draw(charts, title, f"KL to the teacher and NLL after the last step, over {along}.")
 
 
