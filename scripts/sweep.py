@@ -75,7 +75,14 @@ def main() -> None:
     # 3. make them; a table is left of whatever was finished
     with hold(folder, "sweep"):
         try:
-            run_plan(plan, folder, asked.overwrite, asked.stop_on_failure, profile=asked.config, heldout=asked.heldout)
+            run_plan(
+                plan,
+                folder,
+                profile=asked.config,
+                heldout=asked.heldout,
+                overwrite=asked.overwrite,
+                stop_on_failure=asked.stop_on_failure,
+            )
         finally:
             if (folder / "sweep.json").is_file():
                 render(folder)

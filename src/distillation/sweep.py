@@ -1,8 +1,7 @@
 """Many training runs on one teacher cache: a grid of settings, each point an ordinary run in a process of its own.
 
-    plan = make_plan(grid, folder)
-    run_plan(plan, folder, ...)
-    write_json(folder / "sweep.json", results(plan, folder, ...))
+    plan = make_plan(read_grid(["--alpha", "0", "0.5", "--seed", "1", "2"], profile_values), folder)
+    run_plan(plan, folder)  # leaves sweep.json
 
 What a cell of the grid is judged by are the validation rows. A setting that has no effect in a cell (the temperature
 where alpha is 0) makes no second run: one run serves all cells that differ in nothing else.
@@ -172,16 +171,21 @@ def make_plan(grid: Grid, folder: Path) -> Plan:
     members: dict[str, list[str]] = {}  # a cell's settings as JSON -> its runs
     typed: dict[str, set[Any]] = {name: set() for name in order}
     for words in itertools.product(*(grid.axes[name] for name in order)):
+        # 1. a point of the grid, and which of its settings say nothing
         config = _build(grid, dict(zip(order, words, strict=True)))
         idle = idle_settings(config)
         settings = {name: None if name in idle else getattr(config, name) for name in grid.axes}
         for name in order:
             typed[name].add(getattr(config, name))
+
+        # 2. the run that it takes: with the profile's values where it does not matter, so that equal runs look equal
         config = dataclasses.replace(config, **{name: getattr(base, name) for name in idle})
         name = _run_name(config, settings, folder)
         if name not in runs:
             config = dataclasses.replace(config, output_dir=str(folder / "runs" / name))
             runs[name] = PlannedRun(name, config, identify(config)[1], _steps(config, rows))
+
+        # 3. the cell that the run counts for
         cell = json.dumps({name: value for name, value in settings.items() if name not in REPEATED})
         if name not in members.setdefault(cell, []):
             members[cell].append(name)
@@ -240,6 +244,7 @@ def _training_rows(config: KDConfig) -> int:
     Raises:
         UserError: none is set aside for validation.
     """
+    # how many are too long only their encoding tells, which would take as long as a run's start
     rows = read_clean(clean_files(Path(config.experiment_dir) / "sft")["train"])
     training = sum(not is_validation(row["id"], config.validation_fraction) for row in rows)
     if training == len(rows):
@@ -278,13 +283,21 @@ def _beside(run: PlannedRun, kind: str) -> Path:
     return folder.with_name(f"{folder.name}.{kind}")
 
 
-def run_plan(plan: Plan, folder: Path, overwrite: bool = False, stop_on_failure: bool = False, **facts: Any) -> None:
+def run_plan(
+    plan: Plan,
+    folder: Path,
+    *,
+    profile: str = "",
+    heldout: bool = False,
+    overwrite: bool = False,
+    stop_on_failure: bool = False,
+) -> None:
     """Make the runs that are not finished, one after the other, and keep sweep.json up to date.
 
     Args:
+        profile, heldout: see `results`.
         overwrite: train finished runs again too.
         stop_on_failure: end with the first run that fails; otherwise it is recorded and the others are made.
-        facts: for `results`.
 
     Raises:
         UserError: runs failed; the first is named with its last line.
@@ -298,11 +311,12 @@ def run_plan(plan: Plan, folder: Path, overwrite: bool = False, stop_on_failure:
                 continue
             outcomes[name] = _make(run, overwrite, progress)
             said = _said(run) if outcomes[name].status == "finished" else f"failed: {outcomes[name].line}"
+            # after every run: a sweep that is killed leaves the table of what it has
             logger.info("run %d of %d, %s: %s", number, len(plan.runs), name, said)
-            write_json(folder / "sweep.json", results(plan, outcomes, **facts))
+            write_json(folder / "sweep.json", results(plan, outcomes, profile, heldout))
             if outcomes[name].status == "failed" and stop_on_failure:
                 break
-    write_json(folder / "sweep.json", results(plan, outcomes, **facts))
+    write_json(folder / "sweep.json", results(plan, outcomes, profile, heldout))
     failed = [name for name, outcome in outcomes.items() if outcome.status == "failed"]
     if failed:
         raise UserError(
@@ -377,6 +391,7 @@ def _outcome(run: PlannedRun, code: int, log: Path, begin: int) -> Outcome:
         with log.open("rb") as file:
             file.seek(begin)
             said = file.read().decode("utf-8", errors="replace").strip().splitlines() or ["no word"]
+        # a user's mistake is one such line (run_cli); anything else ends with a traceback, whose last line says most
         errors = [line for line in said if line.startswith("error: ")]
         line = errors[-1].removeprefix("error: ") if errors else f"exit code {code}: {said[-1]}"
         return Outcome("failed", line)
@@ -403,6 +418,7 @@ def results(plan: Plan, outcomes: dict[str, Outcome], profile: str = "", heldout
 
     Args:
         outcomes: of runs made in this session; what others are is read off their folders.
+        profile: the path of the profile, to be named.
         heldout: whether cells also show the held-out rows, which are not for choosing.
     """
     runs = {name: _run_facts(run, outcomes.get(name), heldout) for name, run in plan.runs.items()}

@@ -113,6 +113,7 @@ def _legend(names: Sequence[str], width: float) -> tuple[list[str], int]:
 
 def _chart(chart: Chart, names: Sequence[str]) -> list[str]:
     y_ticks = chart.y_ticks or _found_ticks(chart)
+    # points at either end stand 8 px inside, clear of the labels
     x = _scale(chart.x_ticks, LEFT + 8, PANEL_WIDTH - RIGHT - 8)
     y = _scale(y_ticks, PANEL_HEIGHT - BOTTOM, TOP, chart.log)
     right, bottom = PANEL_WIDTH - RIGHT, PANEL_HEIGHT - BOTTOM

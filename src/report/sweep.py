@@ -76,7 +76,7 @@ def _remarks(sweep: Sweep) -> list[str]:
     lines = [f"- {_lowest(sweep, measure)}" for measure in ("kl_to_teacher", "nll") if sweep["lowest"][measure]]
     if any(cell["n"] == 1 for cell in sweep["cells"]):
         lines.append("- Cells with one seed show no range: another seed may order them in another way.")
-    free: dict[str, list[str]] = {}
+    free: dict[str, list[str]] = {}  # settings without effect -> the cells that have none of them
     for cell in sweep["cells"]:
         idle = ", ".join(name for name, value in cell["settings"].items() if value is None)
         if idle:
@@ -155,13 +155,14 @@ def _chart(sweep: Sweep, along: str, measure: str) -> Chart:
     keys: dict[str, dict[str, Any]] = {}  # a curve's name -> its settings
     for cell in sweep["cells"]:
         settings = {name: cell["settings"][name] for name in others}
-        if None not in settings.values():
+        if None not in settings.values():  # a cell that depends on none of them begins no curve: it is on all
             keys.setdefault(", ".join(f"{n} {shown(v)}" for n, v in settings.items()) or "student", settings)
     curves = []
     for name, settings in keys.items():
         points = _points(sweep, along, measure, settings)
         if len(points) > 1:
             curves.append(Curve(name, points))
+    # from the points that are there: while a sweep is under way, a curve may be shorter than its axis
     at = sorted({point.x for curve in curves for point in curve.points})
     x_ticks = [Tick(value, f"{value:g}") for value in ticks(at[0], at[-1])] if at else []
     return Chart(NAMES[measure], along, UNITS[measure], curves, x_ticks)
@@ -175,6 +176,7 @@ def _points(sweep: Sweep, along: str, measure: str, settings: dict[str, Any]) ->
         fits = all(own[name] in (value, None) for name, value in settings.items())
         if fits and own[along] is not None and cell["n"]:
             found = cell["validation"][measure]
+            # the range of one seed is a point, which must not look like certainty
             interval = (found["min"], found["max"]) if cell["n"] > 1 else None
             points.append(Point(own[along], found["mean"], interval))
     return sorted(points, key=lambda point: point.x)
