@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -53,6 +52,7 @@ from src.distillation.run_folder import (
 from src.distillation.sft import end_token_ids
 from src.distillation.teacher import Reader, model_reader
 from src.distillation.teacher_cache import cached_tokenizer, open_cache, read_index
+from src.distillation.tracking import check_tracker, log_heldout, tracked
 from src.distillation.training import (
     STATE,
     Run,
@@ -110,13 +110,10 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
     Raises:
         UserError: something the user must put right; the text says what and how.
     """
-    # 1. which run is it? nothing is encoded or loaded for this
-    config = _read_config(config)
+    # 1. which run is it?
+    config = read_config(config)
     accelerator = _open_accelerator(config)
-    hashes = clean_hashes(Path(config.experiment_dir) / "sft")
-    teacher_tokenizer, teacher = _teacher_tokenizer(config)
-    tokenizers = Tokenizers(load_tokenizer(config.model_name_or_path, config.experiment_dir), teacher_tokenizer)
-    fingerprint = _fingerprint(config, hashes, teacher, tokenizers)
+    tokenizers, fingerprint = identify(config)
 
     # 2. its folder
     with _own_folder(config, fingerprint, accelerator) as folder:
@@ -139,8 +136,12 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
         return _run(config, accelerator, data, tokenizers, folder) | paths
 
 
-def _read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
-    """A config of the caller's own."""
+def read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
+    """A config of the caller's own.
+
+    Raises:
+        UserError: an unknown setting, a value out of range, or a model that is not named or is an adapter.
+    """
     if isinstance(config, str | Path):
         config = build_config(KDConfig, read_profile(config, SECTION, KDConfig), where=str(config))
     elif isinstance(config, dict):
@@ -169,9 +170,7 @@ def _open_accelerator(config: KDConfig) -> Accelerator:
             "DeepSpeed divides the loss in a way of its own; launch with configs/accelerate/fsdp2.yaml, "
             "which shards the same"
         )
-    if config.report_to not in ("none", *map(str, get_available_trackers())):
-        known = ", ".join(sorted(map(str, get_available_trackers()))) or "none"
-        raise UserError(f"--report_to {config.report_to}: accelerate finds no such tracker here; installed: {known}")
+    check_tracker(config.report_to)
     accelerator = Accelerator(
         cpu=config.use_cpu,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else its variable would scale gradients
@@ -224,6 +223,18 @@ def _kept(config: KDConfig) -> dict[str, Any]:
     """What a cached signal keeps of the teacher: another cache of the same teacher teaches another thing."""
     index = read_index(Path(config.experiment_dir) / "teacher_cache")
     return {name: index[name] for name in (("bf16", "top_k") if config.teacher_signal == "topk" else ("bf16",))}
+
+
+def identify(config: KDConfig) -> tuple[Tokenizers, dict[str, Any]]:
+    """Both tokenizers, and the fingerprint of the run that these settings are; nothing is encoded or loaded for it.
+
+    Raises:
+        UserError: rows, cache or a model's files are not there, or the cache is another teacher's.
+    """
+    hashes = clean_hashes(Path(config.experiment_dir) / "sft")
+    teacher_tokenizer, teacher = _teacher_tokenizer(config)
+    tokenizers = Tokenizers(load_tokenizer(config.model_name_or_path, config.experiment_dir), teacher_tokenizer)
+    return tokenizers, _fingerprint(config, hashes, teacher, tokenizers)
 
 
 def _fingerprint(config: KDConfig, hashes: dict[str, str], teacher: str, tokenizers: Tokenizers) -> dict[str, Any]:
@@ -324,33 +335,22 @@ def _run(
     if accelerator.is_main_process:
         path = folder / "kd_config.json"
         write_json(path, read_json(path) | {"took_effect": run.took_effect})
-    _start_tracker(run, folder)
-    if not (folder / "final_model").is_dir():
-        train(run, folder)
-        _save_final(run, folder, tokenizers.student)
-    results = {
-        "experiment": Path(config.experiment_dir).name,
-        "arm": config.arm,
-        **_heldout(run, folder),
-        **training_facts(folder),
-        "trainable_parameters": count_parameters(run.model, trainable=True),
-        "total_parameters": count_parameters(run.model),
-    }
-    if accelerator.is_main_process:
-        write_json(folder / "kd_results.json", results)
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    with tracked(run, folder):
+        if not (folder / "final_model").is_dir():
+            train(run, folder)
+            _save_final(run, folder, tokenizers.student)
+        results = {
+            "experiment": Path(config.experiment_dir).name,
+            "arm": config.arm,
+            **_heldout(run, folder),
+            **training_facts(folder),
+            "trainable_parameters": count_parameters(run.model, trainable=True),
+            "total_parameters": count_parameters(run.model),
+        }
+        log_heldout(run, results)
+        if accelerator.is_main_process:
+            write_json(folder / "kd_results.json", results)
     return results
-
-
-def _start_tracker(run: Run, folder: Path) -> None:
-    if run.config.report_to == "none":
-        return
-    settings = {name: value for name, value in run.config.identity().items() if isinstance(value, str | int | float)}
-    name = folder.name
-    if run.config.report_to == "wandb":  # a project with a run each
-        name = Path(run.config.experiment_dir).name
-    run.accelerator.init_trackers(name, config=settings, init_kwargs={"wandb": {"name": folder.name}})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,10 @@ class Conduct:
     eval_steps: int = setting(25, "steps between two scorings of the validation rows; 0: never")
     save_steps: int = setting(25, "steps between two checkpoints; 0: never")
     save_total_limit: int = setting(2, "checkpoints kept, 2 at least, so that one of them is complete; 0: all")
-    report_to: str = setting("none", "an experiment tracker that accelerate knows, such as wandb or tensorboard")
+    report_to: str = setting(
+        "none",
+        "experiment tracker: tensorboard, trackio, wandb, mlflow, or another that accelerate knows and that is here",
+    )
 
 
 @dataclass

@@ -98,6 +98,18 @@ def _names(config_class: type) -> dict[str, str]:
     return names
 
 
+def field_of(config_class: type, name: str) -> str:
+    """The field that a flag's name or alias means.
+
+    Raises:
+        UserError: there is no such setting; names the nearest known one.
+    """
+    names = _names(config_class)
+    if name not in names:
+        raise UserError(f"unknown setting --{name}{nearest(name, list(names))}")
+    return names[name]
+
+
 def _as_arguments(values: dict[str, Any], config_class: type, where: str) -> list[str]:
     """`{name: value}` from YAML or a caller -> the command line that says the same."""
     names, types = _names(config_class), get_type_hints(config_class)

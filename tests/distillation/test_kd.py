@@ -592,10 +592,6 @@ def test_a_function_runs_inside_the_wrapped_forward():
     assert "forward" not in model.__dict__
 
 
-def test_an_unknown_tracker_is_refused(settings):
-    refused(settings | {"report_to": "notebook"}, "--report_to notebook: accelerate finds no such tracker here")
-
-
 def test_held_out_rows_are_written_by_the_run(settings):
     results = run_kd_pipeline(settings)
     rows = read_jsonl(Path(results["run_dir"]) / "heldout.jsonl")
