@@ -32,6 +32,12 @@ SECTIONS = (
 SHARED = ("data_dir", "experiment_dir", "model_name_or_path", "teacher_model_name_or_path", "seed", "serve")
 # Keys of no stage: the overlay that a profile takes by default, the GPUs it is for, how training is started on them.
 LAUNCHING = ("hardware", "gpus", "launch")
+# Settings that there were, and how the same is said now.
+GONE = {
+    "vllm_arguments": "say serve: {command: vllm, arguments: {...}}, which takes the flags of `vllm serve`",
+    "server_command": "say serve: {command: ...}, which takes a whole command line too",
+    "teacher_server_command": "say serve: {command: ...}, which starts the teacher's server too",
+}
 
 
 class _Parser(HfArgumentParser):
@@ -63,6 +69,11 @@ def _names(config_class: type) -> dict[str, str]:
     return names
 
 
+def _refuse_gone(where: str, name: str) -> None:
+    if name in GONE:
+        raise UserError(f"{where}: {name} is no setting any more; {GONE[name]}")
+
+
 def _as_arguments(values: dict[str, Any], config_class: type, where: str) -> list[str]:
     """`{name: value}` from YAML or a caller -> the command line that says the same."""
     names, types = _names(config_class), get_type_hints(config_class)
@@ -70,6 +81,7 @@ def _as_arguments(values: dict[str, Any], config_class: type, where: str) -> lis
     arguments: list[str] = []
     for name, value in values.items():
         if name not in names:
+            _refuse_gone(where, str(name))
             raise UserError(f"{where}: unknown setting {name!r}{nearest(str(name), list(names))}")
         if names[name] in said:
             raise UserError(f"{where}: {said[names[name]]} and {name} are the same setting; keep one")
@@ -197,6 +209,7 @@ def build_config(config_class: type[Config], values: dict[str, Any] | None = Non
     known = parser._option_string_actions
     for word in argv:
         if word.startswith("--") and word.split("=")[0] not in known:
+            _refuse_gone("command line", word.split("=")[0].removeprefix("--"))
             options = [name for name in known if name.startswith("--") and "-" not in name[2:]]
             raise UserError(f"unknown flag {word.split('=')[0]}{nearest(word.split('=')[0], options)}")
     try:
