@@ -29,8 +29,9 @@ import torch
 from transformers import GenerationConfig, set_seed
 
 from src.distillation.base import compute_dtype, load_model, load_tokenizer, prompt_text
-from src.distillation.engines import CPU_BATCHED_TOKENS, end_ids
+from src.distillation.engines import end_ids
 from src.distillation.openai_engine import Server, generate_from_server
+from src.distillation.serving import CPU_BATCHED_TOKENS
 from src.distillation.sft import Sampling, generate, make_requests
 from src.utils.common import UserError, provenance, run_cli, write_json
 

@@ -4,7 +4,8 @@
 
 Appends to `experiment_dir`/sft/sft_{train,eval}_data.jsonl, raw and in full; choosing happens in fix_sft_data.py. Safe
 to kill and run again. A file of answers that somebody else made may stand there instead: it is then used as it is. The
-summary (throughput, tokens, finish reasons) is generate_{train,eval}.json beside it.
+summary (throughput, tokens, finish reasons) is generate_{train,eval}.json beside it. With `serve` in the profile, or
+--serve '{"command": "vllm"}', the answers come from a server that runs as long as the stage.
 """
 
 import sys
@@ -16,11 +17,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import contextlib
 import time
 from collections import Counter
+from typing import Any
 
 from src.distillation.base import load_tokenizer, model_fingerprint
 from src.distillation.batching import shared_end_of_turn
-from src.distillation.engines import Engine, EngineSettings, make_engine, opened, rows_that_fit
-from src.distillation.server import running
+from src.distillation.engines import (
+    Engine,
+    EngineSettings,
+    Generate,
+    make_engine,
+    opened,
+    rows_that_fit,
+    stage_serve,
+    started,
+)
+from src.distillation.serving import Serve, answering, named_arms, teacher_server, with_open_port
 from src.distillation.sft import Request, Sampling, make_requests
 from src.grading.graders import read_dataset
 from src.utils.common import (
@@ -57,25 +68,66 @@ class GenerateSftDataConfig(EngineSettings):
     top_k: int = setting(20, "candidates a token; 0 is off")
     max_new_tokens: int = setting(768, "longest answer, end of turn included")
     enable_thinking: bool = setting(False, "let a hybrid teacher think first; cleaning cuts the thoughts off")
-    served_model_name: str = setting("", "openai: the server's name for the teacher, if it is another")
+    served_model_name: str = setting("", "openai: a running server's name for the teacher, if it is another")
     seed: int = setting(42, "every answer's seed is made from this and its row")
     overwrite: bool = setting(False, "throw away the answers there are")
 
 
-def teacher_engine(config: GenerateSftDataConfig) -> Engine:
+@dataclass(frozen=True)
+class Work:
+    """What is left to do for a split: all its requests, the keys of those answered, and how many of these refused."""
+
+    fingerprint: dict[str, Any]
+    requests: list[Request]
+    done: set[tuple[str, int]]
+    refused: int
+
+
+def chosen_serve(config: GenerateSftDataConfig) -> Serve | None:
+    """The server that this stage starts; None where it starts none.
+
+    Raises:
+        UserError: it cannot answer as the teacher.
+    """
+    serve = stage_serve(config)
+    if serve is None:
+        return None
+    if config.served_model_name and serve.program != "other":
+        raise UserError("served_model_name is for a server that runs elsewhere; serve's is asked by the model's name")
+    if others := named_arms(serve) - {"teacher"}:
+        raise UserError(
+            f"serve: the command line names {{{min(others)}}}, which only the evaluation has; say that serve under "
+            "evaluate_distillation, and one with {teacher} under generate_sft_data"
+        )
+    return with_open_port(serve)
+
+
+def teacher_engine(config: GenerateSftDataConfig, serve: Serve | None) -> Engine:
     teacher = config.teacher_model_name_or_path
-    if not teacher and not (config.engine == "openai" and config.served_model_name):
-        raise UserError("teacher_model_name_or_path is not set; name a profile with --config")
     if config.num_samples < 1:
         raise UserError("num_samples must be at least 1")
-    return make_engine(config, teacher, config.teacher_devices, config.served_model_name,
-                       enable_thinking=config.enable_thinking, experiment_dir=config.experiment_dir)  # fmt: skip
+    name = config.served_model_name or (serve.model if serve else "")
+    engine = make_engine(config, teacher, config.teacher_devices, serve, name,
+                         enable_thinking=config.enable_thinking, experiment_dir=config.experiment_dir)  # fmt: skip
+    if not teacher and not (engine.name == "openai" and config.served_model_name):
+        raise UserError("teacher_model_name_or_path is not set; name a profile with --config")
+    return engine
+
+
+def who_answers(engine: Engine, serve: Serve | None) -> dict[str, Any]:
+    """The part of the fingerprint that says what answers: the stand-in and the flags of `serve` answer too."""
+    if engine.name == "transformers":
+        return {"teacher": model_fingerprint(engine.model)}
+    if serve is None or (serve.program == "other" and not named_arms(serve)):  # its name is all that is known
+        return {"teacher": engine.server.model}
+    flags = answering(serve)
+    return {"teacher": model_fingerprint(serve.model or engine.model)} | ({"server_arguments": flags} if flags else {})
 
 
 def pending(
-    config: GenerateSftDataConfig, split: str, sampling: Sampling, engine: Engine
-) -> tuple[dict, list[Request], set] | None:
-    """The split's fingerprint, all its requests and the keys already answered; None if there is nothing to do."""
+    config: GenerateSftDataConfig, split: str, sampling: Sampling, engine: Engine, serve: Serve | None
+) -> Work | None:
+    """What is left to do for the split; None if there is nothing."""
     clean = Path(config.experiment_dir) / "sft" / f"sft_{split}_data_clean.jsonl"
     if clean.is_file() and not clean.with_name("fix_sft_data.json").is_file() and not config.overwrite:
         logger.info("%s: clean rows brought ready-made; no answers are generated", clean)
@@ -95,14 +147,13 @@ def pending(
         batch_size = engine.batch_size or rows_that_fit(engine, tokenizer, requests)
     fingerprint = {
         "prompts": sha256_file(source),
-        "teacher": engine.server.model if engine.name == "openai" else model_fingerprint(engine.model),
         "sampling": asdict(sampling),
         "enable_thinking": config.enable_thinking,
         "num_samples": config.num_samples,
         "batch_size": batch_size,
         "seed": config.seed,
         "engine": engine.name,
-    }
+    } | who_answers(engine, serve)
     state = stage_state(marker, fingerprint, config.overwrite, [target])
     if state == "done":
         logger.info("%s is complete; nothing to do", target)
@@ -110,10 +161,12 @@ def pending(
     start_stage(marker, fingerprint)
     repair_jsonl_tail(target)
     has_rows = target.is_file() and target.stat().st_size > 0
-    done = {(row["id"], row["sample_index"]) for row in read_jsonl(target, ANSWER_KEYS)} if has_rows else set()
+    answers = read_jsonl(target, ANSWER_KEYS) if has_rows else []
+    done = {(row["id"], row["sample_index"]) for row in answers}
+    refused = sum(row["finish_reason"] == "refused" for row in answers)
     if done:
         logger.info("%s: %d of %d answers are there, going on", target, len(done), len(requests))
-    return fingerprint, requests, done
+    return Work(fingerprint, requests, done, refused)
 
 
 def check_student(config: GenerateSftDataConfig) -> None:
@@ -169,30 +222,37 @@ def main() -> None:
 
 def answer_prompts(config: GenerateSftDataConfig) -> None:
     """Answer what is missing of the splits, whose files are held."""
-    engine = teacher_engine(config)
+    serve = chosen_serve(config)
+    engine = teacher_engine(config, serve)
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-    work = {split: found for split in config.splits if (found := pending(config, split, sampling, engine))}
-    if not work:
+    left = {split: pending(config, split, sampling, engine, serve) for split in config.splits}
+    left = {split: work for split, work in left.items() if work is not None}
+    if not left:
         return
-    answers = sum(len(requests) for _, requests, _ in work.values())
+    answers = sum(len(work.requests) for work in left.values())
     require_disk(config.experiment_dir, answers * (4 * config.max_new_tokens + 2000), "the answers")
     check_student(config)
     logger.info("%s: %d answers by %s, %s", engine.model or engine.server.model, answers, engine.name, asdict(sampling))
-    log = Path(config.experiment_dir) / "sft" / "server.log"
-    with running(config.server_command, config.base_url, log), opened(engine) as generate:
-        for split, (fingerprint, requests, done) in work.items():
-            target = Path(config.experiment_dir) / "sft" / f"sft_{split}_data.jsonl"
-            started, tokens, uncounted = time.monotonic(), 0, 0
-            with Progress(len(requests), f"teacher answers ({split})") as progress:
-                progress.skip(len(done))
-                stored = frozenset(r for r in requests if (r.id, r.sample_index) in done)
-                for rows in generate(requests, stored):
-                    append_jsonl(target, rows)
-                    counted, without = count_tokens(rows)
-                    tokens, uncounted = tokens + counted, uncounted + without
-                    speed = "unknown" if uncounted else f"{tokens / (time.monotonic() - started):.0f}"
-                    progress.advance(len(rows), tokens_per_second=speed)
-            summarise(target, split, fingerprint, tokens, time.monotonic() - started, uncounted)
+    folder = Path(config.experiment_dir) / "sft"
+    planned = teacher_server(serve, engine.model, config.teacher_devices) if serve else None
+    with started(planned, folder / "server.log"), opened(engine) as generate:
+        for split, work in left.items():
+            answer_split(folder / f"sft_{split}_data.jsonl", split, work, generate)
+
+
+def answer_split(target: Path, split: str, work: Work, generate: Generate) -> None:
+    """Append the answers that a split lacks, then its summary."""
+    begin, tokens, uncounted = time.monotonic(), 0, 0
+    with Progress(len(work.requests), f"teacher answers ({split})") as progress:
+        progress.skip(len(work.done))
+        stored = frozenset(r for r in work.requests if (r.id, r.sample_index) in work.done)
+        for rows in generate(work.requests, stored, work.refused):
+            append_jsonl(target, rows)
+            counted, without = count_tokens(rows)
+            tokens, uncounted = tokens + counted, uncounted + without
+            speed = "unknown" if uncounted else f"{tokens / (time.monotonic() - begin):.0f}"
+            progress.advance(len(rows), tokens_per_second=speed)
+    summarise(target, split, work.fingerprint, tokens, time.monotonic() - begin, uncounted)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ ALLOWED = {
     "src.report": {"src.report", "src.utils", "src.evaluation.verdict", "src.evaluation.results_schema"},
     "src.evaluation": {"src.evaluation", "src.grading", "src.report", "src.utils"} | {
         f"src.distillation.{name}"
-        for name in ("base", "engines", "heldout", "server", "sft")
+        for name in ("base", "engines", "heldout", "serving", "sft")
     },
     "scripts": {"src"},
     "examples": {"src"},

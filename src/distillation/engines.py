@@ -1,17 +1,17 @@
 """The engines behind one call: `with opened(engine) as generate`, then `generate(requests, done)`."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from src.distillation import openai_engine, sft, vllm_engine
+from src.distillation import openai_engine, sft
 from src.distillation.base import (
     check_devices,
     compute_dtype,
@@ -20,40 +20,55 @@ from src.distillation.base import (
     load_model_config,
     load_tokenizer,
     meta_model,
-    opened_thought,
     place,
     prompt_ids,
     prompt_text,
 )
 from src.distillation.lora import merge_adapter
 from src.distillation.openai_engine import Server
+from src.distillation.server import running
+from src.distillation.serving import (
+    PlannedServer,
+    Serve,
+    arms_server,
+    read_serve,
+    students_server,
+    teacher_server,
+)
 from src.distillation.sft import Request
-from src.utils.common import UserError, logger, read_json
+from src.utils.common import UserError, logger
 from src.utils.config import setting
 
-# vLLM 0.32 on a CPU dies of a prompt that is split between two batches if its request has a seed
-CPU_BATCHED_TOKENS = 16_384
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the sizes that vLLM makes room for
+ENGINES = ("transformers", "openai")
+ELSEWHERE = "http://localhost:8000/v1"  # where vLLM answers if nobody says otherwise
 
 Done = frozenset[Request]
-Generate = Callable[[Sequence[Request], Done], Iterator[list[dict[str, Any]]]]
+
+
+class Generate(Protocol):
+    """What an engine answers with; see `opened`."""
+
+    def __call__(self, requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]: ...
 
 
 @dataclass
 class EngineSettings:
     """The settings of every stage that has answers made."""
 
-    engine: Literal["transformers", "vllm", "openai"] = setting("transformers", "what generates; `openai` is a server")
+    engine: str = setting(
+        "", "transformers (in this process) or openai (a server); default: openai with `serve`, else transformers"
+    )
     batch_size: int = setting(32, "transformers: rows in one forward pass; 0 takes as many as the memory holds")
-    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over (vllm: and replicated on)")
+    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over (serve: and replicated on)")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
-    vllm_arguments: str = setting("{}", "vllm: further arguments of vllm.LLM, JSON or a mapping")
-    base_url: str = setting("http://localhost:8000/v1", "openai: the server")
+    serve: str = setting(
+        "", "the server that the stage starts and stops: JSON or a mapping such as {command: vllm}; keys: command, "
+        "model, devices, gpu_memory_gb, tensor_parallel, data_parallel, port, arguments"
+    )  # fmt: skip
+    base_url: str = setting(ELSEWHERE, "openai: a server that runs already")
     server: Literal["vllm", "sglang", "llama_cpp", "transformers", "plain"] = setting(
         "vllm", "openai: the server's kind, which decides how top_k and thinking are said; `plain` knows neither"
     )
-    server_command: str = setting("", "openai: the command that starts the server; the stage stops it again")
-    serve: str = setting("", "how the stage starts its server, JSON or a mapping")
     api_key_variable: str = setting("OPENAI_API_KEY", "openai: environment variable with the key, if one is needed")
     concurrency: int = setting(32, "openai: requests under way at most")
     request_timeout: float = setting(600.0, "openai: seconds for one answer")
@@ -67,14 +82,13 @@ class EngineSettings:
 class Engine:
     """What answers, and on what.
 
-    name: `transformers`, `vllm` or `openai`.
+    name: `transformers` or `openai`.
     model: folder or hub id. The openai engine wants it for its tokenizer alone, and may do without.
     adapter: folder of a LoRA adapter on it; not for the openai engine, whose server knows arms by their names.
     batch_size: rows in one forward pass of the transformers engine; 0 for `rows_that_fit`.
     devices: GPUs; none on a machine without.
     gpu_memory_gb: weights one GPU may hold, 1e9 bytes.
     enable_thinking: asked of hybrid models by their template.
-    vllm_arguments: further arguments of `vllm.LLM`, over the derived ones.
     experiment_dir: whose date a template reads that asks for one.
     """
 
@@ -84,42 +98,126 @@ class Engine:
     devices: tuple[int, ...] = ()
     gpu_memory_gb: float = 36.0
     enable_thinking: bool = False
-    vllm_arguments: dict[str, Any] = field(default_factory=dict)
     server: Server | None = None
     experiment_dir: str = ""
     adapter: str = ""
 
 
-def make_engine(settings: EngineSettings, model: str, devices: Sequence[int], served_name: str = "",
-                base_url: str = "", **more: Any) -> Engine:  # fmt: skip
+def engine_name(settings: EngineSettings) -> str:
+    """What answers: as said; else the server that `serve` starts, or transformers.
+
+    Raises:
+        UserError: no such engine, or another one than `serve` wants.
+    """
+    said = settings.engine
+    if said == "vllm":
+        raise UserError(
+            "engine vllm is a server now, which the stage starts: say serve: {command: vllm} in the profile "
+            """(--serve '{"command": "vllm"}') and no engine"""
+        )
+    if said and said not in ENGINES:
+        raise UserError(f"engine {said!r}: there are transformers and openai, and `serve` starts vLLM or SGLang")
+    if not settings.serve.strip():
+        return said or "transformers"
+    if said == "transformers":
+        raise UserError(
+            "engine transformers answers in this process, serve starts a server; keep one: --serve '' leaves the "
+            "profile's server out"
+        )
+    return "openai"
+
+
+def stage_serve(settings: EngineSettings) -> Serve | None:
+    """The server that a stage starts, with the stage's own `gpu_memory_gb` where it says none; None for no server.
+
+    Raises:
+        UserError: `serve` is not what it must be, or something is said beside it that contradicts it.
+    """
+    engine_name(settings)
+    serve = read_serve(settings.serve)
+    if serve is not None and settings.base_url != ELSEWHERE:
+        raise UserError(
+            f"serve starts a server of its own, base_url {settings.base_url} names another; keep one: --serve '' "
+            "leaves the profile's server out"
+        )
+    if serve is None or serve.gpu_memory_gb:
+        return serve
+    return dataclasses.replace(serve, gpu_memory_gb=settings.gpu_memory_gb)
+
+
+def server_kind(settings: EngineSettings, serve: Serve | None) -> str:
+    """The kind of server that answers, one of `openai_engine.SERVERS`."""
+    return settings.server if serve is None or serve.program == "other" else serve.program
+
+
+def make_engine(settings: EngineSettings, model: str, devices: Sequence[int], serve: Serve | None = None,
+                served_name: str = "", base_url: str = "", **more: Any) -> Engine:  # fmt: skip
     """The engine that the settings name, for one model.
 
     Args:
+        serve: the server that the stage starts for it, with its port.
         served_name: the server's name for it, where it is not `model`.
         base_url: of its server, where that is not the settings'.
         more: further fields of `Engine`.
 
     Raises:
-        UserError: a setting is out of range, or vllm_arguments are no JSON object.
+        UserError: a setting is out of range.
     """
     if settings.batch_size < 0 or min(settings.concurrency, settings.tries) < 1:
         raise UserError("concurrency and tries must be at least 1, batch_size at least 0 (from memory)")
-    if settings.server_command and settings.engine != "openai":
-        raise UserError(f"server_command starts a server, which engine {settings.engine} does not ask; say openai")
-    try:
-        arguments = json.loads(settings.vllm_arguments)
-    except json.JSONDecodeError as error:
-        raise UserError(f"vllm_arguments is not JSON ({error.msg}): {settings.vllm_arguments}") from None
-    if not isinstance(arguments, dict):
-        raise UserError(f"vllm_arguments must be a JSON object, found {settings.vllm_arguments}")
+    own_url = settings.base_url if serve is None else serve.base_url
     server = Server(
-        base_url or settings.base_url, served_name or model, settings.server, settings.api_key_variable,
+        base_url or own_url, served_name or model, server_kind(settings, serve), settings.api_key_variable,
         settings.concurrency, settings.request_timeout, settings.tries, settings.max_refused,
     )  # fmt: skip
-    return Engine(
-        settings.engine, model, settings.batch_size, tuple(devices), settings.gpu_memory_gb,
-        vllm_arguments=arguments, server=server, **more,
-    )  # fmt: skip
+    name = engine_name(settings)
+    return Engine(name, model, settings.batch_size, tuple(devices), settings.gpu_memory_gb, server=server, **more)
+
+
+def planned_servers(
+    settings: EngineSettings,
+    teacher: str = "",
+    base: str = "",
+    adapters: Mapping[str, str] | None = None,
+    student_devices: Sequence[int] = (),
+    rank: int | None = None,
+) -> list[PlannedServer]:
+    """The servers that a stage with these settings would start, one after the other, for a dry run.
+
+    Args:
+        teacher, base: models; empty for none. Only the evaluation has a `base`, with its adapters and devices.
+        adapters: arm -> folder, which need not be there yet if `rank` is given.
+
+    Raises:
+        UserError: as `serving.serve_command`.
+    """
+    serve, planned = stage_serve(settings), []
+    if serve is None:
+        return planned
+    if base and serve.program == "other":
+        places = {"base": base, "teacher": teacher} | dict(adapters or {})
+        return [arms_server(serve, places, sorted({*settings.teacher_devices, *student_devices}))]
+    if base:
+        planned.append(students_server(serve, base, adapters or {}, student_devices, rank))
+    if teacher:
+        planned.append(teacher_server(serve, teacher, settings.teacher_devices))
+    return planned
+
+
+@contextmanager
+def started(planned: PlannedServer | None, log: Path) -> Iterator[None]:
+    """Run a planned server until the block ends; None is a server that runs elsewhere, or none at all.
+
+    Raises:
+        UserError: the client or the GPUs are not there, or the server does not come up (see `server.running`).
+    """
+    if planned is None:
+        yield
+        return
+    openai_engine.require_client()  # before the minutes that a server takes to come up
+    check_devices(planned.answers_for, planned.devices)
+    with running(planned.words, planned.base_url, log, planned.environment):
+        yield
 
 
 def rows_that_fit(engine: Engine, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> int:
@@ -156,78 +254,42 @@ def served_teacher(engine: Engine) -> tuple[PreTrainedTokenizerBase | None, list
     if not engine.model:
         return None, []
     try:
-        return load_tokenizer(engine.model), []
+        tokenizer = load_tokenizer(engine.model)
     except UserError as error:
         logger.info("%s; without it only the server can count tokens", error)
         return None, []
-
-
-def vllm_plan(engine: Engine) -> tuple[dict[str, Any], list[list[int]]]:
-    """Arguments of `vllm.LLM`, and the GPUs of each replica."""
-    config, dtype = load_model_config(engine.model).get_text_config(), compute_dtype()
-    arguments = {"model": engine.model, "dtype": str(dtype).removeprefix("torch."), "max_model_len": -1, "seed": 0,
-                 "generation_config": "vllm"}  # fmt: skip
-    if engine.adapter:
-        rank = read_json(Path(engine.adapter) / "adapter_config.json")["r"]
-        if rank > LORA_RANKS[-1]:
-            raise UserError(f"{engine.adapter}: vLLM takes adapters up to rank {LORA_RANKS[-1]}, this has {rank}")
-        arguments |= {"enable_lora": True, "max_lora_rank": min(size for size in LORA_RANKS if size >= rank)}
-    groups: list[list[int]] = [list(engine.devices)]
-    if not engine.devices:
-        arguments["max_num_batched_tokens"] = CPU_BATCHED_TOKENS
-    else:
-        weight_gb = count_parameters(meta_model(engine.model)) * dtype.itemsize / 1e9
-        heads = config.num_attention_heads
-        tensor, pipeline, data = vllm_engine.parallel_sizes(
-            heads, getattr(config, "num_key_value_heads", None) or heads, config.num_hidden_layers,
-            len(engine.devices), weight_gb, engine.gpu_memory_gb,
-        )  # fmt: skip
-        size = tensor * pipeline
-        groups = [list(engine.devices[start : start + size]) for start in range(0, len(engine.devices), size)]
-        arguments |= {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
-        logger.info("vLLM: tensor parallel %d x pipeline %d x data %d", tensor, pipeline, data)
-    return arguments | engine.vllm_arguments, groups
+    if engine.server.kind not in openai_engine.TAKES_END_IDS:
+        return tokenizer, []
+    try:
+        return tokenizer, end_ids(engine.model, tokenizer)
+    except UserError as error:
+        logger.info("%s; the server's own idea of an answer's end is taken", error)
+        return tokenizer, []
 
 
 @contextmanager
 def opened(engine: Engine) -> Iterator[Generate]:
-    """Load or start the engine; yields `generate(requests, done)`, which yields the rows (see `sft.answer_row`) of the
-    requests that `done` lacks, in parts that can be stored together. Every engine gets every sampling field in full.
+    """Load the engine; yields `generate(requests, done, refused)`, which yields the rows (see `sft.answer_row`) of the
+    requests that `done` lacks, in parts that can be stored together. `refused` says of how many of `done` a server has
+    refused the answer. Every engine gets every sampling field in full.
 
     Raises:
-        UserError: the engine, the model or the adapter cannot be had.
+        UserError: the model or the adapter cannot be had.
     """
     if engine.name == "openai":
         yield from _by_server(engine)
-        return
-    tokenizer = load_tokenizer(engine.model, engine.experiment_dir)
-    if engine.name == "transformers":
-        yield from _by_transformers(engine, tokenizer)
-        return
-    check_devices(engine.model, engine.devices)
-    arguments, groups = vllm_plan(engine)
-    with vllm_engine.opened(arguments, groups, end_ids(engine.model, tokenizer), engine.adapter) as answer_prompts:
-
-        def answer(requests: Sequence[Request], done: Done) -> Iterator[list[dict[str, Any]]]:
-            missing = [request for request in requests if request not in done]
-            texts = [prompt_text(tokenizer, r.messages, engine.enable_thinking) for r in missing]
-            thoughts = {(r.id, r.sample_index): opened_thought(t) for r, t in zip(missing, texts, strict=True)}
-            for rows in answer_prompts(missing, prompt_ids(tokenizer, texts)):
-                for row in rows:
-                    row["response"] = thoughts[row["id"], row["sample_index"]] + row["response"]
-                yield rows
-
-        yield answer
+    else:
+        yield from _by_transformers(engine, load_tokenizer(engine.model, engine.experiment_dir))
 
 
 def _by_server(engine: Engine) -> Iterator[Generate]:
     assert engine.server is not None
     tokenizer, ends = served_teacher(engine)
 
-    def answer(requests: Sequence[Request], done: Done) -> Iterator[list[dict[str, Any]]]:
+    def answer(requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]:
         missing = [request for request in requests if request not in done]
-        thinking = engine.enable_thinking
-        return openai_engine.generate_from_server(engine.server, missing, thinking, ends, tokenizer, len(requests))
+        thinking, total = engine.enable_thinking, len(requests)
+        return openai_engine.generate_from_server(engine.server, missing, thinking, ends, tokenizer, total, refused)
 
     yield answer
 
@@ -240,7 +302,7 @@ def _by_transformers(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Iter
         model = merge_adapter(model, engine.adapter)
     logger.info("%s in %s", engine.adapter or engine.model, str(dtype).removeprefix("torch."))
 
-    def answer(requests: Sequence[Request], done: Done) -> Iterator[list[dict[str, Any]]]:
+    def answer(requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]:
         rows = engine.batch_size or rows_that_fit(engine, tokenizer, requests)
         return sft.generate(model, tokenizer, requests, rows, done, engine.enable_thinking)
 

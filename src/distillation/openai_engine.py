@@ -7,6 +7,7 @@ The client's own retries are off. They cover 429, 5xx and cut connections, but n
 import asyncio
 import gzip
 import heapq
+import importlib.util
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from src.utils.common import UserError, logger
 
 ENGINE = "openai"
 SERVERS = ("vllm", "sglang", "llama_cpp", "transformers", "plain")
+TAKES_END_IDS = ("vllm", "sglang")  # kinds that end an answer at any token id they are told
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between two tries
 LONGEST_WORDS = 300  # characters of a server's words that are shown
 
@@ -114,7 +116,8 @@ def extra_body(kind: str, sampling: Sampling, enable_thinking: bool, ends: Seque
     """The fields that OpenAI's own interface lacks, all stated: a server's or model's defaults never take part.
 
     Args:
-        ends: token ids that end an answer; `transformers serve` wants them beside its other settings.
+        ends: token ids that end an answer, where they are known; `transformers serve` wants them beside its other
+            settings.
 
     Raises:
         UserError: the server cannot do what is asked.
@@ -131,7 +134,8 @@ def extra_body(kind: str, sampling: Sampling, enable_thinking: bool, ends: Seque
         }  # fmt: skip
         return {"generation_config": json.dumps(settings)} | thinking
     penalty = "repeat_penalty" if kind == "llama_cpp" else "repetition_penalty"
-    return {"top_k": sampling.top_k or -1, "min_p": 0.0, penalty: 1.0} | thinking
+    own_ends = {"stop_token_ids": list(ends)} if ends and kind in TAKES_END_IDS else {}
+    return {"top_k": sampling.top_k or -1, "min_p": 0.0, penalty: 1.0} | own_ends | thinking
 
 
 @dataclass(frozen=True)
@@ -558,10 +562,15 @@ class _Asking:
 
 
 class _Run:
-    """The requests of a run: those that wait, those under way and how many these may be, and what came of them."""
+    """The requests of a run: those that wait, those under way and how many these may be, and what came of them.
 
-    def __init__(self, asking: _Asking, requests: Sequence[Request], total: int) -> None:
+    `refused_before` answers of `total` were refused in earlier sessions. Rows of what is refused in this one wait in
+    `refused` for the next answer: a server that answers nothing has a wrong setting, and no refusal is worth keeping.
+    """
+
+    def __init__(self, asking: _Asking, requests: Sequence[Request], total: int, refused_before: int = 0) -> None:
         self.asking, self.server, self.total = asking, asking.server, total
+        self.refusals = self.refused_before = refused_before
         self.fresh = deque(requests)
         self.again: list[tuple[float, int, int, Request]] = []  # a heap of (when, order, attempt, request)
         self.running: dict[asyncio.Task, tuple[Request, int, float]] = {}
@@ -596,6 +605,9 @@ class _Run:
                 self.pass_over(request, str(refusal))
             except UserError as error:
                 self.fatal.append(error)
+        if rows and self.refusals <= self.server.refused_at_most(self.total):
+            rows += self.refused
+            self.refused = []
         return rows
 
     def repeat(self, request: Request, attempt: int, started: float, failure: _Again) -> None:
@@ -614,14 +626,16 @@ class _Run:
         """Note a refused request; one too many of them is a wrong setting rather than so many wrong prompts."""
         row = answer_row(request, ENGINE, "", "refused", 0)
         self.refused.append(row | {"refusal": words})
+        self.refusals += 1
         allowed, share = self.server.refused_at_most(self.total), self.server.max_refused
-        if len(self.refused) <= allowed:
+        if self.refusals <= allowed:
             logger.info("%s refuses row %s: %s", self.server.base_url, request.id, words)
             return
+        before = f" ({self.refused_before} of them stored before: delete their rows to ask again)"
         self.fatal.append(UserError(
-            f"{self.server.base_url} refuses row {request.id}: {words}; {len(self.refused)} of {self.total} answers "
-            f"refused, max_refused {share:g} allows {allowed}: mend the setting or prompts it names, or raise "
-            "max_refused; what was answered is kept"
+            f"{self.server.base_url} refuses row {request.id}: {words}; {self.refusals} of {self.total} answers "
+            f"refused{before if self.refused_before else ''}, max_refused {share:g} allows {allowed}: mend the setting "
+            "or prompts it names, or raise max_refused; what was answered is kept"
         ))  # fmt: skip
 
     async def close(self) -> None:
@@ -647,6 +661,12 @@ def refuse_half_characters(requests: Sequence[Request]) -> None:
                 )
 
 
+def require_client() -> None:
+    """Raise a UserError where the package that asks servers is not installed."""
+    if importlib.util.find_spec("openai") is None:
+        raise UserError("asking a server needs the package openai; pip install -e '.[server]'")
+
+
 def generate_from_server(
     server: Server,
     requests: Sequence[Request],
@@ -654,25 +674,26 @@ def generate_from_server(
     ends: Sequence[int] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     total: int | None = None,
+    refused_before: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answer every request; yields rows (see `reply_row`) as they are complete, in any order.
 
     The server applies the teacher's chat template; it is sent the lowest 31 bits of a request's seed, which every
-    server takes. Rows of what it refuses to answer come last, say why in `refusal`, and come only if they are no more
-    than `server.max_refused` allows.
+    server takes. Rows of what it refuses to answer say why in `refusal`; they come with the answers after them, or
+    last, and only while they are no more than `server.max_refused` allows.
 
     Args:
         ends: token ids that end an answer.
         tokenizer: the teacher's, where it is known.
         total: answers that the run wants in all, those of earlier sessions too; `max_refused` is a share of them.
+        refused_before: how many of those were refused.
 
     Raises:
         UserError: no client, a prompt that cannot be sent, too much refused, a wrong key, or `tries` in vain.
     """
-    try:
-        import openai
-    except ImportError:
-        raise UserError("the openai engine needs the package openai; pip install -e '.[openai]'") from None
+    require_client()
+    import openai
+
     refuse_half_characters(requests)
     for sampling in {request.sampling for request in requests}:
         extra_body(server.kind, sampling, enable_thinking, ends)  # complains before anything is asked
@@ -685,7 +706,7 @@ def generate_from_server(
             max_retries=0,
         )
         asking = _Asking(client, server, teacher, enable_thinking, ends)
-        run = _Run(asking, requests, len(requests) if total is None else total)
+        run = _Run(asking, requests, len(requests) if total is None else total, refused_before)
         try:
             while not run.is_over():
                 if rows := runner.run(run.turn()):
@@ -695,5 +716,6 @@ def generate_from_server(
         finally:
             runner.run(run.close())
     if run.refused:
-        logger.info("%s refused %d of %d answers; they are recorded so", server.base_url, len(run.refused), run.total)
         yield run.refused
+    if run.refusals:
+        logger.info("%s refused %d of %d answers; they are recorded so", server.base_url, run.refusals, run.total)

@@ -1,17 +1,25 @@
 """The first step of an evaluation, and the only one with models: every arm answers the same prompts, by any engine."""
 
 import gc
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.distillation.base import load_tokenizer, prompt_text
-from src.distillation.engines import Engine, make_engine, opened
-from src.distillation.server import running
+from src.distillation.engines import Engine, make_engine, opened, server_kind, stage_serve, started
+from src.distillation.serving import (
+    ADAPTED,
+    PlannedServer,
+    Serve,
+    adapter_name,
+    arms_server,
+    named_arms,
+    students_server,
+    teacher_server,
+    with_open_port,
+)
 from src.distillation.sft import Request, Sampling, make_requests
 from src.evaluation.arms import Arms
-from src.evaluation.results_schema import ARMS
 from src.grading.rows import Row
 from src.utils.common import Progress, UserError, append_jsonl, read_jsonl, repair_jsonl_tail, sha256_text
 
@@ -28,6 +36,17 @@ class Cell:
 
     preset: str
     temperature: float
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What is asked of an arm: all its requests, those answered before, and of how many of these the answer is that
+    the server refused."""
+
+    arm: str
+    requests: list[Request]
+    done: frozenset[Request]
+    refused: int
 
 
 def cells(config: "EvaluateConfig") -> list[Cell]:
@@ -74,63 +93,93 @@ def preset_of(sampling: dict[str, Any]) -> str:
     raise AssertionError(f"no preset has {sampling}")
 
 
-def arm_engine(config: "EvaluateConfig", arms: Arms, arm: str) -> Engine:
-    """What answers as an arm. A server knows sft and kd by these names, base and teacher by their models'."""
-    what = arms.found[arm]
-    if arm == "teacher":
-        return make_engine(config, what, config.teacher_devices, base_url=config.teacher_base_url,
-                           experiment_dir=config.experiment_dir)  # fmt: skip
-    adapted = arm in ("sft", "kd")
-    return make_engine(config, arms.base, config.student_devices, served_name=arm if adapted else "",
-                       adapter=what if adapted else "", experiment_dir=config.experiment_dir)  # fmt: skip
-
-
-def server_command(config: "EvaluateConfig", arms: Arms, teacher: bool) -> str:
-    """The command of a server, with the folders of the arms where it says {base}, {sft}, {kd} and {teacher}.
+def check_serve(config: "EvaluateConfig") -> Serve | None:
+    """The server settings of an evaluation, without a port yet.
 
     Raises:
-        UserError: it names an arm that is not there.
+        UserError: they are wrong, or a whole command line leaves out an arm that it is to answer as.
     """
-    command = config.teacher_server_command if teacher else config.server_command
-    for arm in ARMS:
-        if f"{{{arm}}}" in command and arm not in arms.places:
+    serve = stage_serve(config)
+    if serve is None or serve.program != "other":
+        return serve
+    asked = [arm for arm in config.arms if not (arm == "teacher" and config.teacher_base_url)]
+    named = named_arms(serve)
+    for arm in asked if named else ():
+        if arm not in named:
             raise UserError(
-                f"server_command names {{{arm}}}, an arm that is missing ({arms.missing[arm]}); take it out"
+                f"serve: the command line starts one server for every arm and does not name {{{arm}}}; name it, say "
+                "another serve under evaluate_distillation (command: vllm derives its flags), or leave it out of arms"
             )
-        command = command.replace(f"{{{arm}}}", shlex.quote(arms.places.get(arm, "")))
-    return command
+    return serve
+
+
+def arm_engine(config: "EvaluateConfig", arms: Arms, arm: str, serve: Serve | None = None) -> Engine:
+    """What answers as an arm. A server knows base and teacher by their models' names; see `adapter_name`."""
+    what = arms.found[arm]
+    if arm == "teacher":
+        own = None if config.teacher_base_url else serve  # the stage does not start one that runs elsewhere
+        return make_engine(config, what, config.teacher_devices, own, own.model if own else "",
+                           config.teacher_base_url, experiment_dir=config.experiment_dir)  # fmt: skip
+    name = adapter_name(server_kind(config, serve), arms.base, arm) if arm in ADAPTED else ""
+    return make_engine(config, arms.base, config.student_devices, serve, name,
+                       adapter=what if arm in ADAPTED else "", experiment_dir=config.experiment_dir)  # fmt: skip
+
+
+def arms_by_server(config: "EvaluateConfig", arms: Arms, serve: Serve | None) -> dict[str, list[str]]:
+    """The name of each server -> the arms that it answers as, in the order in which they are started."""
+    if serve is not None and serve.program == "other" and not config.teacher_base_url:
+        return {"arms": list(arms.found)}
+    students = [arm for arm in arms.found if arm != "teacher"]
+    return {"students": students, "teacher": [arm for arm in arms.found if arm == "teacher"]}
+
+
+def planned_server(config: "EvaluateConfig", arms: Arms, serve: Serve | None, name: str) -> PlannedServer | None:
+    """The server of that name, as the stage would start it; None for one that runs elsewhere.
+
+    Raises:
+        UserError: see `serving.serve_command` and `serving.typed_command`.
+    """
+    if serve is None or (name == "teacher" and config.teacher_base_url):
+        return None
+    if name == "teacher":
+        return teacher_server(serve, arms.found["teacher"], config.teacher_devices)
+    if serve.program == "other":
+        return arms_server(serve, arms.places, sorted({*config.teacher_devices, *config.student_devices}))
+    adapters = {arm: arms.found[arm] for arm in ADAPTED if arm in arms.found}
+    return students_server(serve, arms.base, adapters, config.student_devices)
 
 
 def generate_answers(config: "EvaluateConfig", arms: Arms, rows: list[Row], path: Path) -> None:
     """Append the answers that answers.jsonl lacks, arm after arm. All cells of an arm share its batches."""
+    serve = check_serve(config)
+    serve = with_open_port(serve) if serve else None
     requests = sweep_requests(config, rows)
     keys: dict[str, set] = {arm: set() for arm in arms.found}
+    refused = dict.fromkeys(arms.found, 0)
     for row in stored_rows(path):
         keys[row["arm"]].add((row["id"], row["sample_index"], row["seed"]))
+        refused[row["arm"]] += row["finish_reason"] == "refused"
     done = {}
     for arm in arms.found:
         done[arm] = frozenset(r for r in requests if (r.id, r.sample_index, r.seed) in keys[arm])
     with Progress(len(arms.found) * len(requests), "answers", "answer") as progress:
         progress.skip(sum(map(len, done.values())))
-        for teacher in (False, True):  # the students are modules of one server, the teacher has its own
-            todo = [arm for arm in arms.found if (arm == "teacher") is teacher and len(done[arm]) < len(requests)]
+        for server, answered in arms_by_server(config, arms, serve).items():
+            todo = [arm for arm in answered if len(done[arm]) < len(requests)]
             if not todo:
                 continue
-            url = (config.teacher_base_url if teacher else "") or config.base_url
-            log = path.with_name("server_teacher.log" if teacher else "server_students.log")
-            with running(server_command(config, arms, teacher), url, log):
+            with started(planned_server(config, arms, serve, server), path.with_name(f"server_{server}.log")):
                 for arm in todo:
-                    _answer_arm(arm_engine(config, arms, arm), arm, requests, done[arm], path, progress)
+                    asking = Asking(arm, requests, done[arm], refused[arm])
+                    _answer_arm(arm_engine(config, arms, arm, serve), asking, path, progress)
                     gc.collect()  # before the next arm's weights are loaded
 
 
-def _answer_arm(
-    engine: Engine, arm: str, requests: list[Request], done: frozenset[Request], path: Path, progress: Progress
-) -> None:
-    tokenizer = load_tokenizer(engine.model, engine.experiment_dir)
-    prompts = {request.id: sha256_text(prompt_text(tokenizer, request.messages)) for request in requests}
+def _answer_arm(engine: Engine, asking: Asking, path: Path, progress: Progress) -> None:
+    tokenizer, arm = load_tokenizer(engine.model, engine.experiment_dir), asking.arm
+    prompts = {request.id: sha256_text(prompt_text(tokenizer, request.messages)) for request in asking.requests}
     with opened(engine) as generate:
-        for part in generate(requests, done):
+        for part in generate(asking.requests, asking.done, asking.refused):
             for answer in part:
                 answer |= {"arm": arm, "preset": preset_of(answer["sampling"]), "prompt_sha256": prompts[answer["id"]]}
             append_jsonl(path, part)

@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from src.distillation.base import model_fingerprint
-from src.distillation.engines import EngineSettings, make_engine
+from src.distillation.engines import EngineSettings, engine_name, make_engine, server_kind
+from src.distillation.serving import answering
 from src.distillation.sft import Sampling
-from src.evaluation.answers import MODES, PRESETS, cells, generate_answers, select_rows, stored_rows
+from src.evaluation.answers import (
+    MODES,
+    PRESETS,
+    cells,
+    check_serve,
+    generate_answers,
+    select_rows,
+    stored_rows,
+)
 from src.evaluation.arms import Arms, resolve_arms, run_of_model
 from src.evaluation.results import join_heldout, make_results, run_files
 from src.evaluation.results_schema import ARMS, SCHEMA_VERSION, read_results, write_results
@@ -69,9 +78,8 @@ class EvaluateConfig(EngineSettings):
     num_samples: int = setting(1, "answers a prompt, temperature and preset")
     max_new_tokens: int = setting(768, "longest answer")
     heldout: bool = setting(True, "take over the runs' measures of the held-out teacher text (KL, NLL, agreement)")
-    student_devices: list[int] = setting([], "GPUs the student is spread over")
-    teacher_base_url: str = setting("", "openai: the teacher's server, where it is not that of the students")
-    teacher_server_command: str = setting("", "openai: the command that starts it")
+    student_devices: list[int] = setting([], "GPUs the student is spread over (serve: and replicated on)")
+    teacher_base_url: str = setting("", "openai: a running server of the teacher, where it is not the students'")
     seed: int = setting(42, "every answer's seed is made from this, its row, temperature and preset")
     allow_unsafe_execution: bool = setting(False, "run code answers even where the host allows limits only")
     from_step: Literal["answers", "grade", "results", "report"] = setting(
@@ -83,9 +91,8 @@ class EvaluateConfig(EngineSettings):
 # Where things are and how fast they go, which cannot change an answer: other values may finish what these began
 CONDUCT = {
     "overwrite", "from_step", "output_dir", "data_dir", "experiment_dir", "model_path", "sft_model_path", "base",
-    "teacher", "heldout", "allow_unsafe_execution", "teacher_devices", "student_devices", "gpu_memory_gb", "base_url",
-    "server_command", "serve", "teacher_base_url", "teacher_server_command", "api_key_variable", "concurrency",
-    "request_timeout", "tries", "max_refused",
+    "teacher", "heldout", "allow_unsafe_execution", "teacher_devices", "student_devices", "gpu_memory_gb", "serve",
+    "base_url", "teacher_base_url", "api_key_variable", "concurrency", "request_timeout", "tries", "max_refused",
 }  # fmt: skip
 
 
@@ -128,15 +135,8 @@ def _check(config: EvaluateConfig) -> None:
             raise UserError(f"{name} must be at least 1")
     if config.overwrite and config.from_step != "answers":
         raise UserError(f"--overwrite makes all four steps again, --from {config.from_step} the later ones; say one")
-    if config.teacher_server_command and config.engine != "openai":
-        raise UserError(f"teacher_server_command: engine {config.engine} asks no server; say openai, or leave it out")
-    teacher_is_served = config.teacher_server_command or config.teacher_base_url
-    if config.server_command and "teacher" in config.arms and not teacher_is_served:
-        raise UserError(
-            "server_command starts the students' server; set teacher_server_command, or teacher_base_url where the "
-            "teacher's runs, or leave the teacher out of arms"
-        )
-    make_engine(config, config.base or "", [])  # complains about its settings
+    serve = check_serve(config)
+    make_engine(config, config.base or "", [], serve)  # complains about its settings
     for temperature in config.temperatures:
         Sampling(temperature)  # complains before anything is loaded or written
 
@@ -204,15 +204,25 @@ def _discard(folder: Path, first: int) -> None:
             path.unlink(missing_ok=True)
 
 
+def answer_settings(config: EvaluateConfig, arms: Arms) -> dict[str, Any]:
+    """The settings that can change an answer."""
+    settings = {name: value for name, value in asdict(config).items() if name not in CONDUCT}
+    settings["engine"], serve = engine_name(config), check_serve(config)
+    settings["server"] = server_kind(config, serve)
+    if settings["engine"] != "transformers":  # only there batches have a fixed make-up
+        del settings["batch_size"]
+    if serve is not None and serve.model and "teacher" in arms.found and not config.teacher_base_url:
+        settings["answers_as_teacher"] = model_fingerprint(serve.model)
+    if serve is not None and answering(serve):
+        settings["server_arguments"] = answering(serve)
+    return settings
+
+
 def answer_step(config: EvaluateConfig, folder: Path, arms: Arms) -> None:
     """answers.jsonl: every arm's answers, as the engine gave them."""
     rows = _chosen_rows(config)
     asked = [[row["id"], row["system"], row["prompt"]] for row in rows]
-    settings = {name: value for name, value in asdict(config).items() if name not in CONDUCT}
-    if config.engine != "transformers":  # only there batches have a fixed make-up
-        del settings["batch_size"]
-    if config.engine != "vllm":
-        del settings["vllm_arguments"]
+    settings = answer_settings(config, arms)
     fingerprint = settings | {
         "prompts": sha256_text(repr(asked)),
         "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},

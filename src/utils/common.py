@@ -14,6 +14,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -499,14 +500,44 @@ class Progress:
         self.close()
 
 
+class Terminated(SystemExit):
+    """SIGTERM came. As a SystemExit it also leaves asyncio's loops, and no `except Exception` holds it up."""
+
+
+@contextlib.contextmanager
+def unwinding_on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises `Terminated`, so that servers end, locks go and temporary files are removed.
+
+    A second one kills at once, as it does a process that was forked off meanwhile.
+    """
+    owner = os.getpid()
+
+    def unwind(number: int, _: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != owner:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise Terminated(128 + number)  # what a shell says of a process that a signal ended
+
+    previous = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's `main`: a user's mistake ends it with one clear line and exit code 2; `--debug` shows more."""
+    """Run a script's `main`: a user's mistake ends it with one clear line and exit code 2; `--debug` shows more.
+
+    Ctrl-C ends it with exit code 130, SIGTERM with 143, both in good order.
+    """
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     setup_logging()
+    again = "run the same command again" + (" without --overwrite" if "--overwrite" in sys.argv else "")
     try:
-        main()
+        with unwinding_on_sigterm():
+            main()
     except UserError as error:
         if debug:
             raise
@@ -526,6 +557,8 @@ def run_cli(main: Callable[[], None]) -> None:
               file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:
-        again = "run the same command again" + (" without --overwrite" if "--overwrite" in sys.argv else "")
         print(f"interrupted; {again} to continue", file=sys.stderr)
         sys.exit(130)
+    except Terminated as end:
+        print(f"ended by SIGTERM; {again} to continue", file=sys.stderr)
+        sys.exit(end.code)

@@ -59,7 +59,10 @@ NO_OVERLAY = ("", "none")
 # Settings that there were, and what to say instead.
 GONE = {
     "hub_revision": "every data set has a revision of its own: gsm8k_path: hub@REVISION (humaneval_path and mbpp_path "
-    "alike), prompts_file: owner/name@REVISION"
+    "alike), prompts_file: owner/name@REVISION",
+    "vllm_arguments": "say serve: {command: vllm, arguments: {...}}, which takes the flags of `vllm serve`",
+    "server_command": "say serve: {command: ...}, which takes a whole command line too",
+    "teacher_server_command": "say serve: {command: ...}, which starts the teacher's server too",
 }
 
 

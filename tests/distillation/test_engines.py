@@ -1,80 +1,39 @@
-"""The engines behind one call: sizes from head counts and memory, vLLM's replicas, and real servers on this machine."""
+"""The engines behind one call: which of them answers, what a batch holds, and real servers on this machine."""
 
 import json
 import os
+import shlex
 import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
-from src.distillation import engines, vllm_engine
 from src.distillation.base import load_model, load_tokenizer
-from src.distillation.engines import Engine, opened
-from src.distillation.openai_engine import Server
+from src.distillation.engines import (
+    Engine,
+    EngineSettings,
+    engine_name,
+    make_engine,
+    opened,
+    planned_servers,
+    stage_serve,
+    started,
+)
+from src.distillation.lora import merge_adapter
+from src.distillation.server import answers
+from src.distillation.serving import students_server, teacher_server, with_open_port
 from src.distillation.sft import MAX_BATCH, Sampling, fitting_batch_size, generate, make_requests
-from src.distillation.vllm_engine import parallel_sizes, shard_of
 from src.utils.common import ROOT, UserError
 
 ROWS = [{"id": f"row-{i}", "prompt": "Count: " + "one two three " * (i % 5) + str(i)} for i in range(10)]
 GREEDY = Sampling(0.0, 1.0, 0, 16)
 # With a vLLM of your own: KD_VLLM_PYTHON=/path/to/venv/bin/python pytest -m vllm tests/distillation/test_engines.py
 VLLM = os.environ.get("KD_VLLM_PYTHON", "")
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "layers", "gpus", "weight_gb", "sizes"),
-    [
-        (32, 4, 48, 6, 61.1, (2, 1, 3)),  # Qwen3-30B-A3B on six: 6 divides neither
-        (32, 4, 48, 8, 61.1, (2, 1, 4)),
-        (32, 8, 36, 8, 16.4, (1, 1, 8)),  # Qwen3-8B: fits on one, so every GPU is a replica
-        (32, 8, 36, 1, 16.4, (1, 1, 1)),
-        (64, 8, 64, 4, 65.0, (2, 1, 2)),
-        (64, 4, 94, 8, 280.0, (8, 1, 1)),  # KV heads replicated: 8 is a multiple of 4
-        (40, 10, 40, 8, 280.0, (2, 4, 1)),  # 4 and 8 neither divide 10 nor are multiples of it
-        (9, 3, 30, 6, 150.0, (3, 2, 1)),
-        (9, 3, 30, 2, 60.0, (1, 2, 1)),
-    ],
-)
-def test_parallel_sizes(heads, kv_heads, layers, gpus, weight_gb, sizes):
-    assert parallel_sizes(heads, kv_heads, layers, gpus, weight_gb, 36.0) == sizes
-
-
-@pytest.mark.parametrize("gpus", range(1, 17))
-def test_parallel_sizes_obey_vllms_rule_and_use_every_gpu(gpus):
-    for heads, kv_heads in ((32, 4), (32, 8), (40, 10), (9, 3), (16, 16), (12, 1)):
-        for weight_gb in (10.0, 70.0, 30.0 * gpus):
-            try:
-                tensor, pipeline, data = parallel_sizes(heads, kv_heads, 24, gpus, weight_gb, 36.0)
-            except UserError:
-                assert weight_gb > 36.0 * gpus
-                continue
-            assert tensor * pipeline * data == gpus
-            assert heads % tensor == 0
-            assert kv_heads % tensor == 0 or tensor % kv_heads == 0
-            assert weight_gb / (tensor * pipeline) <= 36.0
-
-
-def test_the_reference_teacher_on_six_gpus(real_data, monkeypatch):
-    monkeypatch.setattr(engines, "compute_dtype", lambda: torch.bfloat16)
-    teacher = str(real_data / "configs" / "qwen3-30b-a3b-instruct-2507")
-    arguments, groups = engines.vllm_plan(
-        Engine("vllm", teacher, devices=(0, 1, 2, 3, 4, 5), vllm_arguments={"seed": 3})
-    )
-    assert (arguments["tensor_parallel_size"], arguments["pipeline_parallel_size"]) == (2, 1)
-    assert groups == [[0, 1], [2, 3], [4, 5]]
-    assert (arguments["dtype"], arguments["seed"], arguments["generation_config"]) == ("bfloat16", 3, "vllm")
-
-
-def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match=r"61.1 GB of weights do not fit on 1 GPUs of 36.0 GB"):
-        parallel_sizes(32, 4, 48, 1, 61.1, 36.0)
 
 
 def test_the_batch_size_follows_the_memory(tiny_teacher):
@@ -95,84 +54,60 @@ def test_a_derived_batch_size_answers_like_a_given_one(tiny_teacher):
     assert found[0] == found[1]
 
 
-FAKE_VLLM = """
-import os
-class SamplingParams:
-    def __init__(self, **given): self.__dict__.update(given)
-class Output:
-    def __init__(self, text): self.text, self.finish_reason, self.token_ids = text, "stop", [1, 2, 3]
-class Result:
-    def __init__(self, text): self.outputs = [Output(text)]
-class LLM:
-    def __init__(self, **given): self.given = given
-    def generate(self, prompts, parameters, use_tqdm, lora_request):
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if gpus == os.environ.get("KILL_REPLICA"): os._exit(3)
-        return [Result(f"{gpus}|{len(p['prompt_token_ids'])}|{s.seed}|{s.top_k}|{self.given['tensor_parallel_size']}")
-                for p, s in zip(prompts, parameters, strict=True)]
-"""
+SERVE = '{"command": "vllm"}'
 
 
-def test_vllm_names_absent_gpus_too(tiny_teacher):
-    absent = Engine("vllm", tiny_teacher, devices=(98, 99))
-    with pytest.raises(UserError, match=r"GPUs \[98, 99\], but .* has none|GPU 98 is named"), opened(absent):
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({}, "transformers"), ({"engine": "openai"}, "openai"), ({"serve": SERVE}, "openai"),
+     ({"serve": SERVE, "engine": "openai"}, "openai"), ({"serve": " ", "engine": "transformers"}, "transformers")],
+)  # fmt: skip
+def test_serve_decides_what_answers_unless_an_engine_is_named(settings, name):
+    assert engine_name(EngineSettings(**settings)) == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"engine": "vllm"}, r"engine vllm is a server now, .* say serve: \{command: vllm\}"),
+        ({"engine": "sglang"}, "engine 'sglang': there are transformers and openai"),
+        ({"serve": SERVE, "engine": "transformers"}, "keep one: --serve '' leaves the profile's server out"),
+        ({"serve": SERVE, "base_url": "http://elsewhere:8000/v1"}, "base_url http://elsewhere:8000/v1 names another"),
+    ],
+)
+def test_two_things_that_answer_are_refused(settings, words):
+    with pytest.raises(UserError, match=words) as caught:
+        stage_serve(EngineSettings(**settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dry_run_lists_the_servers_of_a_stage(tiny_teacher, tiny_student):
+    settings = EngineSettings(serve=SERVE)
+    assert planned_servers(EngineSettings(), tiny_teacher, tiny_student) == []
+    assert [one.answers_for for one in planned_servers(settings, tiny_teacher)] == ["teacher"]
+    students, teacher = planned_servers(settings, tiny_teacher, tiny_student, {"kd": "not/there/yet"}, rank=64)
+    assert students.words[:3] == ("vllm", "serve", tiny_student)
+    assert students.words[-5:] == ("--enable-lora", "--max-lora-rank", "64", "--lora-modules", "kd=not/there/yet")
+    assert teacher.words[:3] == ("vllm", "serve", tiny_teacher)
+    line = EngineSettings(serve=json.dumps({"command": "start {base} {kd} {teacher} {port}", "port": 9000}))
+    [arms] = planned_servers(line, tiny_teacher, tiny_student, {"kd": "kd folder"})
+    assert arms.words == ("start", tiny_student, "kd folder", tiny_teacher, "9000")
+
+
+def test_absent_gpus_are_named_before_a_server_is_started(tmp_path, tiny_teacher):
+    serve = stage_serve(EngineSettings(serve='{"devices": [98, 99], "tensor_parallel": 2, "command": "no-such/vllm"}'))
+    absent = pytest.raises(UserError, match=r"GPUs \[98, 99\], but .* has none|GPU 98 is named")
+    with absent, started(teacher_server(serve, tiny_teacher, ()), tmp_path / "server.log"):
         pass
+    assert not (tmp_path / "server.log").exists()
 
 
-def test_without_vllm_its_requirements_are_named(monkeypatch, tiny_teacher):
-    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"requirements-vllm.txt"), opened(Engine("vllm", tiny_teacher)):
+def test_without_the_client_no_server_is_started(tmp_path, tiny_teacher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    planned = teacher_server(stage_serve(EngineSettings(serve=SERVE)), tiny_teacher, ())
+    with pytest.raises(UserError, match=r"pip install -e .\.\[server\]"), started(planned, tmp_path / "server.log"):
         pass
-
-
-@pytest.fixture
-def three_replicas(tmp_path, monkeypatch, tiny_teacher):
-    """An engine of three replicas on two GPUs each; the module `vllm` of its processes only echoes."""
-    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(engines, "check_devices", lambda *_: None)
-    monkeypatch.setattr(engines, "count_parameters", lambda model: 30_500_000_000)
-    monkeypatch.setattr(engines, "compute_dtype", lambda: torch.bfloat16)
-    return Engine("vllm", tiny_teacher, devices=(0, 1, 2, 3, 4, 5), gpu_memory_gb=36.0)
-
-
-@pytest.mark.slow
-def test_rows_are_sharded_by_id_and_merged_without_duplicates(three_replicas, monkeypatch):
-    """Devices count among those that are visible, as they do for torch."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9,8,7,6,5,4")
-    requests = make_requests(
-        [{"id": f"row-{i}", "prompt": "x" * i} for i in range(40)], 2, 7, Sampling(0.7, 0.8, 0, 16)
-    )
-    done = frozenset(r for r in requests if (r.id, r.sample_index) in {("row-3", 0), ("row-4", 1)})
-    with opened(three_replicas) as ask:
-        first = [row for part in ask(requests, done) for row in part]
-        second = [row for part in ask(requests[:6], frozenset()) for row in part]
-    assert len(first) == 78
-    assert {(r["id"], r["sample_index"]) for r in first} == {(r.id, r.sample_index) for r in requests if r not in done}
-    assert {(r["id"], r["sample_index"]) for r in second} == {(r.id, r.sample_index) for r in requests[:6]}
-    pairs = ["9,8", "7,6", "5,4"]
-    assert {row["response"].split("|")[0] for row in first} == set(pairs)
-    for row in first:
-        gpus, _, seed, top_k, tensor = row["response"].split("|")
-        assert gpus == pairs[shard_of(row["id"], 3)]
-        assert (int(seed), top_k, tensor) == (row["seed"], "-1", "2")
-        assert (row["finish_reason"], row["num_tokens"], row["engine"]) == ("stop", 3, "vllm")
-
-
-@pytest.mark.slow
-def test_a_replica_is_lost_and_the_others_answer_all_of_theirs(three_replicas, monkeypatch):
-    monkeypatch.setenv("KILL_REPLICA", "2,3")
-    requests = make_requests([{"id": f"row-{i}", "prompt": "x"} for i in range(40)], 1, 7, GREEDY)
-    rows = []
-
-    def run():
-        with opened(three_replicas) as ask:
-            for part in ask(requests, frozenset()):
-                rows.extend(part)
-
-    with pytest.raises(UserError, match=r"vLLM replica 1 \(GPUs \[2, 3\]\) ended with exit code 3"):
-        run()
-    assert {row["id"] for row in rows} == {r.id for r in requests if shard_of(r.id, 3) != 1}
+    assert not (tmp_path / "server.log").exists()
 
 
 def free_port():
@@ -182,33 +117,18 @@ def free_port():
 
 
 @contextmanager
-def running(command, port, log):
-    """A server process: waits until it is ready, stops it by its process id."""
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"NO_COLOR": "1"})
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def served(settings, model, log, adapters=None):
+    """Start the server that the settings name, of a teacher or of a student with its adapters; yields its `Serve`."""
+    serve = with_open_port(stage_serve(settings))
+    planned = students_server(serve, model, adapters, ()) if adapters else teacher_server(serve, model, ())
+    with started(planned, log):
+        yield serve
 
 
-def local_answers(model):
+def local_answers(model, adapter=""):
     """In the servers' float32, whatever the processor would have."""
     own = load_model(model, torch.float32), load_tokenizer(model)
+    own = (merge_adapter(own[0], adapter), own[1]) if adapter else own
     return sorted_rows(generate(*own, make_requests(ROWS, 1, 7, GREEDY), 4))
 
 
@@ -217,64 +137,78 @@ def sorted_rows(parts):
     return [{name: value for name, value in row.items() if name != "engine"} for row in rows]
 
 
+def served_answers(settings, model, serve, name="", requests=None, done=frozenset()):
+    engine = make_engine(settings, model, (), serve, name)
+    with opened(engine) as ask:
+        return sorted_rows(ask(requests or make_requests(ROWS, 1, 7, GREEDY), done))
+
+
 @pytest.mark.slow
 def test_transformers_serve_gives_the_answers_of_the_local_engine(tmp_path, ending_teacher):
-    """A real OpenAI-compatible server: at temperature 0 the same text, finish reasons and token counts."""
+    """A real OpenAI-compatible server, started by a whole command line: at temperature 0 the same text, finish reasons
+    and token counts."""
     pytest.importorskip("fastapi")
-    port = free_port()
     program = "from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", program, "serve", ending_teacher, "--port", str(port), "--host", "127.0.0.1",
+    command = [sys.executable, "-c", program, "serve", "{teacher}", "--port", "{port}", "--host", "127.0.0.1",
                "--device", "cpu", "--dtype", "float32"]  # fmt: skip
-    with running(command, port, tmp_path / "server.log") as url:
-        place = Server(url, ending_teacher, "transformers", concurrency=4, timeout=60)
-        with opened(Engine("openai", ending_teacher, server=place)) as ask:
-            asked = make_requests(ROWS, 1, 7, GREEDY)
-            served = sorted_rows(ask(asked, frozenset(asked[:1])))
+    settings = EngineSettings(
+        serve=json.dumps({"command": shlex.join(command), "port": 0}), server="transformers", request_timeout=60,
+        concurrency=4,
+    )  # fmt: skip
+    asked = make_requests(ROWS, 1, 7, GREEDY)
+    with served(settings, ending_teacher, tmp_path / "server.log") as serve:
+        found = served_answers(settings, ending_teacher, serve, "", asked, frozenset(asked[:1]))
     local = local_answers(ending_teacher)
     assert {row["finish_reason"] for row in local} == {"stop", "length"}
-    for row in (*served, *local):
+    for row in (*found, *local):
         row["response"] = row["response"].strip()  # the server drops blanks at the end
-    assert served == local[1:]
+    assert found == local[1:]
+
+
+needs_vllm = pytest.mark.skipif(not VLLM, reason="KD_VLLM_PYTHON does not name a Python with vLLM")
+EMBEDDED = ROOT / "outputs" / "models" / "smollm2-135m-instruct"  # made by scripts/prepare_models.py
+
+
+def vllm_settings():
+    arguments = {"dtype": "float32", "gpu-memory-utilization": 0.3, "max-model-len": 512}
+    command = str(Path(VLLM).with_name("vllm"))
+    serve = json.dumps({"command": command, "port": 0, "arguments": arguments})
+    return EngineSettings(serve=serve, request_timeout=300, concurrency=8)
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not VLLM, reason="KD_VLLM_PYTHON does not name a Python with vLLM")
-def test_a_vllm_server_answers_every_request(tmp_path, ending_teacher):
-    port = free_port()
-    command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", ending_teacher, "--port", str(port),
-               "--host", "127.0.0.1", "--max-model-len", "512", "--dtype", "float32",
-               "--gpu-memory-utilization", "0.3"]  # fmt: skip
-    with running(command, port, tmp_path / "server.log") as url:
-        place = Server(url, ending_teacher, "vllm", concurrency=8, timeout=120)
-        with opened(Engine("openai", ending_teacher, server=place)) as ask:
-            served = sorted_rows(ask(make_requests(ROWS, 1, 7, GREEDY), frozenset()))
-    agree_mostly(served, local_answers(ending_teacher))
-
-
-OFFLINE = """
-import json, sys
-from src.distillation.engines import Engine, opened
-from src.distillation.sft import Sampling, make_requests
-if __name__ == "__main__":
-    model, rows, target = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-    requests = make_requests(rows, 1, 7, Sampling(0.0, 1.0, 0, 16))
-    with opened(Engine("vllm", model, vllm_arguments=json.loads(sys.argv[4]))) as ask:
-        found = [row for part in ask(requests, frozenset()) for row in part]
-    json.dump(found, open(target, "w"))
-"""
+@needs_vllm
+@pytest.mark.parametrize("teacher", ["tiny", "embedded"])
+def test_vllm_answers_as_the_local_engine_does(tmp_path, ending_teacher, teacher):
+    if teacher == "embedded" and not EMBEDDED.is_dir():
+        pytest.skip("scripts/prepare_models.py has not made the embedded teacher")
+    model, settings = ending_teacher if teacher == "tiny" else str(EMBEDDED), vllm_settings()
+    with served(settings, model, tmp_path / "server.log") as serve:
+        found = served_answers(settings, model, serve)
+    assert not answers(serve.base_url)
+    agree_mostly(found, local_answers(model))
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not VLLM, reason="KD_VLLM_PYTHON does not name a Python with vLLM")
-def test_vllms_offline_engine_answers_every_request(tmp_path, ending_teacher):
-    (tmp_path / "offline.py").write_text(OFFLINE)
-    done = subprocess.run(
-        [VLLM, str(tmp_path / "offline.py"), ending_teacher, json.dumps(ROWS), str(tmp_path / "rows.json"),
-         json.dumps({"max_model_len": 512, "dtype": "float32", "gpu_memory_utilization": 0.3})],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    agree_mostly(sorted_rows([json.loads((tmp_path / "rows.json").read_text())]), local_answers(ending_teacher))
+@needs_vllm
+def test_vllm_answers_as_each_of_its_lora_modules(tmp_path, ending_teacher):
+    adapters = {arm: str(tmp_path / arm) for arm in ("sft", "kd")}
+    for seed, folder in enumerate(adapters.values()):
+        torch.manual_seed(seed)
+        student = get_peft_model(load_model(ending_teacher, torch.float32), LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        ))  # fmt: skip
+        student.save_pretrained(folder)
+    settings = vllm_settings()
+    with served(settings, ending_teacher, tmp_path / "server.log", adapters=adapters) as serve:
+        found = {arm: served_answers(settings, ending_teacher, serve, arm) for arm in adapters}
+        base = served_answers(settings, ending_teacher, serve)
+    agree_mostly(base, local_answers(ending_teacher))
+    for arm, folder in adapters.items():
+        agree_mostly(found[arm], local_answers(ending_teacher, folder))
+    texts = [[row["response"] for row in rows] for rows in (base, *found.values())]
+    assert texts[0] != texts[1] != texts[2] != texts[0], "the adapters answer alike"
 
 
 def agree_mostly(theirs, ours):

@@ -244,6 +244,8 @@ def test_what_each_kind_of_server_is_told(kind):
         return
     body = extra_body(kind, off, True, [5])
     assert body["chat_template_kwargs"] == {"enable_thinking": True}
+    assert body.get("stop_token_ids") == ([5] if kind in ("vllm", "sglang") else None)
+    assert "stop_token_ids" not in extra_body(kind, off, True), "the end is not known"
     if kind == "transformers":
         settings = json.loads(body["generation_config"])
         assert (settings["do_sample"], settings["top_k"], settings["eos_token_id"]) == (False, 0, [5])
@@ -299,7 +301,7 @@ def test_a_server_that_is_not_there_is_named(serve):
 
 def test_without_the_client_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match=r"pip install -e .\.\[openai\]"):
+    with pytest.raises(UserError, match=r"pip install -e .\.\[server\]"):
         answers(None, url="http://127.0.0.1:9/v1")
 
 
@@ -365,7 +367,7 @@ def test_half_a_character_in_a_prompt_is_refused_by_its_row(serve, change):
     [
         ("eos", "stop"), ("eos_token", "stop"), ("end_turn", "stop"), ("stop_sequence", "stop"), ("STOP", "stop"),
         ("max_tokens", "length"), ("tool_calls", "tool_calls"), ("Odd word", "Odd word"), (None, "stop"),
-        ("", "stop"), ("null", "stop"),
+        ("", "stop"), ("null", "stop"), ("EOS_TOKEN", "stop"),
     ],
 )  # fmt: skip
 def test_words_for_the_end_of_an_answer(serve, sent, stored):
@@ -377,6 +379,8 @@ def test_an_end_without_a_word_is_judged_by_the_tokens(serve):
     assert only_answer(serve, body)["finish_reason"] == "length"
     del body["choices"][0]["finish_reason"]
     assert only_answer(serve, body)["finish_reason"] == "length"
+    body["usage"]["completion_tokens"] = 7
+    assert only_answer(serve, body)["finish_reason"] == "stop"
     assert only_answer(serve, counted("Four.</s>", None, 32))["finish_reason"] == "stop", "it said its end"
     assert only_answer(serve, completion(reason=None))["finish_reason"] == "stop", "nobody knows better"
 
@@ -601,11 +605,12 @@ REFUSALS = (
 
 
 @pytest.mark.parametrize("body", REFUSALS, ids=str)
-def test_a_refused_prompt_is_passed_over_and_recorded_last(serve, body):
+def test_a_refused_prompt_is_passed_over_and_recorded(serve, body):
     server = serve(lambda prompt, number: body if prompt == "Say 3." else None)
     requests, rows = answers(server, samples=1, concurrency=2)
     assert len(rows) == len(requests) == 12
-    refused = rows.pop()
+    [refused] = [row for row in rows if row["id"] == "row-3"]
+    rows.remove(refused)
     assert all(row["finish_reason"] == "stop" and "refusal" not in row for row in rows)
     assert (refused["id"], refused["response"], refused["finish_reason"], refused["num_tokens"]) == (
         "row-3", "", "refused", 0,
@@ -618,7 +623,7 @@ def test_a_refused_prompt_is_passed_over_and_recorded_last(serve, body):
 def test_a_filtered_answer_leaves_no_text(serve):
     cut = Body(counted("Half an ans", "content_filter"))
     server = serve(lambda prompt, number: cut if prompt == "Say 3." else None)
-    *_, refused = answers(server, samples=1)[1]
+    [refused] = [row for row in answers(server, samples=1)[1] if row["id"] == "row-3"]
     assert (refused["response"], refused["refusal"]) == ("", "finish_reason content_filter")
     server = serve(lambda prompt, number: Body({"choices": [{"finish_reason": "content_filter"}]}))
     assert answers(server, ROWS[:1], 1)[1][0]["refusal"] == "finish_reason content_filter", "no message at all"
@@ -636,8 +641,7 @@ def test_refusals_are_allowed_up_to_their_share(serve, share, answers_wanted, re
     rows = many(answers_wanted)
     server = serve(lambda prompt, number: REFUSALS[0] if int(prompt[4:-1]) < refused else None)
     found = answers(server, rows, 1, max_refused=share)[1]
-    assert [row["finish_reason"] for row in found[answers_wanted - refused :]] == ["refused"] * refused
-    assert len(found) == answers_wanted
+    assert Counter(row["finish_reason"] for row in found) == Counter(refused=refused, stop=answers_wanted - refused)
     if refused == answers_wanted:
         return
     server = serve(lambda prompt, number: REFUSALS[0] if int(prompt[4:-1]) <= refused else None)
@@ -667,7 +671,29 @@ def test_the_share_is_of_all_answers_also_in_a_later_session(serve):
     done = frozenset(requests[3:])
     with opened(Engine("openai", "", server=Server(server.url, "teacher"))) as ask:
         rows = [row for part in ask(requests, done) for row in part]
-    assert [row["finish_reason"] for row in rows] == ["stop", "refused", "refused"]
+    assert sorted(row["finish_reason"] for row in rows) == ["refused", "refused", "stop"]
+
+
+def test_stored_refusals_are_not_asked_again_and_count_in_the_share(serve):
+    """2 of 100 may be refused, and were before the kill; a third ends the run and says where the other two are."""
+    server = serve(lambda prompt, number: REFUSALS[0] if int(prompt[4:-1]) < 3 else None)
+    requests = make_requests(many(100), 1, 7, SAMPLING)
+    with opened(Engine("openai", "", server=Server(server.url, "teacher"))) as ask:
+        rows = [row for part in ask(requests, frozenset(requests[:3]), 2) for row in part]
+        assert {row["finish_reason"] for row in rows} == {"stop"}
+        line = r"3 of 100 answers refused \(2 of them stored before: delete their rows to ask again\), .* allows 2: "
+        with pytest.raises(UserError, match=line):
+            list(ask(requests, frozenset(requests[:2]), 2))
+
+
+def test_a_refusal_is_handed_on_with_the_next_answer(serve):
+    """So that a kill finds it stored, but not before anything was answered at all."""
+    server = serve(lambda prompt, number: REFUSALS[0] if prompt in ("Say 0.", "Say 3.") else None)
+    place = Server(server.url, "teacher", concurrency=1, max_refused=0.5)
+    parts = generate_from_server(place, make_requests(ROWS[:5], 1, 7, SAMPLING))
+    assert [[row["id"] for row in part] for part in parts] == [
+        ["row-1", "row-0"], ["row-2"], ["row-4", "row-3"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

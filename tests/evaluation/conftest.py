@@ -149,7 +149,7 @@ def scripted(monkeypatch, tmp_path):
 
     @contextlib.contextmanager
     def opened(engine):
-        def generate(requests, done):
+        def generate(requests, done, refused):
             for request in requests:
                 kind, number = request.id.split("-")
                 leave = f"try: open({str(tmp_path / 'ran')!r}, 'w')\nexcept OSError: pass"

@@ -1,14 +1,24 @@
 """From prompts to answers, clean rows and a run; what each stage leaves and refuses."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import yaml
 
 from src.data.cleaning import REASONS
-from src.utils.common import read_json, read_jsonl, write_jsonl
+from src.distillation.base import model_fingerprint
+from src.distillation.server import answers as answers_at
+from src.utils.common import ROOT, read_json, read_jsonl, write_jsonl
 from tests.distillation.test_openai_engine import Body, FaultServer, completion
+from tests.distillation.test_server import alive
 from tests.reading import as_set, content
+from tests.stub_server import starts, write_stub
 
 ANSWER_FIELDS = {
     "id", "sample_index", "prompt", "response", "finish_reason", "num_tokens", "engine", "sampling", "seed",
@@ -225,9 +235,14 @@ def test_no_answer_left_says_what_to_try(answered, fails):
     (["--teacher_model", ""], "teacher_model_name_or_path is not set"),
     (["--num_samples", "0"], "num_samples must be at least 1"),
     (["--batch_size", "-1"], "batch_size at least 0"),
-    (["--engine", "sglang"], "invalid choice: 'sglang'"),
-    (["--engine", "vllm", "--vllm_arguments", "{"], "vllm_arguments is not JSON"),
-    (["--engine", "vllm", "--vllm_arguments", "[1]"], "vllm_arguments must be a JSON object, found [1]"),
+    (["--engine", "sglang"], "engine 'sglang': there are transformers and openai"),
+    (["--engine", "vllm"], "engine vllm is a server now, which the stage starts: say serve: {command: vllm}"),
+    (["--vllm_arguments", "{}"], "unknown flag --vllm_arguments; say serve: {command: vllm, arguments: {...}}"),
+    (["--server_command", "vllm serve x"], "unknown flag --server_command; say serve: {command: ...}"),
+    (["--serve", "vllm"], "serve must be a mapping such as {command: vllm}"),
+    (["--serve", '{"command": "vllm"}', "--engine", "transformers"], "--serve '' leaves the profile's server out"),
+    (["--serve", '{"command": "vllm"}', "--served_model_name", "x"], "served_model_name is for a server that runs"),
+    (["--serve", '{"command": "run {base}"}'], "names {base}, which only the evaluation has"),
     (["--engine", "openai", "--teacher_model", ""], "teacher_model_name_or_path is not set"),
     (["--top_p", "0"], "top_p must be above 0"),
     (["--temp", "1"], "unknown flag --temp"),
@@ -355,10 +370,11 @@ def test_a_prompt_that_the_server_refuses_is_recorded_and_passed_over(ask_server
     assert "Your question is not allowed.; 1 of 9 answers refused, max_refused 0 allows 0" in line
     assert "1 of them refused by the server" in succeeds("generate_sft_data", *arguments)
     sft = tmp_path / "experiment" / "tiny" / "sft"
-    *answers, last = read_jsonl(sft / "sft_train_data.jsonl")
-    assert len(answers) == 8
-    assert (last["prompt"], last["response"], last["finish_reason"]) == (refused[0], "", "refused")
-    assert last["refusal"] == "Error code: 400 - Your question is not allowed."
+    rows = read_jsonl(sft / "sft_train_data.jsonl")
+    assert len(rows) == 9
+    [one] = [row for row in rows if row["finish_reason"] == "refused"]
+    assert (one["prompt"], one["response"]) == (refused[0], "")
+    assert one["refusal"] == "Error code: 400 - Your question is not allowed."
     marker = sft / "generate_train.json"
     assert read_json(marker)["finish_reasons"] == {"stop": 8, "refused": 1}
 
@@ -390,3 +406,90 @@ def test_a_share_of_refusals_is_a_share(fails, profile):
     assert "max_refused must be a share from 0 (none) to 1 (all), got 2.0" in fails(
         "generate_sft_data", "--config", profile(), "--max_refused", "2"
     )
+
+
+@pytest.fixture
+def served(succeeds, profile, tmp_path):
+    """A profile whose `serve` starts a stub of vLLM, and the folder of its answers."""
+    pytest.importorskip("openai")
+    path = profile(domains=["maths"], domain_train_rows=[9], domain_eval_rows=[3])
+    succeeds("download_datasets", "--config", path)
+    serve = {"command": str(write_stub(tmp_path)), "port": 0, "arguments": {"max_num_seqs": 8}}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"serve": serve}))
+    return path, tmp_path / "experiment" / "tiny" / "sft"
+
+
+def test_the_stage_starts_the_profiles_server_and_stops_it(served, succeeds, tmp_path, teacher_that_ends):
+    path, sft = served
+    printed = succeeds("generate_sft_data", "--config", path)
+    [start] = starts(tmp_path)
+    assert start["words"][:2] == ["serve", teacher_that_ends]
+    assert start["words"][-2:] == ["--max-num-seqs", "8"]
+    port = start["words"][start["words"].index("--port") + 1]
+    assert f"starting {tmp_path / 'vllm'} serve {teacher_that_ends} --host 127.0.0.1 --port {port}" in printed
+    assert not answers_at(f"http://127.0.0.1:{port}/v1")
+    for split, count in (("train", 9), ("eval", 3)):
+        rows = read_jsonl(sft / f"sft_{split}_data.jsonl")
+        assert [row["response"] for row in rows] == [f"{teacher_that_ends} at 1.0 from 20"] * count
+        facts = read_json(sft / f"generate_{split}.json")["fingerprint"]
+        assert (facts["engine"], facts["teacher"]) == ("openai", model_fingerprint(teacher_that_ends))
+    succeeds("generate_sft_data", "--config", path)
+    assert len(starts(tmp_path)) == 1, "nothing was left to answer"
+
+
+def test_what_stands_in_for_the_teacher_answers_and_is_recorded(served, succeeds, fails, tmp_path, tiny_student):
+    path, sft = served
+    succeeds("generate_sft_data", "--config", path)
+    serve = yaml.safe_load(path.read_text())["serve"]
+    other = json.dumps(serve | {"model": tiny_student})
+    assert "was made with teacher = " in fails("generate_sft_data", "--config", path, "--serve", other)
+    flags = json.dumps(serve | {"arguments": {"quantization": "fp8"}})
+    assert "was made with server_arguments = None" in fails("generate_sft_data", "--config", path, "--serve", flags)
+    succeeds("generate_sft_data", "--config", path, "--serve", other, "--overwrite")
+    assert starts(tmp_path)[-1]["words"][:2] == ["serve", tiny_student]
+    assert read_jsonl(sft / "sft_eval_data.jsonl")[0]["response"] == f"{tiny_student} at 1.0 from 20"
+
+
+def test_a_flag_takes_the_profiles_server_away(served, succeeds, fails, tmp_path):
+    path, sft = served
+    line = fails("generate_sft_data", "--config", path, "--engine", "transformers")
+    assert "--serve '' leaves the profile's server out" in line
+    succeeds("generate_sft_data", "--config", path, "--engine", "transformers", "--serve", "")
+    assert {row["engine"] for row in read_jsonl(sft / "sft_train_data.jsonl")} == {"transformers"}
+    assert starts(tmp_path) == []
+
+
+def test_a_profile_that_says_the_old_settings_is_told_the_new_ones(served, fails):
+    path, _ = served
+    values = yaml.safe_load(path.read_text())
+    told = [({"engine": "vllm"}, "engine vllm is a server now"),
+            ({"vllm_arguments": {"seed": 1}}, "unknown setting 'vllm_arguments'; say serve: ")]  # fmt: skip
+    for old, words in told:
+        path.write_text(yaml.safe_dump(values | {"generate_sft_data": values["generate_sft_data"] | old}))
+        assert words in fails("generate_sft_data", "--config", path)
+
+
+@pytest.mark.parametrize(("word", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_stage_that_is_ended_leaves_no_server(served, tmp_path, word, code):
+    """SIGTERM unwinds as Ctrl-C does: in one line, without locks or temporary files. SIGKILL: the guard is left."""
+    path, sft = served
+    write_stub(tmp_path, seconds=600)
+    stage = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "generate_sft_data.py"), "--config", str(path)], cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in stage.stderr:
+        if "answers after" in line:
+            break
+    [start] = starts(tmp_path)
+    stage.send_signal(word)
+    said = stage.communicate(timeout=60)[1]
+    assert stage.returncode == code
+    if code > 0:
+        assert said.splitlines()[-1].endswith("; run the same command again to continue")
+        assert "Traceback" not in said
+        assert not list(sft.glob(".*"))
+    deadline = time.monotonic() + 20
+    while alive(start["pid"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(start["pid"])

@@ -6,7 +6,11 @@ import gzip
 import io
 import json
 import logging
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -470,6 +474,51 @@ def test_a_users_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error
     assert err.startswith(line)
     assert err.count("\n") == 1
     assert err.endswith("\n")
+
+
+def test_sigterm_unwinds_and_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    before, unwound = signal.getsignal(signal.SIGTERM), []
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except Exception:
+            pytest.fail("held up")
+        finally:
+            unwound.append(True)
+
+    with pytest.raises(SystemExit) as caught:
+        run_cli(main)
+    assert (caught.value.code, unwound) == (143, [True])
+    assert capsys.readouterr().err == "ended by SIGTERM; run the same command again to continue\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+UNWINDING = """
+import os, time
+from src.utils.common import unwinding_on_sigterm
+with unwinding_on_sigterm():
+    try:
+        if child := os.fork():
+            os.kill(child, 15)
+            print(os.waitpid(child, 0)[1], flush=True)
+        time.sleep(60)
+    finally:
+        print("unwinding", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_second_sigterm_kills_and_a_forked_child_dies_of_the_first():
+    process = subprocess.Popen([sys.executable, "-c", UNWINDING], cwd=common.ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == f"{signal.SIGTERM:d}\n"
+    process.terminate()
+    assert process.stdout.readline() == "unwinding\n"
+    process.terminate()
+    assert process.wait(timeout=20) == -signal.SIGTERM
+    process.stdout.close()
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), FileNotFoundError(errno.ENOENT, "No such file", "x")])
