@@ -39,15 +39,10 @@ Done = frozenset[Request]
 Generate = Callable[[Sequence[Request], Done], Iterator[list[dict[str, Any]]]]
 
 
-@dataclass
-class EngineSettings:
-    """The settings of every stage that has answers made."""
+@dataclass(kw_only=True)
+class ServerSettings:
+    """The settings of every stage that asks a server."""
 
-    engine: Literal["transformers", "vllm", "openai"] = setting("transformers", "what generates; `openai` is a server")
-    batch_size: int = setting(32, "transformers: rows in one forward pass; 0 takes as many as the memory holds")
-    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over (vllm: and replicated on)")
-    gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
-    vllm_arguments: str = setting("{}", "vllm: further arguments of vllm.LLM, JSON or a mapping")
     base_url: str = setting("http://localhost:8000/v1", "openai: the server")
     server: Literal["vllm", "sglang", "llama_cpp", "transformers", "plain"] = setting(
         "vllm", "openai: the server's kind, which decides how top_k and thinking are said; `plain` knows neither"
@@ -57,6 +52,17 @@ class EngineSettings:
     concurrency: int = setting(32, "openai: requests under way at most")
     request_timeout: float = setting(600.0, "openai: seconds for one answer")
     tries: int = setting(8, "openai: times one request is sent before the run stops")
+
+
+@dataclass
+class EngineSettings(ServerSettings):
+    """The settings of every stage that has answers made."""
+
+    engine: Literal["transformers", "vllm", "openai"] = setting("transformers", "what generates; `openai` is a server")
+    batch_size: int = setting(32, "transformers: rows in one forward pass; 0 takes as many as the memory holds")
+    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over (vllm: and replicated on)")
+    gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    vllm_arguments: str = setting("{}", "vllm: further arguments of vllm.LLM, JSON or a mapping")
     max_refused: float = setting(
         0.02, "openai: share of the answers that the server may refuse (content, length) and the run goes on without"
     )
