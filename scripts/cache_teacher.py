@@ -2,6 +2,11 @@
 
     python scripts/cache_teacher.py --config configs/embedded.yaml                  # hidden states: exact at every T
     python scripts/cache_teacher.py --config configs/embedded.yaml --signal topk    # the 64 most probable tokens
+    python scripts/cache_teacher.py --config configs/embedded.yaml --signal topk --temperatures 1 --engine openai \
+        --base_url http://localhost:8000/v1 --served_model_name NAME                # asked of a vLLM or SGLang server
+
+A teacher behind a server needs no weights here, only its tokenizer. vLLM must be started with --max-logprobs 64 or
+more. Such a cache is for a teacher at T = 1, and what is measured against it is a bound, which results say.
 
 Writes `experiment_dir`/teacher_cache. Safe to kill and run again: it goes on with the first missing file.
 """

@@ -173,6 +173,14 @@ def model_fingerprint(name: str) -> str:
     return digest.hexdigest()[:16]
 
 
+SERVED = "served by "  # how the fingerprint of a model begins whose weights are a server's affair
+
+
+def served_fingerprint(name: str, kind: str) -> str:
+    """What tells one model behind a server from another: the server's name for it, and the server's kind."""
+    return f"{SERVED}{kind}: {name}"
+
+
 def logit_map(model: nn.Module) -> LogitMap:
     """What the model does to its logits after the output layer: Cohere multiplies, Granite divides, Gemma caps them."""
     config = causal_lm(model).config

@@ -51,16 +51,10 @@ class Generate(Protocol):
     def __call__(self, requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]: ...
 
 
-@dataclass
-class EngineSettings:
-    """The settings of every stage that has answers made."""
+@dataclass(kw_only=True)
+class ServerSettings:
+    """The settings of every stage that asks a server."""
 
-    engine: str = setting(
-        "", "transformers (in this process) or openai (a server); default: openai with `serve`, else transformers"
-    )
-    batch_size: int = setting(32, "transformers: rows in one forward pass; 0 takes as many as the memory holds")
-    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over (serve: and replicated on)")
-    gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
     serve: str = setting(
         "", "the server that the stage starts and stops: JSON or a mapping such as {command: vllm}; keys: command, "
         "model, devices, gpu_memory_gb, tensor_parallel, data_parallel, port, arguments"
@@ -73,6 +67,18 @@ class EngineSettings:
     concurrency: int = setting(32, "openai: requests under way at most")
     request_timeout: float = setting(600.0, "openai: seconds for one answer")
     tries: int = setting(8, "openai: times one request is sent before the run stops")
+
+
+@dataclass
+class EngineSettings(ServerSettings):
+    """The settings of every stage that has answers made."""
+
+    engine: str = setting(
+        "", "transformers (in this process) or openai (a server); default: openai with `serve`, else transformers"
+    )
+    batch_size: int = setting(32, "transformers: rows in one forward pass; 0 takes as many as the memory holds")
+    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over (serve: and replicated on)")
+    gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
     max_refused: float = setting(
         0.02, "openai: share of the answers that the server may refuse (content, length) and the run goes on without"
     )
@@ -145,7 +151,7 @@ def stage_serve(settings: EngineSettings) -> Serve | None:
     return dataclasses.replace(serve, gpu_memory_gb=settings.gpu_memory_gb)
 
 
-def server_kind(settings: EngineSettings, serve: Serve | None) -> str:
+def server_kind(settings: ServerSettings, serve: Serve | None) -> str:
     """The kind of server that answers, one of `openai_engine.SERVERS`."""
     return settings.server if serve is None or serve.program == "other" else serve.program
 

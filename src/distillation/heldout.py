@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.distillation.base import EncodedRow
 from src.distillation.batching import Pair, consecutive
-from src.distillation.losses import HeldoutStats, heldout_stats
+from src.distillation.losses import HeldoutStats, Stated, TopK, bounded_stats, heldout_stats
 from src.distillation.teacher import Reader
 from src.utils.common import UserError
 
@@ -17,6 +17,19 @@ Arm = Callable[[], contextlib.AbstractContextManager]
 SUMS = ("kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum", "acceptance_sum")  # of the columns of HeldoutStats
 POSITIONS = (0, 4, 8, 16, 32, 64, 128, 256)  # where a bin of response positions starts; the last has no end
 SCORED_TOKENS = 2048  # read in one pass where nothing else is said
+EXACT = "exact"  # what `kl_is` says where the teacher's whole distribution is known
+
+
+def what_kl_is(believed: Tensor | Stated) -> str:
+    """What a row's `kl_is` says: whether its KL is the KL, or of which tokens it is that."""
+    if isinstance(believed, Tensor):
+        return EXACT
+    return f"lower bound over the top {believed.top.ids_NK.shape[1]} and the rest"
+
+
+def what_acceptance_is(kl_is: str) -> str:
+    """The same of the expected acceptance beside it, see `losses.bounded_stats`; NLL and agreement are always exact."""
+    return EXACT if kl_is == EXACT else "lower bound over the same top tokens alone"
 
 
 def score_heldout(
@@ -35,30 +48,36 @@ def score_heldout(
     Yields:
         For each batch its rows `arm, id, sample_index, num_tokens, kl_sum, nll_sum, teacher_nll_sum, agreement_sum,
         acceptance_sum`: sums over the row's response tokens, at T = 1, in nats or tokens; `kl_by_position,
-        agreement_by_position`: the same sums over each bin of `POSITIONS` that the row reaches.
+        agreement_by_position`: the same sums over each bin of `POSITIONS` that the row reaches; `kl_is`: see
+        `what_kl_is`.
     """
     ordered = sorted(pairs, key=lambda pair: len(pair.student))
     for batch in consecutive(ordered, tokens, lambda pair: max(len(pair.student), len(pair.teacher))):
         ours = [pair.student for pair in batch]
-        teacher_hidden = teacher.hidden([pair.teacher for pair in batch])
+        believe = teacher.stated or teacher.hidden
+        believed = believe([pair.teacher for pair in batch])
         scored: list[dict[str, Any]] = []
         for name, arm in arms.items():
             with arm():
                 hidden = student.hidden(ours)
-            stats = _measure(student, hidden, teacher, teacher_hidden, ours)
-            scored += _row_sums(name, ours, stats)
+            stats = _measure(student, hidden, teacher, believed, ours)
+            scored += [row | {"kl_is": what_kl_is(believed)} for row in _row_sums(name, ours, stats)]
         yield scored
 
 
 def _measure(
-    student: Reader, hidden: Tensor, teacher: Reader, teacher_hidden: Tensor, rows: Sequence[EncodedRow]
+    student: Reader, hidden: Tensor, teacher: Reader, believed: Tensor | Stated, rows: Sequence[EncodedRow]
 ) -> HeldoutStats:
     device = hidden.device
     labels = torch.tensor([token for row in rows for token in row.response_ids], device=device)
+    if isinstance(believed, Stated):
+        stated = Stated(TopK(*(part.to(device) for part in believed.top)), believed.label_log_p_N.to(device))
+        head = student.head_on(device)
+        return bounded_stats(hidden, head, stated, labels, student.logit_map, student.vocab_size)
     return heldout_stats(
         hidden,
         student.head_on(device),
-        teacher_hidden.to(device),
+        believed.to(device),
         teacher.head_on(device),
         labels,
         student.logit_map,

@@ -36,7 +36,7 @@ from src.distillation.base import (
 )
 from src.distillation.batching import Cutting, StepOrder, TrainingData, clean_hashes, load_training_data, waste
 from src.distillation.gpu import use_liger
-from src.distillation.heldout import gap_recovered, summarise, summarise_teacher
+from src.distillation.heldout import gap_recovered, summarise, summarise_teacher, what_acceptance_is
 from src.distillation.kd_config import SECTION, KDConfig
 from src.distillation.lora import add_lora
 from src.distillation.losses import compiler_works
@@ -51,7 +51,7 @@ from src.distillation.run_folder import (
 )
 from src.distillation.sft import end_token_ids
 from src.distillation.teacher import Reader, model_reader
-from src.distillation.teacher_cache import cached_tokenizer, open_cache, read_index
+from src.distillation.teacher_cache import cached_tokenizer, is_teacher, open_cache, read_index
 from src.distillation.tracking import check_tracker, log_heldout, tracked
 from src.distillation.training import (
     STATE,
@@ -207,11 +207,7 @@ def _teacher_tokenizer(config: KDConfig) -> tuple[PreTrainedTokenizerBase, str]:
         return load_tokenizer(name, config.experiment_dir), model_fingerprint(name)
     folder = Path(config.experiment_dir) / "teacher_cache"
     index = read_index(folder)
-    if Path(name).is_dir():
-        same = model_fingerprint(name) == index["teacher"]
-    else:
-        same = name == index["teacher_model_name_or_path"]
-    if not same:
+    if not is_teacher(name, index):
         raise UserError(
             f"{folder} is of the teacher {index['teacher_model_name_or_path']!r}, this run names {name!r}; "
             "run scripts/cache_teacher.py --overwrite"
@@ -618,7 +614,7 @@ def _save_final(run: Run, folder: Path, tokenizer: PreTrainedTokenizerBase) -> N
 def _heldout(run: Run, folder: Path) -> dict[str, Any]:
     """Before, after and teacher on the held-out rows, which are read here for the first time and only here.
 
-    Writes heldout.jsonl, the sums of every row.
+    Writes heldout.jsonl, the sums of every row. `kl_is` and `expected_acceptance_is` say whether these are exact.
     """
     arms = {"before": run.model.disable_adapter, "after": contextlib.nullcontext}
     with Progress(len(run.data.heldout), "held-out rows") as progress:
@@ -628,7 +624,10 @@ def _heldout(run: Run, folder: Path) -> dict[str, Any]:
     by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
     before, after = summarise(by_arm["before"]), summarise(by_arm["after"])
     teacher = summarise_teacher(by_arm["after"])
+    kl_is = rows[0]["kl_is"]
     return {
+        "kl_is": kl_is,
+        "expected_acceptance_is": what_acceptance_is(kl_is),
         "before": before,
         "after": after,
         "teacher": teacher,

@@ -78,6 +78,13 @@ class TopK(NamedTuple):
         return TopK(*(tensor[rows] for tensor in self))
 
 
+class Stated(NamedTuple):
+    """What a server states of its teacher at T = 1: the top k, and the log-probability of each label `[N]`."""
+
+    top: TopK
+    label_log_p_N: Tensor
+
+
 class HeldoutStats(NamedTuple):
     """Per-token measures at T = 1, each `[N]` fp32: nats for the first three, 0 or 1 for the fourth.
 
@@ -200,22 +207,39 @@ def plain_kd_loss(
     return LossSums(alpha * temperature**2 * kd + (1 - alpha) * ce, kd.detach(), ce.detach())
 
 
-def _topk_divergence_and_gradient(teacher: TopK, temperature: float, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward KL over K tokens and one bucket for the rest, and its gradient by the logits over T: `[N], [N, V]`.
+class _Buckets(NamedTuple):
+    """Teacher and student over the teacher's K tokens and one bucket for the rest, and the forward KL of the two.
 
-    `temperature` is the teacher's.
-
-    The teacher does not say how its rest is spread, so the gradient spreads it as the student does.
+    p_NK, rest_p_N: the teacher's probabilities; log_q_top_NK, log_rest_q_N: the student's, as logarithms.
     """
+
+    p_NK: Tensor
+    rest_p_N: Tensor
+    log_q_top_NK: Tensor
+    log_rest_q_N: Tensor
+    kl_N: Tensor
+
+
+def _in_buckets(teacher: TopK, temperature: float, log_q_NV: Tensor) -> _Buckets:
+    """`temperature` is that of the teacher; the student comes softened."""
     # kept at T = 1: softened by T, and normalised by the sum over the whole vocabulary that was kept with them
     log_p = teacher.log_p_NK.float() / temperature - teacher.log_sum_N.float()[:, None]
     p = log_p.exp()
     rest_p = (1 - p.sum(-1)).clamp(min=1e-7)  # half precision may round the kept ones to 1 and more
-    log_q_top = log_q.gather(1, teacher.ids_NK)
-    log_rest_q = log_q.scatter(1, teacher.ids_NK, -torch.inf).logsumexp(-1)
-    value = (p * (log_p - log_q_top)).sum(-1) + rest_p * (rest_p.log() - log_rest_q)
-    grad = log_q.exp() * (1 - rest_p / log_rest_q.exp())[:, None]
-    return value, grad.scatter_(1, teacher.ids_NK, log_q_top.exp() - p)
+    log_q_top = log_q_NV.gather(1, teacher.ids_NK)
+    log_rest_q = log_q_NV.scatter(1, teacher.ids_NK, -torch.inf).logsumexp(-1)
+    kl = (p * (log_p - log_q_top)).sum(-1) + rest_p * (rest_p.log() - log_rest_q)
+    return _Buckets(p, rest_p, log_q_top, log_rest_q, kl)
+
+
+def _topk_divergence_and_gradient(teacher: TopK, temperature: float, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward KL over K tokens and one bucket for the rest, and its gradient by the logits over T: `[N], [N, V]`.
+
+    The teacher does not say how its rest is spread, so the gradient spreads it as the student does.
+    """
+    found = _in_buckets(teacher, temperature, log_q)
+    grad = log_q.exp() * (1 - found.rest_p_N / found.log_rest_q_N.exp())[:, None]
+    return found.kl_N, grad.scatter_(1, teacher.ids_NK, found.log_q_top_NK.exp() - found.p_NK)
 
 
 class _Objective(NamedTuple):
@@ -529,6 +553,44 @@ def heldout_stats(
                 -log_p.gather(1, labels)[:, 0],
                 (logits_q.argmax(-1) == logits_p.argmax(-1)).float(),
                 torch.minimum(log_p, log_q).exp().sum(-1),
+            )
+        )
+    return HeldoutStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def bounded_stats(
+    student_hidden_NH: Tensor,
+    student_head_VH: Tensor,
+    teacher: Stated,
+    labels_N: Tensor,
+    student_map: LogitMap = IDENTITY,
+    vocab_size: int | None = None,
+) -> HeldoutStats:
+    """`heldout_stats` of a teacher of which the top k is all that is known.
+
+    Its NLL and its most probable token are known exactly. The KL is that of the top k and the rest as one bucket, which
+    is at most the KL over all tokens (log sum inequality; Cover and Thomas 2006, theorem 2.7.1). The expected
+    acceptance is the sum of min(p, q) over the top k alone, which is at most that over all tokens; with the bucket it
+    would be a bound from above, and flatter the student.
+    """
+    parts = []
+    vocab_size = vocab_size or len(student_head_VH)
+    size = chunk_tokens(vocab_size, device=student_hidden_NH.device)
+    for start in range(0, len(labels_N), size):
+        part = slice(start, start + size)
+        top = teacher.top.part(part)
+        logits = product(student_hidden_NH[part].to(student_head_VH.dtype), student_head_VH.T)[:, :vocab_size]
+        log_q = log_softmax(student_map(logits), -1)
+        found = _in_buckets(top, 1.0, log_q)
+        most_probable = top.ids_NK.gather(1, top.log_p_NK.argmax(-1, keepdim=True))[:, 0]
+        parts.append(
+            (
+                found.kl_N,
+                -log_q.gather(1, labels_N[part, None])[:, 0],
+                -teacher.label_log_p_N[part],
+                (logits.argmax(-1) == most_probable).float(),
+                torch.minimum(found.p_NK, found.log_q_top_NK.exp()).sum(-1),
             )
         )
     return HeldoutStats(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -16,11 +16,11 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,6 +65,8 @@ STATUS_OF_WORDS = {
     422: "badrequest|invalidrequest|invalidargument|invalidprompt|unprocessable",
     500: "timeout|servererror|internal",
 }
+
+Answer = TypeVar("Answer")
 
 THOUGHTS = ("thinking", "redacted_thinking", "reasoning")  # types of a content's parts that are not the answer
 
@@ -170,22 +172,29 @@ class _Unreadable(Exception):
 
 
 def read_reply(body: bytes, status: int = 200) -> Reply | Failure:
+    """What a server's reply to a chat says; see `read_body`."""
+    return read_body(body, status, _answer_in, "a chat completion")
+
+
+def read_body(body: bytes, status: int, answer_in: Callable[[Any], Answer], what: str) -> Answer | Failure:
     """What a server's reply says.
 
     Args:
         body: as it came.
         status: HTTP's. Below 300 the body decides: many servers put their errors there.
+        answer_in: finds the answer in the JSON of a body that holds no error.
+        what: was asked for, in words.
     """
     try:
         said = _parsed(body)
         if status >= 300:
             return _failure(said, status)
         error = _error_in(said)
-        return _answer_in(said) if error is None else _failure(error, status)
+        return answer_in(said) if error is None else _failure(error, status)
     except _Unreadable as found:
-        return _failure(str(found), status) if status >= 300 else Failure(0, f"not a chat completion: {found}")
+        return _failure(str(found), status) if status >= 300 else Failure(0, f"not {what}: {found}")
     except RecursionError:
-        return Failure(status if status >= 300 else 0, "not a chat completion: nested too deeply")
+        return Failure(status if status >= 300 else 0, f"not {what}: nested too deeply")
 
 
 def _parsed(body: bytes) -> Any:
@@ -505,9 +514,55 @@ def wait_before(attempt: int, retry_after: str | None) -> float:
     return max(min(seconds_asked_for(retry_after), LONGEST_WAIT), own)
 
 
+async def response_to(call: Awaitable[Any], server: Server) -> Any:
+    """The HTTP response of whatever status that a call of the client brings. Raises `_Again` where there is none."""
+    import openai
+
+    try:
+        async with asyncio.timeout(server.timeout):  # of the whole answer: a read time-out is reset by every byte
+            response = await call
+    except (TimeoutError, openai.APITimeoutError):
+        raise _Again(f"no answer within {server.timeout:g} s", slow_down=True) from None
+    except openai.APIConnectionError as error:
+        raise _Again(one_line(f"connection: {error.__cause__ or error}", server.key)) from None
+    except openai.APIStatusError as error:
+        response = error.response
+    if response.history and response.request.method != "POST":
+        raise UserError(
+            f"{server.base_url} redirects to {response.url}, and the question is lost on the way; set base_url to "
+            "where it leads"
+        )
+    return response
+
+
+def raise_failure(failure: Failure, response: Any, server: Server, row_id: str) -> NoReturn:
+    """Raise `_Again` or `_Refused` for a reply that is no answer, or a UserError where every other try would end so."""
+    words, status = one_line(failure.words, server.key), failure.status
+    if status in (401, 403):
+        raise UserError(f"{server.base_url} refuses the key in {server.key_variable}: {words}; set it to one it takes")
+    if status in REFUSED:
+        raise _Refused(words)
+    if status == 0 or status in AGAIN or status >= 500:
+        raise _Again(words, status in BUSY, response.headers.get("retry-after"))
+    way_out = WAYS_OUT.get(status, "see what the server wants, and that base_url is its address")
+    raise UserError(f"{server.base_url} refuses row {row_id}: {words}; {way_out}")
+
+
+class Asking(Protocol):
+    """What all requests of a run have in common: the client, the server, and one try of one request (with an `id`).
+
+    A try gives its answer, or ends as `raise_failure` does.
+    """
+
+    client: Any
+    server: Server
+
+    async def ask(self, request: Any) -> Any: ...
+
+
 @dataclass(frozen=True)
 class _Asking:
-    """What all requests of a run have in common."""
+    """`Asking` for answers."""
 
     client: Any
     server: Server
@@ -516,49 +571,23 @@ class _Asking:
     ends: Sequence[int]
 
     async def send(self, request: Request) -> Any:
-        """The HTTP response, of whatever status. Raises `_Again` where there is none."""
-        import openai
-
+        """The HTTP response."""
         server, sampling = self.server, request.sampling
         body = extra_body(server.kind, sampling, self.enable_thinking, self.ends)
-        try:
-            async with asyncio.timeout(server.timeout):  # of the whole answer: a read time-out is reset by every byte
-                reply = await self.client.chat.completions.with_raw_response.create(
-                    model=server.model, messages=request.messages, temperature=sampling.temperature,
-                    top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, frequency_penalty=0, presence_penalty=0,
-                    n=1, seed=request.seed & 0x7FFFFFFF, extra_body=body,
-                )  # fmt: skip
-            return reply.http_response
-        except (TimeoutError, openai.APITimeoutError):
-            raise _Again(f"no answer within {server.timeout:g} s", slow_down=True) from None
-        except openai.APIConnectionError as error:
-            raise _Again(one_line(f"connection: {error.__cause__ or error}", server.key)) from None
-        except openai.APIStatusError as error:
-            return error.response
+        reply = await self.client.chat.completions.with_raw_response.create(
+            model=server.model, messages=request.messages, temperature=sampling.temperature,
+            top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, frequency_penalty=0, presence_penalty=0,
+            n=1, seed=request.seed & 0x7FFFFFFF, extra_body=body,
+        )  # fmt: skip
+        return reply.http_response
 
     async def ask(self, request: Request) -> dict[str, Any]:
-        """The row of one try. Raises `_Again` or `_Refused`, or a UserError where every other try would end so too."""
-        response = await self.send(request)
-        server = self.server
-        if response.history and response.request.method != "POST":
-            raise UserError(
-                f"{server.base_url} redirects to {response.url}, and the question is lost on the way; set base_url to "
-                "where it leads"
-            )
+        """The row of one try."""
+        response = await response_to(self.send(request), self.server)
         reply = read_reply(response.content, response.status_code)
-        if isinstance(reply, Reply):
-            return reply_row(request, reply, self.teacher, self.enable_thinking)
-        words, status = one_line(reply.words, server.key), reply.status
-        if status in (401, 403):
-            raise UserError(
-                f"{server.base_url} refuses the key in {server.key_variable}: {words}; set it to one it takes"
-            )
-        if status in REFUSED:
-            raise _Refused(words)
-        if status == 0 or status in AGAIN or status >= 500:
-            raise _Again(words, status in BUSY, response.headers.get("retry-after"))
-        way_out = WAYS_OUT.get(status, "see what the server wants, and that base_url is its address")
-        raise UserError(f"{server.base_url} refuses row {request.id}: {words}; {way_out}")
+        if isinstance(reply, Failure):
+            raise_failure(reply, response, self.server, request.id)
+        return reply_row(request, reply, self.teacher, self.enable_thinking)
 
 
 class _Run:
@@ -568,7 +597,7 @@ class _Run:
     `refused` for the next answer: a server that answers nothing has a wrong setting, and no refusal is worth keeping.
     """
 
-    def __init__(self, asking: _Asking, requests: Sequence[Request], total: int, refused_before: int = 0) -> None:
+    def __init__(self, asking: Asking, requests: Sequence[Any], total: int, refused_before: int = 0) -> None:
         self.asking, self.server, self.total = asking, asking.server, total
         self.refusals = self.refused_before = refused_before
         self.fresh = deque(requests)
@@ -645,6 +674,52 @@ class _Run:
         await self.asking.client.close()
 
 
+def ask_all(
+    asking: Asking, requests: Sequence[Any], total: int, runner: asyncio.Runner, refused_before: int = 0
+) -> Iterator[list[Any]]:
+    """Ask every request until it is answered; yields the answers as they are complete, in any order; see `_Run` for the
+    rows of what was refused.
+
+    Args:
+        total: answers that are wanted in all, of which `max_refused` is a share.
+        runner: whose loop the client is used in; the client is closed at the end.
+        refused_before: how many of them were refused in earlier sessions.
+
+    Raises:
+        UserError: too much is refused, or a request ends in an error that no other try would mend.
+    """
+    run = _Run(asking, requests, total, refused_before)
+    try:
+        while not run.is_over():
+            if answers := runner.run(run.turn()):
+                yield answers
+            if run.fatal:
+                raise run.fatal[0]
+    finally:
+        runner.run(run.close())
+    if run.refused:
+        yield run.refused
+    if run.refusals:
+        logger.info("%s refused %d of %d answers; they are recorded so", run.server.base_url, run.refusals, total)
+
+
+def open_client(server: Server) -> Any:
+    """A client of an OpenAI-compatible server, for one event loop.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    require_client()
+    import openai
+
+    return openai.AsyncOpenAI(
+        base_url=server.base_url,
+        api_key=server.key or "none",
+        timeout=openai.Timeout(server.timeout, connect=10.0),
+        max_retries=0,
+    )
+
+
 def refuse_half_characters(requests: Sequence[Request]) -> None:
     """Refuse prompts that cannot be sent.
 
@@ -691,31 +766,10 @@ def generate_from_server(
     Raises:
         UserError: no client, a prompt that cannot be sent, too much refused, a wrong key, or `tries` in vain.
     """
-    require_client()
-    import openai
-
     refuse_half_characters(requests)
     for sampling in {request.sampling for request in requests}:
         extra_body(server.kind, sampling, enable_thinking, ends)  # complains before anything is asked
     teacher = known_teacher(tokenizer, ends)
     with asyncio.Runner() as runner:
-        client = openai.AsyncOpenAI(
-            base_url=server.base_url,
-            api_key=server.key or "none",
-            timeout=openai.Timeout(server.timeout, connect=10.0),
-            max_retries=0,
-        )
-        asking = _Asking(client, server, teacher, enable_thinking, ends)
-        run = _Run(asking, requests, len(requests) if total is None else total, refused_before)
-        try:
-            while not run.is_over():
-                if rows := runner.run(run.turn()):
-                    yield rows
-                if run.fatal:
-                    raise run.fatal[0]
-        finally:
-            runner.run(run.close())
-    if run.refused:
-        yield run.refused
-    if run.refusals:
-        logger.info("%s refused %d of %d answers; they are recorded so", server.base_url, run.refusals, run.total)
+        asking = _Asking(open_client(server), server, teacher, enable_thinking, ends)
+        yield from ask_all(asking, requests, len(requests) if total is None else total, runner, refused_before)

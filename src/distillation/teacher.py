@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from src.distillation.base import EncodedRow, causal_lm, head_weight, logit_map, response_hidden
-from src.distillation.losses import LogitMap, TopK, shared_head
+from src.distillation.losses import LogitMap, Stated, TopK, shared_head
 from src.distillation.packing import attention_of_packs, batch_of
 
 Rows = Sequence[EncodedRow]
@@ -23,6 +23,7 @@ class Reader:
     logit_map: what it does to its logits.
     vocab_size: logits beyond it have no part in anything.
     topk: rows -> what is trained on instead of the hidden states, where it is set.
+    stated: rows -> what is measured with instead of the hidden states, where there are none.
     """
 
     hidden: Callable[[Rows], Tensor]
@@ -30,6 +31,7 @@ class Reader:
     logit_map: LogitMap
     vocab_size: int
     topk: Callable[[Rows], TopK] | None = None
+    stated: Callable[[Rows], Stated] | None = None
     _heads: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def head_on(self, device: torch.device) -> Tensor:

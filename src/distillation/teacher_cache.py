@@ -5,16 +5,23 @@ divergence at every temperature, follow exactly; a token costs 2 x width bytes, 
 vocabulary. `topk` keeps the K most probable tokens, their log-probabilities at T = 1 and, for a list of temperatures,
 the sum that says how much of the softened distribution lies outside them.
 
+A teacher behind a server (`engine: openai`) can have its top k asked for; its weights are then not needed here. It says
+nothing of hidden states, and nothing at other temperatures: the softened rest cannot be computed from the top k. So
+such a cache is for a teacher's softmax at T = 1, which is what training asks of it where `temperature` is 1, or where
+`teacher_temperature` is 1 and the student alone is softened. Rows that measure keep the top k too, and with it the
+log-probability of every token of theirs: what is measured on them is a bound, see `losses.bounded_stats`.
+
     index.json           what it was made of, where each row is, and the hashes of the files below
-    head.safetensors     the output matrix
+    head.safetensors     the output matrix; not of a served teacher
     shard_00000.safetensors ...    [tokens, width] or [tokens, K], the rows' response positions end to end
     tokenizer/           the teacher's tokenizer, so that training needs nothing else of the teacher
 """
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.distillation.base import (
+    SERVED,
     EncodedRow,
     compute_dtype,
     encode_row,
@@ -33,11 +41,16 @@ from src.distillation.base import (
     load_tokenizer,
     model_fingerprint,
     place,
+    served_fingerprint,
 )
 from src.distillation.batching import TrainingData, clean_files, consecutive, is_validation, read_clean
+from src.distillation.engines import ServerSettings, server_kind, started
 from src.distillation.gpu import memory_of, tokens_that_fit
-from src.distillation.losses import LogitMap, TopK, chunk_tokens, product
+from src.distillation.losses import IDENTITY, LogitMap, Stated, TopK, chunk_tokens, product
+from src.distillation.openai_engine import Server
 from src.distillation.packing import check_packing
+from src.distillation.served_teacher import KINDS, ask_rows, check_served
+from src.distillation.serving import Serve, read_serve, teacher_server, with_open_port
 from src.distillation.teacher import Reader, Rows, model_reader
 from src.utils.common import (
     Progress,
@@ -70,6 +83,9 @@ NOT_IN_FINGERPRINT = (
     "gpu_memory_gb",
     "tokens_per_batch",
     "cpu_offload",
+    "engine",
+    "served_model_name",
+    *(field.name for field in fields(ServerSettings)),
 )
 CPU_TOKENS = 4096  # in one pass on a CPU
 MOST_TOKENS = 32_768  # in one pass on a GPU that has memory for more: nothing is gained
@@ -80,15 +96,17 @@ NOTICED = 3.0  # seconds from which on hashing is worth a line
 
 
 @dataclass
-class CacheTeacherConfig:
+class CacheTeacherConfig(ServerSettings):
     """How the teacher's beliefs are kept."""
 
-    teacher_model_name_or_path: str = setting("", "folder or hub id of the teacher", "teacher_model")
+    teacher_model_name_or_path: str = setting(
+        "", "folder or hub id of the teacher; openai: of its tokenizer, no weights are read", "teacher_model"
+    )
     experiment_dir: str = setting("outputs/experiment/default", "its folder sft/ holds the clean rows")
     signal: Literal["hidden", "topk"] = setting("hidden", "what is kept of each response position")
     top_k: int = setting(64, "tokens kept by topk, and those outside which the softened share is reported")
     temperatures: list[float] = setting([1.0, 1.5, 2.0, 2.5, 4.0], "for which topk can be trained on")
-    validation_fraction: float = setting(0.05, "as in training: topk keeps hidden states of these rows for measuring")
+    validation_fraction: float = setting(0.05, "as in training: of these rows topk keeps what measuring needs")
     max_length: int = setting(1024, "longer rows (prompt and answer, tokens) are left out, as in training")
     bf16: bool | None = setting(None, "compute and keep bf16 (default: where the processor multiplies it), else fp32")
     packing: bool = setting(True, "read several rows in one pass without padding")
@@ -99,16 +117,48 @@ class CacheTeacherConfig:
     teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
     cpu_offload: bool = setting(False, "stream the teacher's weights from the machine's memory")
+    engine: Literal["transformers", "openai"] = setting(
+        "transformers", "where the teacher is: its weights here, or `openai`, behind a vLLM or SGLang server"
+    )
+    served_model_name: str = setting("", "openai: the server's name for the teacher, if it is another")
     overwrite: bool = setting(False, "make it again")
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "tokens_per_batch", "tokens_per_shard", "max_length"):
+        for name in ("top_k", "tokens_per_batch", "tokens_per_shard", "max_length", "concurrency", "tries"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1")
         if self.bf16 is None:
             self.bf16 = compute_dtype() is torch.bfloat16
         if any(temperature <= 0 for temperature in self.temperatures):
             raise UserError("temperatures must be above 0")
+        if self.engine == "openai":
+            self._check_served()
+
+    @property
+    def started_server(self) -> Serve | None:
+        """The server that this stage starts; `serve` is for all stages, this one asks it with engine `openai` alone."""
+        serve = read_serve(self.serve) if self.engine == "openai" else None
+        if serve is None:
+            return None
+        asked = {"max-logprobs": self.top_k} if serve.program == "vllm" else {}  # it gives 20 otherwise, and no more
+        return replace(
+            serve,
+            gpu_memory_gb=serve.gpu_memory_gb or self.gpu_memory_gb,
+            arguments=asked | dict(serve.arguments),
+        )
+
+    def _check_served(self) -> None:
+        """Raise a UserError for what a server cannot give."""
+        kind = server_kind(self, self.started_server)
+        if kind not in KINDS:
+            raise UserError(f"server {kind} gives no log-probabilities of a prompt; {' and '.join(KINDS)} do")
+        if self.signal != "topk":
+            raise UserError("a server gives no hidden states; pass --signal topk, or --engine transformers")
+        if self.temperatures != [1.0]:
+            raise UserError(
+                "a server knows its teacher at T = 1 alone: pass --temperatures 1 and train with temperature (or "
+                "teacher_temperature) 1, or keep hidden states, exact at every T, with --engine transformers"
+            )
 
 
 def _key(row: EncodedRow) -> str:
@@ -127,18 +177,29 @@ def _template_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return hashes
 
 
+# What a file keeps of its rows; `stated` is the top k in fp32 and the log-probability of each token, to measure with.
+SHARD_KINDS = ("hidden", "stated", "topk")
+
+
 class _Shard(NamedTuple):
     file: str
-    kind: str  # hidden or topk
+    kind: str  # one of SHARD_KINDS
     rows: list[EncodedRow]
 
 
-def _shards(rows: Rows, topk: Callable[[EncodedRow], bool], tokens_per_shard: int) -> list[_Shard]:
-    """Rows in the order of their length, cut into files; those kept as top k in files of their own."""
+def _kind(config: CacheTeacherConfig, measures: bool) -> str:
+    """What is kept of a row."""
+    if config.signal == "topk" and not measures:
+        return "topk"
+    return "stated" if config.engine == "openai" else "hidden"
+
+
+def _shards(rows: Rows, kind_of: Callable[[EncodedRow], str], tokens_per_shard: int) -> list[_Shard]:
+    """Rows in the order of their length, cut into files; those of each kind in files of their own."""
     ordered = sorted(rows, key=lambda row: (len(row), _key(row)))
     shards: list[_Shard] = []
-    for kind in ("hidden", "topk"):
-        own = [row for row in ordered if topk(row) == (kind == "topk")]
+    for kind in SHARD_KINDS:
+        own = [row for row in ordered if kind_of(row) == kind]
         for group in consecutive(own, tokens_per_shard, lambda row: len(row.response_ids)):
             shards.append(_Shard(f"shard_{len(shards):05d}.safetensors", kind, group))
     return shards
@@ -165,14 +226,43 @@ def _top_k(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}, outside
 
 
-def _write_shard(path: Path, shard: _Shard, reader: Reader, config: CacheTeacherConfig) -> None:
+@dataclass(frozen=True)
+class _Source:
+    """Where a cache comes from.
+
+    tensors: of the rows of a file, what its kind keeps; `outside` and `looked_at` tell the share outside the top k.
+    head: the output matrix, where the teacher's weights are here.
+    """
+
+    tensors: Callable[[_Shard], dict[str, Tensor]]
+    vocab_size: int
+    logit_map: LogitMap = IDENTITY
+    head: Callable[[], Tensor] | None = None
+
+
+def _write_shard(path: Path, shard: _Shard, source: _Source) -> None:
+    tensors = source.tensors(shard)
+    with atomic_path(path) as made:
+        save_file(tensors, made)
+
+
+def _from_weights(shard: _Shard, reader: Reader, config: CacheTeacherConfig) -> dict[str, Tensor]:
     hidden = _read_within_memory(reader, shard.rows, config.tokens_per_batch)
     # the share outside the top k is printed for either kind; for hidden states a sample of positions tells it
     looked_at = hidden if shard.kind == "topk" else hidden[:: max(1, len(hidden) // SAMPLED)]
     tensors, outside = _top_k(looked_at, reader, config.top_k, config.temperatures)
     kept = tensors if shard.kind == "topk" else {"hidden": hidden}
-    with atomic_path(path) as made:
-        save_file(kept | {"outside": outside, "looked_at": torch.tensor(len(looked_at))}, made)
+    return kept | {"outside": outside, "looked_at": torch.tensor(len(looked_at))}
+
+
+def _from_server(shard: _Shard, server: Server, top_k: int, vocab_size: int) -> dict[str, Tensor]:
+    told = ask_rows(server, shard.rows, top_k, vocab_size)
+    count = len(told.ids_NK)
+    outside = (1 - told.log_p_NK.double().exp().sum(-1)).sum()
+    facts = {"ids": told.ids_NK, "outside": outside[None], "looked_at": torch.tensor(count)}
+    if shard.kind == "stated":
+        return facts | {"log_p": told.log_p_NK, "label_log_p": told.label_log_p_N}
+    return facts | {"log_p": told.log_p_NK.half(), "log_sums": torch.zeros(count, 1)}  # log 1: all of it, at T = 1
 
 
 def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> Tensor:
@@ -230,17 +320,8 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str
     # 1. what it is to be made of; is it there?
     tokenizer = load_tokenizer(name, config.experiment_dir)
     rows, measuring, hashes = _read_rows(config, tokenizer)
-    made_of = {
-        "format": FORMAT,
-        "teacher": model_fingerprint(name),
-        **_template_hashes(tokenizer),
-        "data": hashes,
-        **{key: value for key, value in asdict(config).items() if key not in NOT_IN_FINGERPRINT},
-    }
     marker, index_path = folder / "stage.json", folder / "index.json"
-    if marker.is_file():  # caches of the version before counted this among what they are made of
-        stored = read_json(marker).get("fingerprint", {})
-        made_of |= {name: stored[name] for name in ("tokens_per_batch",) if name in stored}
+    made_of = _made_of(config, tokenizer, hashes, marker)
     state = stage_state(marker, made_of, config.overwrite, [index_path])
     if state == "done":
         logger.info("%s is complete; nothing to do", folder)
@@ -251,49 +332,120 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str
     written = _written_before(folder)
 
     # 2. the teacher, and the files that do not depend on the rows
-    shards = _shards(rows, lambda r: config.signal == "topk" and _key(r) not in measuring, config.tokens_per_shard)
-    reader = _open_teacher(config, name, folder, rows, tokenizer)
-    start_stage(marker, made_of)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    with atomic_path(folder / HEAD) as made:
-        save_file({"head": reader.head()[: reader.vocab_size].cpu().contiguous()}, made)
+    shards = _shards(rows, lambda row: _kind(config, _key(row) in measuring), config.tokens_per_shard)
+    with _opened(config, folder, rows, tokenizer) as source:
+        start_stage(marker, made_of)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        if source.head is not None:
+            with atomic_path(folder / HEAD) as made:
+                save_file({"head": source.head()}, made)
 
-    # 3. the rows, a file at a time
-    speed = _write_missing(folder, shards, written, reader, config)
+        # 3. the rows, a file at a time
+        speed = _write_missing(folder, shards, written, source)
 
     # 4. the index, which makes it complete
-    measured = [[_tensor(folder / s.file, name) for s in shards] for name in ("outside", "looked_at")]
-    outside = sum(measured[0]) / sum(measured[1])
-    written = {shard.file: written[shard.file] for shard in shards}
-    tokens = sum(len(row.response_ids) for row in rows)
-    index = {
-        **made_of,
-        "teacher_model_name_or_path": name,
-        "logit_map": list(reader.logit_map),
-        "vocab_size": reader.vocab_size,
-        "tokens": tokens,
-        "bytes_per_token": sum(facts["bytes"] for facts in written.values()) / tokens,
-        "tokens_per_second": speed,
-        "share_outside_top_k": dict(zip(map(str, config.temperatures), outside.tolist(), strict=True)),
-        "shards": written,
-        "head": _written(folder / HEAD),
-        "rows": _places(shards),
-        "provenance": provenance(),
-    }
+    index = made_of | _index(config, folder, shards, written, source) | {"tokens_per_second": speed}
     write_json(index_path, index)
     finish_stage(marker, made_of, index_sha256=sha256_file(index_path))
     (folder / WRITTEN).unlink(missing_ok=True)
     return index
 
 
+def _served_name(config: CacheTeacherConfig) -> str:
+    """The server's name for what answers: as said, or the stand-in that `serve` names, or the teacher itself."""
+    serve = config.started_server
+    return config.served_model_name or (serve.model if serve else "") or config.teacher_model_name_or_path
+
+
+def _made_of(
+    config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase, hashes: dict[str, str | None], marker: Path
+) -> dict[str, Any]:
+    """What tells this cache from every other."""
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_FINGERPRINT}
+    if config.engine == "openai":
+        teacher = served_fingerprint(_served_name(config), server_kind(config, config.started_server))
+        settings |= {"bf16": None, "packing": None}  # the server's affair
+    else:
+        teacher = model_fingerprint(config.teacher_model_name_or_path)
+    made_of = {"format": FORMAT, "teacher": teacher, **_template_hashes(tokenizer), "data": hashes, **settings}
+    if marker.is_file():  # caches of the version before counted this among what they are made of
+        stored = read_json(marker).get("fingerprint", {})
+        made_of |= {name: stored[name] for name in ("tokens_per_batch",) if name in stored}
+    return made_of
+
+
+def _index(
+    config: CacheTeacherConfig, folder: Path, shards: list[_Shard], written: dict[str, dict[str, Any]], source: _Source
+) -> dict[str, Any]:
+    """What index.json says beside what the cache was made of."""
+    measured = [[_tensor(folder / s.file, name) for s in shards] for name in ("outside", "looked_at")]
+    outside = sum(measured[0]) / sum(measured[1])
+    written = {shard.file: written[shard.file] for shard in shards}
+    tokens = sum(len(row.response_ids) for shard in shards for row in shard.rows)
+    return {
+        "teacher_model_name_or_path": config.teacher_model_name_or_path,
+        "logit_map": list(source.logit_map),
+        "vocab_size": source.vocab_size,
+        "tokens": tokens,
+        "bytes_per_token": sum(facts["bytes"] for facts in written.values()) / tokens,
+        "share_outside_top_k": dict(zip(map(str, config.temperatures), outside.tolist(), strict=True)),
+        "shards": written,
+        "head": None if source.head is None else _written(folder / HEAD),
+        "rows": _places(shards),
+        "provenance": provenance(),
+    }
+
+
+@contextlib.contextmanager
+def _opened(
+    config: CacheTeacherConfig, folder: Path, rows: list[EncodedRow], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[_Source]:
+    """The teacher, loaded here or behind its server, once the disk is known to have room for what it will say."""
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    if config.engine == "transformers":
+        reader = _open_teacher(config, folder, rows, tokenizer, vocab_size)
+        yield _Source(
+            lambda shard: _from_weights(shard, reader, config),
+            vocab_size,
+            reader.logit_map,
+            lambda: reader.head()[:vocab_size].cpu().contiguous(),
+        )
+        return
+    if config.top_k >= vocab_size:
+        raise UserError(f"top_k = {config.top_k} leaves nothing of {vocab_size} tokens; lower --top_k")
+    tokens = sum(len(row.response_ids) for row in rows)
+    require_disk(folder, 1.1 * tokens * (8 * config.top_k + 4), "the teacher cache")
+    with _running(config, folder) as server:
+        check_served(server)
+        yield _Source(lambda shard: _from_server(shard, server, config.top_k, vocab_size), vocab_size)
+
+
+@contextlib.contextmanager
+def _running(config: CacheTeacherConfig, folder: Path) -> Iterator[Server]:
+    """The teacher's server, started here if the settings say how."""
+    serve, planned = config.started_server, None
+    if serve is not None:
+        serve = with_open_port(serve)
+        planned = teacher_server(serve, config.teacher_model_name_or_path, config.teacher_devices)
+    with started(planned, folder / "server.log"):
+        yield Server(
+            serve.base_url if serve else config.base_url, _served_name(config), server_kind(config, serve),
+            config.api_key_variable, config.concurrency, config.request_timeout, config.tries, max_refused=0.0,
+        )  # fmt: skip
+
+
 def _open_teacher(
-    config: CacheTeacherConfig, name: str, folder: Path, rows: list[EncodedRow], tokenizer: PreTrainedTokenizerBase
+    config: CacheTeacherConfig,
+    folder: Path,
+    rows: list[EncodedRow],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
 ) -> Reader:
-    """The teacher, once the disk is known to have room for what it will say."""
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    """The teacher's weights, loaded here."""
+    name, dtype = config.teacher_model_name_or_path, torch.bfloat16 if config.bf16 else torch.float32
     model = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
     tokens = sum(len(row.response_ids) for row in rows)
-    vocab_size, width = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings().weight.shape[1]
+    width = model.get_output_embeddings().weight.shape[1]
     kept = 6 * config.top_k if config.signal == "topk" else dtype.itemsize * width
     require_disk(folder, 1.1 * (tokens * kept + vocab_size * width * dtype.itemsize), "the teacher cache")
     if config.packing:
@@ -315,7 +467,7 @@ def _measured_tokens(model: PreTrainedModel, reader: Reader, rows: Rows) -> int:
 
 
 def _write_missing(
-    folder: Path, shards: list[_Shard], written: dict[str, dict[str, Any]], reader: Reader, config: CacheTeacherConfig
+    folder: Path, shards: list[_Shard], written: dict[str, dict[str, Any]], source: _Source
 ) -> float | None:
     """Write the files that are not in `written` and enter them there; tokens a second, if there were any to write."""
     seconds, passed = 0.0, 0
@@ -325,7 +477,7 @@ def _write_missing(
                 progress.skip(len(shard.rows))
                 continue
             started = time.monotonic()
-            _write_shard(folder / shard.file, shard, reader, config)
+            _write_shard(folder / shard.file, shard, source)
             written[shard.file] = _written(folder / shard.file)
             append_jsonl(folder / WRITTEN, [{"file": shard.file, **written[shard.file]}])
             seconds += time.monotonic() - started
@@ -382,7 +534,7 @@ def _check_files(folder: Path, index: dict[str, Any]) -> None:
     known = read_json(marker).get("index_sha256") if marker.is_file() else None
     if known != sha256_file(folder / "index.json"):
         raise UserError(f"{folder / 'index.json'}: not as it was written, its hash is another; {MADE_BY} --overwrite")
-    files = {**index["shards"], HEAD: index["head"]}
+    files = index["shards"] | ({HEAD: index["head"]} if index["head"] else {})
     for name, facts in files.items():  # what costs nothing first
         path = folder / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
@@ -440,7 +592,8 @@ def open_cache(folder: Path, signal: str, temperature: float, data: TrainingData
     Args:
         folder: the cache.
         signal: `hidden` or `topk`, what training rows are to give.
-        temperature: the teacher's; a top-k cache knows the softened rest for its own temperatures only.
+        temperature: the teacher's; a top-k cache knows the softened rest for its own temperatures only, and one that a
+            server was asked for has T = 1 alone.
         data: the rows to train on and those that only measure, as the teacher's template renders them.
 
     Raises:
@@ -465,8 +618,15 @@ def open_cache(folder: Path, signal: str, temperature: float, data: TrainingData
         log_sums = read(rows, "log_sums")[:, index["temperatures"].index(temperature)]
         return TopK(read(rows, "ids").long(), read(rows, "log_p"), log_sums)
 
+    def stated(rows: Rows) -> Stated:
+        label_log_p = read(rows, "label_log_p")
+        top = TopK(read(rows, "ids").long(), read(rows, "log_p"), torch.zeros(len(label_log_p)))
+        return Stated(top, label_log_p)
+
+    served = _is_served(index)
     if signal == "topk":
-        for pairs, tensor in ((data.train, "ids"), (data.validation + data.heldout, "hidden")):
+        measured = "label_log_p" if served else "hidden"
+        for pairs, tensor in ((data.train, "log_sums"), (data.validation + data.heldout, measured)):
             files = {index["rows"][_key(pair.teacher)][0] for pair in pairs}
             if not all(tensor in list(shard(file).keys()) for file in files):
                 raise UserError(
@@ -478,7 +638,20 @@ def open_cache(folder: Path, signal: str, temperature: float, data: TrainingData
         logit_map=LogitMap(*index["logit_map"]),
         vocab_size=index["vocab_size"],
         topk=topk if signal == "topk" else None,
+        stated=stated if served else None,
     )
+
+
+def _is_served(index: dict[str, Any]) -> bool:
+    """Whether the cache was made by asking a server, and so without hidden states."""
+    return index["teacher"].startswith(SERVED)
+
+
+def is_teacher(name: str, index: dict[str, Any]) -> bool:
+    """Whether `name`, a folder or hub id, is the teacher that a cache was made of; of a served one its tokenizer's."""
+    if Path(name).is_dir() and not _is_served(index):
+        return model_fingerprint(name) == index["teacher"]
+    return name == index["teacher_model_name_or_path"]
 
 
 def _check_index(folder: Path, index: dict[str, Any], signal: str, temperature: float, data: TrainingData) -> None:
@@ -494,9 +667,11 @@ def _check_index(folder: Path, index: dict[str, Any], signal: str, temperature: 
             raise UserError(f"{folder} was made with {name} = {known.get(name)}, this run has {wanted}; {remedy}")
     if signal == "topk" and temperature not in index["temperatures"]:
         temperatures = ", ".join(f"{t:g}" for t in index["temperatures"])
-        raise UserError(
-            f"{folder} keeps the top k for T = {temperatures}, not {temperature:g}; {remedy} --temperatures ..."
-        )
+        if _is_served(index):
+            remedy = "train with --temperature 1 or --teacher_temperature 1; a server knows its teacher at no other T"
+        else:
+            remedy += " --temperatures ..."
+        raise UserError(f"{folder} keeps the top k for T = {temperatures}, not {temperature:g}; {remedy}")
     for pair in data.all():
         row = pair.teacher
         place = index["rows"].get(_key(row))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from src.distillation.base import model_fingerprint
+from src.distillation.base import SERVED, model_fingerprint
 from src.distillation.engines import EngineSettings, engine_name, make_engine, server_kind
 from src.distillation.serving import answering
 from src.distillation.sft import Sampling
@@ -375,7 +375,7 @@ def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> N
 def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
     """The runs of the trained arms that have measured the held-out text, with the student and teacher of this
     evaluation (`--base` and `--teacher` may have named others)."""
-    models, runs = facts["fingerprint"]["models"], {}
+    runs = {}
     for arm in ("kd", "sft"):
         if arm not in facts["arms"]:
             continue
@@ -383,15 +383,23 @@ def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
         if not (run / "heldout.jsonl").is_file():
             why = "there is no heldout.jsonl"
         else:
-            measured = read_json(run / "kd_config.json")["fingerprint"]
+            run_config = read_json(run / "kd_config.json")
             for own, name in (("base", "student"), ("teacher", "teacher")):
-                if own in models and models[own] != measured.get(name):
+                if own in facts["arms"] and not _same_model(facts, own, run_config, name):
                     why = f"it was measured with another {name}"
         if why:
             logger.info("%s: %s; closeness to the teacher is not shown for %s", run, why, arm)
         else:
             runs[arm] = run
     return runs
+
+
+def _same_model(facts: dict[str, Any], arm: str, run_config: dict[str, Any], name: str) -> bool:
+    """Whether an arm of this evaluation is a run's student or teacher (`name`)."""
+    measured = run_config["fingerprint"].get(name)
+    if measured and measured.startswith(SERVED):  # the run has seen no weights of it; both name one tokenizer
+        return facts["arms"][arm] == run_config["teacher_model_name_or_path"]
+    return facts["fingerprint"]["models"][arm] == measured
 
 
 def report_step(folder: Path, again: bool = False) -> None:

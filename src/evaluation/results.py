@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from src.distillation.heldout import POSITIONS, SUMS, summarise, summarise_teacher, tokens_by_position
+from src.distillation.heldout import (
+    EXACT,
+    POSITIONS,
+    SUMS,
+    summarise,
+    summarise_teacher,
+    tokens_by_position,
+    what_acceptance_is,
+)
 from src.evaluation.results_schema import (
     ARMS,
     METRICS,
@@ -144,6 +152,7 @@ def heldout_section(rows: Sequence[Row], seed: int) -> Heldout:
     """
     held = _heldout_sums(rows, seed)
     of_any = held.prompts[held.arms[0]]
+    kl_is = _kl_is(rows[0])  # of all: `join_heldout` lets no others pass
     intervals = {}
     for arm in held.arms:
         intervals[arm] = {metric: _interval(held.mean(arm, metric)) for metric in METRICS}
@@ -152,6 +161,8 @@ def heldout_section(rows: Sequence[Row], seed: int) -> Heldout:
         "prompts": len(of_any),
         "families": held.sums.families,
         "response_tokens": sum(prompt["num_tokens"] for prompt in of_any),
+        "kl_is": kl_is,
+        "expected_acceptance_is": what_acceptance_is(kl_is),
         "arms": {arm: summarise(held.prompts[arm]) for arm in held.arms} | {"teacher": summarise_teacher(of_any)},
         "intervals": intervals,
         "differences": _heldout_differences(held),
@@ -522,11 +533,18 @@ class Measured:
     """What a training run left in its heldout.jsonl: rows by id and sample index, in one order.
 
     before, after: of its student before training and after it; the same rows.
+    kl_is: whether their KL is exact or a bound, and which.
     """
 
     path: Path
     before: dict[tuple[str, int], Row]
     after: dict[tuple[str, int], Row]
+    kl_is: str
+
+
+def _kl_is(row: Row) -> str:
+    """Runs of the version before knew exact KLs only, and did not say so."""
+    return row.get("kl_is", EXACT)
 
 
 def _fault(row: Row) -> str | None:
@@ -550,16 +568,25 @@ def _read_measured(path: Path) -> Measured:
     """
     hint = f"the run is of an earlier version; {AGAIN}"
     found: dict[str, dict[tuple[str, int], Row]] = {"before": {}, "after": {}}
+    kinds = set()
     for row in read_jsonl(path, (), hint, _fault, unique=("arm", "id", "sample_index"), twice=AGAIN):
         found[row["arm"]][row["id"], row["sample_index"]] = row
+        kinds.add(_kl_is(row))
+    if len(kinds) > 1:
+        raise UserError(f"{path}: the KL of its rows is {' of some, '.join(sorted(kinds))} of others; {AGAIN}")
     if found["before"].keys() != found["after"].keys():
         raise UserError(f"{path}: its rows before and after training are not the same; {AGAIN}")
-    return Measured(path, dict(sorted(found["before"].items())), dict(sorted(found["after"].items())))
+    return Measured(path, dict(sorted(found["before"].items())), dict(sorted(found["after"].items())), kinds.pop())
 
 
 def _refuse_other_measures(one: Measured, other: Measured) -> None:
-    """Raise a UserError unless two runs read the same rows and found the same student before training."""
+    """Raise a UserError unless two runs read the same rows, as well, and found the same student before training."""
     way_out = "train both on the same rows, or evaluate with --no_heldout"
+    if one.kl_is != other.kl_is:
+        raise UserError(
+            f"{one.path}: its KL is {one.kl_is}, that of {other.path} {other.kl_is}, which cannot be compared; train "
+            "both with the same teacher_cache, or evaluate with --no_heldout"
+        )
     if one.before.keys() != other.before.keys():
         row_id, sample = min(one.before.keys() ^ other.before.keys())
         raise UserError(f"{one.path}: {row_id}, sample {sample}, is in only one of it and {other.path}; {way_out}")

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict  # pydantic's own requirement: it takes 
 
 from src.utils.common import UserError, read_json, write_json
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 Arm = Literal["base", "sft", "kd", "teacher"]
 Metric = Literal["kl_to_teacher", "nll", "top1_agreement", "expected_acceptance"]
@@ -100,6 +100,8 @@ class Heldout(Closed):
     prompts: int  # different prompts among them
     families: int  # families of these prompts: the units of every interval
     response_tokens: int  # tokens of the answers
+    kl_is: str  # "exact", or of which tokens every KL here is a lower bound: the teacher's server says no more
+    expected_acceptance_is: str  # the same of every expected acceptance
     arms: dict[Arm, Measures]  # of each arm, the teacher among them
     intervals: dict[Arm, MeasureIntervals]  # of each arm but the teacher
     differences: list[HeldoutDifference]  # per pair of arms and measure

@@ -193,15 +193,28 @@ def headline(results: dict[str, Any]) -> str:
     return f"{said}: {_decided(entry)}." if entry else f"{said}; the two answered no question in common."
 
 
+def bound_note(held: dict[str, Any]) -> str:
+    """How to read measures against a teacher of which only the top tokens are known; empty where they are exact."""
+    if held["kl_is"] == "exact":
+        return ""
+    return (
+        f"Every KL to the teacher is a {held['kl_is']}, every expected acceptance a {held['expected_acceptance_is']}, "
+        "because its server says no more; NLL and top-1 agreement are exact. Compare neither with values that are "
+        "exact or of another top."
+    )
+
+
 def closeness(results: dict[str, Any]) -> str:
     """Closeness to the teacher on held-out text, in one sentence; empty where there is no distilled student."""
     if "kd" not in results["arms"]:
         return ""
-    arms = results.get("heldout", {}).get("arms", {})
+    held = results.get("heldout", {})
+    arms = held.get("arms", {})
     if "kd" not in arms:
         return NOT_HELD_OUT
-    accepted = {arm: f"{100 * own['expected_acceptance']:.0f}" for arm, own in arms.items()}
-    kl = {arm: _nats(own["kl_to_teacher"]) for arm, own in arms.items()}
+    least = "at least " if bound_note(held) else ""
+    accepted = {arm: f"{least}{100 * own['expected_acceptance']:.0f}" for arm, own in arms.items()}
+    kl = {arm: f"{least}{_nats(own['kl_to_teacher'])}" for arm, own in arms.items()}
     said = f"Of 100 tokens of the distilled student its teacher would accept {accepted['kd']}"
     if "base" not in arms:
         return f"{said} (KL to the teacher {kl['kd']} nats per token)."
@@ -254,7 +267,8 @@ def _closeness_against_sft(results: dict[str, Any]) -> str:
     ends = sorted(abs(end) for end in entry["interval"])
     size = f"{_nats(abs(entry['difference']))} nats per token (95 % interval {_nats(ends[0])} to {_nats(ends[1])})"
     winner = "distilled" if entry["difference"] < 0 else "SFT"
-    return f"in closeness to the teacher {winner} wins, its KL lower by {size}"
+    known = "its KL, as far as it is known," if bound_note(results["heldout"]) else "its KL"
+    return f"in closeness to the teacher {winner} wins, {known} lower by {size}"
 
 
 def against_sft(results: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from src.evaluation.results_schema import ARMS, METRICS
 from src.evaluation.verdict import (
     NAMES,
     against_sft,
+    bound_note,
     closeness,
     cut_rate,
     headline,
@@ -131,7 +132,8 @@ def _picture(results: dict[str, Any]) -> Picture:
     shown = []
     if held:
         plot = dots(_heldout_dots(held, "expected_acceptance", held["arms"]), _percent, "Expected acceptance", (0, 1))
-        shown.append(Figure("Held-out text", f"{held['prompts']} prompts", plot))
+        known = " (lower bounds)" if bound_note(held) else ""
+        shown.append(Figure("Held-out text", f"{held['prompts']} prompts{known}", plot))
     return Picture(note, _accuracy_figures(results), shown, "sft" in results["arms"])
 
 
@@ -280,7 +282,8 @@ def _closeness_parts(held: dict[str, Any], tables: dict[str, Section]) -> list[P
         f"({held['response_tokens']} tokens). Whiskers are 95 % bootstrap intervals over families of prompts."
     )
     shown = [tables["heldout"], *([tables["heldout_differences"]] if "heldout_differences" in tables else [])]
-    parts = [Part("Closeness to the teacher", about, _heldout_figures(held), tables=shown)]
+    notes = [note] if (note := bound_note(held)) else []
+    parts = [Part("Closeness to the teacher", about, _heldout_figures(held), notes=notes, tables=shown)]
     if figures := _by_position(held):
         about = "The same teacher text, token by token: does the student lose its teacher as an answer goes on?"
         found = held["by_position"]
@@ -318,7 +321,9 @@ def _parts(results: dict[str, Any]) -> list[Part]:
     parts += _closeness_parts(held, tables) if held else []
     if figures := _curves(curves):
         about = "What the runs logged." + " Both arms saw the same rows in the same order." * (len(curves) > 1)
-        parts.append(Part("Training", about, figures, list(curves)))
+        bounds = {facts["kl_is"] for facts in results["training"].values() if facts.get("kl_is", "exact") != "exact"}
+        notes = [f"The KL on validation rows is a {bound}." for bound in sorted(bounds)]
+        parts.append(Part("Training", about, figures, list(curves), notes))
     return parts
 
 

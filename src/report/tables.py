@@ -18,6 +18,7 @@ from src.evaluation.verdict import (
     NAMES,
     RULE,
     against_sft,
+    bound_note,
     closeness,
     could_show_nothing,
     cut_rate,
@@ -68,7 +69,7 @@ def _heldout(held: dict[str, Any]) -> Section:
         rows.append([NAMES[arm], f"{own['kl_to_teacher']:.4f}", f"{own['nll']:.4f}", *shares, recovered])
     title = f"Held-out teacher text ({held['rows']} rows, {held['response_tokens']} response tokens)"
     header = ["arm", "KL to teacher", "NLL", "top-1 agreement", "expected acceptance", "KL gap recovered"]
-    return Section("heldout", title, header, rows)
+    return Section("heldout", title, header, rows, note=bound_note(held))
 
 
 def _heldout_differences(held: dict[str, Any]) -> Section:

@@ -13,7 +13,9 @@ from src.distillation import losses
 from src.distillation.losses import (
     DIVERGENCES,
     LogitMap,
+    Stated,
     TopK,
+    bounded_stats,
     chunk_tokens,
     divergence,
     heldout_stats,
@@ -466,6 +468,30 @@ def test_topk_is_the_divergence_of_the_bucketed_distributions(k, temperature):
     if k == V - 1:
         exact = plain(*make_case(), temperature=temperature, alpha=0.6)
         assert fast.loss.item() == pytest.approx(exact.loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 8, V - 1])
+def test_what_a_top_k_tells_of_a_student_is_exact_or_a_bound(k):
+    """KL and expected acceptance never more than they are; by their definition over K + 1 outcomes, and over K."""
+    student, own_head, theirs, head, labels = (tensor.detach() for tensor in make_case())
+    exact = heldout_stats(student, own_head, theirs, head, labels)
+    log_p = torch.log_softmax(theirs @ head.T, -1)
+    top = top_k(theirs @ head.T, k, 1.0)
+    found = bounded_stats(student, own_head, Stated(top, log_p.gather(1, labels[:, None])[:, 0]), labels)
+    for name in ("nll", "teacher_nll", "top1_agreement"):
+        torch.testing.assert_close(getattr(found, name), getattr(exact, name), atol=1e-5, rtol=1e-5)
+    whole = [torch.softmax(x.double() @ w.double().T, -1) for x, w in ((theirs, head), (student, own_head))]
+    p, q = (distribution.gather(1, top.ids_NK) for distribution in whole)
+    rest = [distribution.scatter(1, top.ids_NK, 0.0).sum(-1) for distribution in whole]
+    kl = (p * (p / q).log()).sum(-1) + rest[0] * (rest[0] / rest[1]).log()
+    torch.testing.assert_close(found.kl_to_teacher.double(), kl, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(found.expected_acceptance.double(), torch.minimum(p, q).sum(-1), atol=1e-5, rtol=1e-4)
+    assert (found.kl_to_teacher <= exact.kl_to_teacher + 1e-5).all()
+    assert (found.expected_acceptance <= exact.expected_acceptance + 1e-6).all()
+    if k == V - 1:
+        torch.testing.assert_close(found.kl_to_teacher, exact.kl_to_teacher, atol=1e-4, rtol=1e-3)
+    else:
+        assert found.kl_to_teacher.mean() < 0.95 * exact.kl_to_teacher.mean()
 
 
 def test_topk_gives_the_forward_kl_only():

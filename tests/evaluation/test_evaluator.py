@@ -16,7 +16,7 @@ from src.evaluation.verdict import NO_CONTROL, sentences
 from src.grading.rows import OUTCOMES
 from src.grading.sandbox import Sandbox
 from src.report.page import write_reports
-from src.utils.common import ROOT, read_json, read_jsonl, write_jsonl
+from src.utils.common import ROOT, read_json, read_jsonl, write_json, write_jsonl
 from tests.evaluation.tiny import config_for, refused, run_of, stored
 
 SAMPLE_FIELDS = {
@@ -26,7 +26,7 @@ SAMPLE_FIELDS = {
 }  # fmt: skip
 HELDOUT_FIELDS = {
     "arm", "id", "sample_index", "num_tokens", "kl_sum", "nll_sum", "teacher_nll_sum", "agreement_sum",
-    "acceptance_sum", "kl_by_position", "agreement_by_position", "family",
+    "acceptance_sum", "kl_by_position", "agreement_by_position", "kl_is", "family",
 }  # fmt: skip
 
 
@@ -254,6 +254,21 @@ def test_raw_and_recommended_state_every_sampling_field(trained, tmp_path, scrip
 @pytest.mark.parametrize("change", [{"temperatures": [0.7, 0.7]}, {"presets": ["raw", "raw"]}], ids=str)
 def test_a_cell_named_twice_is_refused(trained, tmp_path, change):
     refused(config_for(trained, tmp_path / "out", heldout=False, **change), "is named twice")
+
+
+@pytest.mark.parametrize(
+    ("measured", "named", "is_shown"),
+    [("abc", "org/x", True), ("abd", "org/x", False), ("served by vllm: x", "org/x", True),
+     ("served by vllm: x", "org/y", False)],
+)  # fmt: skip
+def test_a_run_with_another_teacher_is_left_out(tmp_path, measured, named, is_shown):
+    """A teacher that was behind a server has no weights to be known by: both name one tokenizer."""
+    write_jsonl(tmp_path / "run" / "heldout.jsonl", [{}])
+    config = {"teacher_model_name_or_path": named, "fingerprint": {"student": "s", "teacher": measured}}
+    write_json(tmp_path / "run" / "kd_config.json", config)
+    arms = {"kd": str(tmp_path / "run" / "final_model"), "base": "org/base", "teacher": "org/x"}
+    facts = {"arms": arms, "fingerprint": {"models": {"kd": "k", "base": "s", "teacher": "abc"}}}
+    assert evaluator._measured_runs(facts) == ({"kd": tmp_path / "run"} if is_shown else {})
 
 
 @pytest.mark.parametrize(

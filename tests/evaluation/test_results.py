@@ -345,6 +345,22 @@ def test_what_the_runs_measured_is_joined(made_up, tmp_path, arms):
     assert heldout_section(join_heldout(runs, {"row-000": "twins", "row-001": "twins"}), 0)["families"] == 5
 
 
+BOUND = "lower bound over the top 64 and the rest"
+
+
+def test_bounds_are_joined_and_named(made_up, tmp_path):
+    """Both runs measured with the same tokens of the teacher; files of the version before say nothing and are exact."""
+    runs = measured_runs(made_up, tmp_path)
+    exact = heldout_section(join_heldout(runs, {}), 0)
+    assert (exact["kl_is"], exact["expected_acceptance_is"]) == ("exact", "exact")
+    for run in runs.values():
+        change_rows(run, lambda row: row | {"kl_is": BOUND})
+    found = heldout_section(join_heldout(runs, {}), 0)
+    assert found["kl_is"] == BOUND
+    assert found["expected_acceptance_is"].startswith("lower bound")
+    assert found["arms"] == exact["arms"]
+
+
 def times(factor, arm="before", column="kl_sum"):
     return lambda row: row | ({column: row[column] * factor} if row["arm"] == arm else {})
 
@@ -361,6 +377,11 @@ def times(factor, arm="before", column="kl_sum"):
         (lambda row: row | {"nll_sum": float("nan")}, ":1: NaN is not a number"),
         (lambda row: row | {"nll_sum": None}, ":1: nll_sum is None, not a number; train again"),
         (lambda row: row | {"arm": "base"}, ":1: unknown arm 'base'; train again"),
+        (
+            lambda row: row | {"kl_is": BOUND},
+            f"its KL is {BOUND}, that of .* exact, which cannot be compared; train both",
+        ),
+        (lambda row: row | ({"kl_is": BOUND} if row["arm"] == "after" else {}), f"is exact of some, {BOUND} of others"),
     ],
 )
 def test_runs_that_measured_other_things_are_not_joined(made_up, tmp_path, change, words):

@@ -13,6 +13,7 @@ from src.evaluation.verdict import (
     NOT_HELD_OUT,
     Setting,
     against_sft,
+    bound_note,
     closeness,
     could_show_nothing,
     headline,
@@ -141,6 +142,19 @@ def test_what_another_temperature_shows_against_sft_is_said_too(made_up):
         "too few answers differ to show a winner, at temperature 0.7 SFT wins, by 20 points (95 % interval 12 to 28);"
     )
     assert f"in accuracy at temperature 0.1 {said}" in against_sft(found)
+
+
+def test_bounds_read_as_bounds(made_up):
+    found = made(made_up)
+    exact = closeness(found)
+    assert not bound_note(found["heldout"])
+    found["heldout"] |= {"kl_is": "lower bound over the top 8 and the rest", "expected_acceptance_is": "lower bound"}
+    assert "KL to the teacher is a lower bound over the top 8 and the rest" in bound_note(found["heldout"])
+    words = closeness(found)
+    assert words != exact
+    assert words.replace("at least ", "") == exact
+    assert words.count("at least ") == 4  # tokens and nats, of the student after and before
+    assert "its KL, as far as it is known, lower by" in against_sft(found)
 
 
 def test_one_may_win_in_accuracy_and_the_other_in_closeness(made_up):

@@ -49,12 +49,27 @@ def test_the_page_is_whole_and_fetches_nothing(page):
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
     assert json.loads(data)["items"]
     rest = text.replace(data, "")
+    assert "lower bound" not in rest
     assert not re.search(r"<[^>]*\b(?:src|href|style|on\w+)\s*=|url\(|@import|https?:", rest)
     assert "@@" not in rest
     assert "default-src 'none'" in rest
     assert rest.count("<script") == 2
     assert "<img" not in rest
     assert "&lt;b&gt;full&lt;/b&gt;" in rest
+
+
+def test_bounds_are_called_bounds(made_up, tmp_path):
+    """Of the held-out text, and of the curves over the validation rows."""
+    held = [row | {"kl_is": "lower bound over the top 8 and the rest"} for row in made_up["heldout"]()]
+    settings = made_up["context"]()
+    settings["training"]["kd"]["kl_is"] = held[0]["kl_is"]
+    results = make_results(made_up["samples"](4, temperatures=(0.1,)), held, settings, 42)
+    write_reports(tmp_path, results, [])
+    note = "Every KL to the teacher is a lower bound over the top 8 and the rest"
+    assert note in markdown(results)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for words in (note, "prompts (lower bounds)", "The KL on validation rows is a lower bound over the top 8"):
+        assert words in text
 
 
 def test_data_cannot_leave_its_block():
