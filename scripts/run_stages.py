@@ -20,7 +20,6 @@ import shlex
 import time
 
 from src.launch.commands import STAGES, Command, chosen_stages, command_line, command_of, gpu_count
-from src.launch.dry_run import dry_run_lines
 from src.launch.processes import run_to_end, wait_until_free
 from src.launch.profile import find_profile, resolve, without_overlay
 from src.utils.common import ROOT, UserError, run_cli, write_text
@@ -97,6 +96,8 @@ def main() -> None:
     again += ["--hardware", hardware] if hardware is not None else []
     again += ["--seed", str(config.seed)] if config.seed is not None else []
     if config.dry_run:
+        from src.launch.dry_run import dry_run_lines  # seconds of imports, which starting stages can do without
+
         print("\n".join(dry_run_lines(profile, commands, shlex.join(again))), end="\n\n")
         print_plan_of(profile.values)
         return

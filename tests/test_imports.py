@@ -15,7 +15,9 @@ ALLOWED = {
     "src.distillation.losses": {"src.distillation.loss_kernel"},  # pure tensors in, tensors out
     "src.distillation.loss_kernel": set(),
     "src.grading": {"src.grading", "src.utils"},
-    "src.launch": {"src.launch", "src.utils"},
+    "src.launch": {"src.launch", "src.utils"} | {
+        f"src.distillation.{name}" for name in ("engines", "kd_config", "serving")
+    },
     "src.data": {"src.data", "src.grading", "src.utils"},
     "src.evaluation.verdict": set(),
     "src.report": {"src.report", "src.utils", "src.evaluation.verdict", "src.evaluation.results_schema"},

@@ -253,17 +253,30 @@ def sizes(serve: Serve, model: str, devices: Sequence[int]) -> tuple[int, int, i
     return parallel_sizes(heads, kv_heads, text.num_hidden_layers, gpus, weight_gb, serve.gpu_memory_gb)
 
 
+def room_for_rank(rank: int) -> int:
+    """The rank of adapters that vLLM makes room for where they have this one.
+
+    Raises:
+        UserError: it is above all of them.
+    """
+    for size in LORA_RANKS:
+        if size >= rank:
+            return size
+    raise UserError(f"vLLM takes adapters up to rank {LORA_RANKS[-1]}, this has {rank}")
+
+
 def lora_rank(adapters: Mapping[str, str]) -> int:
-    """The largest rank of the adapters in these folders, rounded up to one that vLLM makes room for.
+    """The largest rank of the adapters in these folders, see `room_for_rank`.
 
     Raises:
         UserError: it is above all of them.
     """
     ranks = {folder: read_json(Path(folder) / "adapter_config.json")["r"] for folder in adapters.values()}
     folder = max(ranks, key=ranks.get)
-    if ranks[folder] > LORA_RANKS[-1]:
-        raise UserError(f"{folder}: vLLM takes adapters up to rank {LORA_RANKS[-1]}, this has {ranks[folder]}")
-    return min(size for size in LORA_RANKS if size >= ranks[folder])
+    try:
+        return room_for_rank(ranks[folder])
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 def serve_command(

@@ -1,13 +1,17 @@
 """What a pipeline would do, line by line: commands, GPUs, how work is cut, what is read and written."""
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from src.distillation.engines import EngineSettings, planned_servers
+from src.distillation.kd_config import KDConfig
+from src.distillation.serving import PlannedServer, room_for_rank
 from src.launch.commands import Command, command_line, device_list, read_launch, said, serve_of
 from src.launch.profile import Profile, shown
-from src.utils.common import ROOT, read_json
-from src.utils.config import rows_of_a_step, step_sizes
+from src.utils.common import ROOT, UserError, read_json
+from src.utils.config import build_config, rows_of_a_step, step_sizes
 
 
 @dataclass(frozen=True)
@@ -105,23 +109,50 @@ def state_of(place: str, made: set[str], experiment: str) -> str:
 def notes_of(stage: str, values: dict[str, Any]) -> list[str]:
     """What follows from the overlay for a stage, in words."""
     notes = []
-    serve = serve_of(stage, values)
-    teacher = said(values, stage, "teacher_model_name_or_path", "")
-    if serve and stage in ("generate_sft_data", "evaluate_distillation"):
-        tensor, data = serve.get("tensor_parallel") or "derived", serve.get("data_parallel") or "derived"
-        command, model = serve.get("command"), serve.get("model") or teacher
-        notes.append(f"the teacher's server: {command}, {model}, tensor parallel {tensor} x data parallel {data}")
-        if model != teacher:
-            notes.append(f"its answers are those of another copy of {teacher}, and are stored under its name")
-        if stage == "evaluate_distillation":
-            student = said(values, stage, "model_name_or_path", "")
-            on = ", ".join(map(str, device_list(said(values, stage, "student_devices")))) or "as it finds them"
-            notes.append(f"the students' server: {command}, {student} with its adapters, GPUs {on}")
+    if serve_of(stage, values) and stage in ("generate_sft_data", "evaluate_distillation"):
+        notes += server_notes(stage, values)
     if stage == "cache_teacher" and said(values, stage, "cpu_offload"):
         notes.append("the teacher's weights stay in the machine's memory and visit the GPU layer by layer")
     if stage in ("sft_control", "distil"):
         notes += step_notes(values)
     return notes
+
+
+def server_notes(stage: str, values: dict[str, Any]) -> list[str]:
+    """The servers that a stage would start, each with its command; or why that cannot be said here."""
+    teacher = said(values, stage, "teacher_model_name_or_path", "")
+    notes = []
+    try:
+        for server in servers_of(stage, values):
+            on = ", ".join(map(str, server.devices)) or "none named"
+            notes.append(f"server of the {server.answers_for}, GPUs {on}: {shlex.join(server.words)}")
+    except UserError as error:  # a configuration on the hub that cannot be reached from here
+        notes.append(f"a server is started whose command cannot be told here: {error}")
+    model = serve_of(stage, values).get("model") or teacher
+    if model != teacher:
+        notes.append(f"its answers are those of another copy of {teacher}, and are stored under its name")
+    return notes
+
+
+def servers_of(stage: str, values: dict[str, Any]) -> list[PlannedServer]:
+    """The servers of a stage, one after the other."""
+    names = [one.name for one in fields(EngineSettings)]
+    own = {name: said(values, stage, name) for name in names}
+    settings = build_config(EngineSettings, {name: value for name, value in own.items() if value is not None})
+    teacher = said(values, stage, "teacher_model_name_or_path", "")
+    if stage == "generate_sft_data":
+        return planned_servers(settings, teacher)
+    runs = Path(said(values, stage, "experiment_dir", "outputs/experiment/default")).parent
+    adapters = {"sft": f"{runs}/sft_control_{TIME}/final_model", "kd": f"{runs}/gpu_optimized_kd_{TIME}/final_model"}
+    rank = (values.get("run_improved_kd") or {}).get("lora_r", KDConfig.lora_r)
+    return planned_servers(
+        settings,
+        teacher,
+        base=said(values, stage, "model_name_or_path", ""),
+        adapters=adapters,
+        student_devices=device_list(said(values, stage, "student_devices")),
+        rank=room_for_rank(rank),
+    )
 
 
 def step_notes(values: dict[str, Any]) -> list[str]:

@@ -10,7 +10,10 @@ from types import ModuleType
 
 import pytest
 import yaml
+from transformers import PreTrainedConfig, Qwen3Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
 
+from src.distillation import base, serving
 from src.launch import dry_run
 from src.utils.common import ROOT, UserError
 
@@ -26,19 +29,38 @@ class Machine:
     teacher: str  # GPUs of the server and, but for 2x24, of the pass that keeps its beliefs
     caching: str
     student: str  # GPUs of the students' server
-    parallel: tuple[int, int]  # tensor, data
+    teachers: tuple[int, int]  # tensor and data parallel sizes of the teacher's server
+    students: tuple[int, int]  # and of the students'
     processes: int
     tokens: int  # of one pass in training
     checkpointing: str
     model: str = ""  # the copy of the teacher that answers, where it is another
 
 
+EIGHT = "0, 1, 2, 3, 4, 5, 6, 7"
+SIX, FOUR = EIGHT[:16], EIGHT[:10]
 MACHINES = {
-    "8x40": Machine("0,1,2,3,4,5,6,7", "0, 1, 2, 3, 4, 5", "0, 1, 2, 3, 4, 5", "6, 7", (2, 3), 8, 1024, "off"),
-    "4x40": Machine("0,1,2,3", "0, 1, 2, 3", "0, 1, 2, 3", "0, 1, 2, 3", (2, 2), 4, 1024, "off"),
-    "2x24": Machine("0,1", "0, 1", "0", "0, 1", (2, 1), 2, 4096, "on", f"{TEACHER}-FP8"),
-    "1x80": Machine("0", "0", "0", "0", (1, 1), 1, 4096, "off"),
+    "8x40": Machine("0,1,2,3,4,5,6,7", SIX, SIX, EIGHT, (2, 3), (1, 8), 8, 1024, "off"),
+    "4x40": Machine("0,1,2,3", FOUR, FOUR, FOUR, (2, 2), (1, 4), 4, 1024, "off"),
+    "2x24": Machine("0,1", "0, 1", "0", "0, 1", (2, 1), (1, 2), 2, 4096, "on", f"{TEACHER}-FP8"),
+    "1x80": Machine("0", "0", "0", "0", (1, 1), (1, 1), 1, 4096, "off"),
 }
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The shapes of Qwen3-8B and Qwen3-30B-A3B, by their names or those of the embedded models."""
+    common = {"vocab_size": 151_936, "head_dim": 128, "num_attention_heads": 32, "tie_word_embeddings": False}
+    if name in (STUDENT, "outputs/models/smollm2-135m-20-layers"):
+        return Qwen3Config(
+            **common, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_key_value_heads=8
+        )
+    config = Qwen3MoeConfig(
+        **common, hidden_size=2048, num_hidden_layers=48, num_key_value_heads=4, num_experts=128,
+        num_experts_per_tok=8, moe_intermediate_size=768,
+    )  # fmt: skip
+    if name.endswith("-FP8"):
+        config.quantization_config = {"quant_method": "fp8"}
+    return config
 
 
 @pytest.fixture
@@ -54,6 +76,8 @@ def dry(succeeds, monkeypatch, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     monkeypatch.setattr(dry_run, "ROOT", tmp_path)
+    for module in (base, serving):
+        monkeypatch.setattr(module, "load_model_config", config_of)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return lambda *arguments: succeeds("run_stages", *arguments, "--dry_run").splitlines()
 
@@ -65,18 +89,29 @@ def shown(path: Path) -> str:
 PYTHON, ACCELERATE = (shown(Path(sys.executable).with_name(name)) for name in (Path(sys.executable).name, "accelerate"))
 
 
+def server_line(whose: str, gpus: str, model: str, parallel: tuple[int, int], *more: str) -> str:
+    """A server that vLLM's program is started as."""
+    tensor, data = map(str, parallel)
+    words = ["vllm", "serve", model, "--host", "127.0.0.1", "--port", "8000", "--tensor-parallel-size", tensor,
+             "--data-parallel-size", data, "--dtype", "bfloat16", "--max-model-len", "4096",
+             "--generation-config", "vllm", "--seed", "0", *more]  # fmt: skip
+    return f"  server of the {whose}, GPUs {gpus}: {' '.join(words)}"
+
+
 def server_lines(machine: Machine | None, teacher: str, student: str = "") -> list[str]:
     """What an overlay's server adds to a stage; `student` where students are served too."""
     if machine is None:
         return []
-    tensor, data = machine.parallel
-    lines = [
-        f"  the teacher's server: vllm, {machine.model or teacher}, tensor parallel {tensor} x data parallel {data}"
-    ]
+    lines = []
+    if student:
+        folders = [f"{arm}=outputs/experiment/{run}_<time>/final_model"
+                   for arm, run in (("sft", "sft_control"), ("kd", "gpu_optimized_kd"))]  # fmt: skip
+        quoted = [f"'{folder}'" for folder in folders]  # as a shell wants < and >
+        adapted = ("--enable-lora", "--max-lora-rank", "64", "--lora-modules", *quoted)
+        lines.append(server_line("students", machine.student, student, machine.students, *adapted))
+    lines.append(server_line("teacher", machine.teacher, machine.model or teacher, machine.teachers))
     if machine.model:
         lines.append(f"  its answers are those of another copy of {teacher}, and are stored under its name")
-    if student:
-        lines.append(f"  the students' server: vllm, {student} with its adapters, GPUs {machine.student}")
     return lines
 
 
@@ -124,7 +159,7 @@ def expected(name: str, hardware: str, config: str) -> list[str]:
     def to_be_made(*places: str) -> list[str]:
         return [f"{place} (to be made)" for place in places]
 
-    none, on = "none named", machine or Machine("", *["none named"] * 3, (1, 1), 1, 0, "")
+    none, on = "none named", machine or Machine("", *["none named"] * 3, (1, 1), (1, 1), 1, 0, "")
     training_gpus = machine.visible.replace(",", ", ") if machine else none
     everything = ", ".join(sorted({*on.teacher.split(", "), *on.student.split(", ")}))
     return [

@@ -287,7 +287,7 @@ def test_the_reference_profile_has_the_missions_numbers(config_classes):
     assert config["fix_sft_data"].select == "all_correct"
     evaluate = config["evaluate_distillation"]
     assert (evaluate.mode, evaluate.temperatures, evaluate.max_new_tokens) == ("full", [0.1, 0.7, 1.2], 768)
-    assert (evaluate.teacher_devices, evaluate.student_devices) == ([0, 1, 2, 3, 4, 5], [6, 7])
+    assert (evaluate.teacher_devices, evaluate.student_devices) == ([0, 1, 2, 3, 4, 5], list(range(8)))
 
 
 def test_the_defaults_are_the_reference_recipe(config_classes):
