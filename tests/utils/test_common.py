@@ -499,11 +499,16 @@ def test_sigterm_unwinds_and_is_one_line(monkeypatch, capsys):
 UNWINDING = """
 import os, time
 from src.utils.common import unwinding_on_sigterm
+there, ready = os.pipe()
 with unwinding_on_sigterm():
     try:
-        if child := os.fork():
+        child = os.fork()
+        if child:
+            os.read(there, 1)  # a signal that comes while Python forks is lost
             os.kill(child, 15)
             print(os.waitpid(child, 0)[1], flush=True)
+        else:
+            os.write(ready, b"x")
         time.sleep(60)
     finally:
         print("unwinding", flush=True)
