@@ -68,6 +68,7 @@ NOT_IN_FINGERPRINT = (
     "overwrite",
     "teacher_devices",
     "gpu_memory_gb",
+    "cpu_offload",
     "tokens_per_batch",
 )
 CPU_TOKENS = 4096  # in one pass on a CPU
@@ -97,6 +98,9 @@ class CacheTeacherConfig:
     tokens_per_shard: int = setting(65536, "response tokens in one file, the unit in which a killed run goes on")
     teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    cpu_offload: bool = setting(
+        False, "keep layers beyond gpu_memory_gb in CPU memory; they pass through a GPU as they run"
+    )
     overwrite: bool = setting(False, "make it again")
 
     def __post_init__(self) -> None:
@@ -289,7 +293,8 @@ def _open_teacher(
 ) -> Reader:
     """The teacher, once the disk is known to have room for what it will say."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
+    device_map = place(name, config.teacher_devices, dtype, config.gpu_memory_gb, config.cpu_offload)
+    model = load_model(name, dtype, device_map)
     tokens = sum(len(row.response_ids) for row in rows)
     vocab_size, width = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings().weight.shape[1]
     kept = 6 * config.top_k if config.signal == "topk" else dtype.itemsize * width
