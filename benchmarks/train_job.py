@@ -34,8 +34,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="optimisation steps under the clock (5)")
 
 
-def random_model(name: str, dtype: torch.dtype, device_map: Any = None) -> PreTrainedModel:
-    """What `load_model` would load, with random weights, on the device that is measured."""
+def random_model(name: str, dtype: torch.dtype, device_map: Any = None, load_in_4bit: bool = False) -> PreTrainedModel:
+    """What `load_model` would load, with random weights, on the device that is measured; in 4 bits it has none."""
+    assert not load_in_4bit
     torch.manual_seed(0)
     config = load_model_config(name)
     before = torch.get_default_dtype()

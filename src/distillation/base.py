@@ -27,8 +27,18 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from src.distillation.losses import LogitMap
+from src.distillation.quantisation import (
+    add_quantiser,
+    cannot_load_quantised,
+    check_head,
+    check_machine,
+    elements,
+    four_bit,
+    method_of,
+    parameter_bytes,
+)
 from src.utils.answers import OPENS
-from src.utils.common import UserError, read_json
+from src.utils.common import UserError, logger, read_json
 from src.utils.stages import experiment_date
 
 IGNORED = -100  # the label of a position that is not a response token
@@ -45,6 +55,47 @@ def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
+@dataclass(frozen=True)
+class ModelName:
+    """A model as a user names it: a local folder, or a hub id that may be pinned to a revision.
+
+    id: the folder or the hub id, without the revision.
+    revision: a commit, tag or branch; None for a folder, and for whatever the hub has by default.
+    """
+
+    id: str
+    revision: str | None = None
+
+    @property
+    def pin(self) -> dict[str, str]:
+        """What `from_pretrained` is called with beside the id."""
+        return {} if self.revision is None else {"revision": self.revision}
+
+    @property
+    def full(self) -> str:
+        """The name as a user would write it."""
+        return self.id if self.revision is None else f"{self.id}@{self.revision}"
+
+
+def model_name(name: str) -> ModelName:
+    """`Qwen/Qwen3-8B@b968826d` -> id and revision. What exists on the disk is a folder, whatever it is called.
+
+    Raises:
+        UserError: one of the two sides of the @ is empty.
+    """
+    own_id, at, revision = name.partition("@")  # no hub id has one
+    if not at or Path(name).exists():
+        return ModelName(name)
+    if not own_id or not revision:
+        raise UserError(f"model {name!r}: name a hub id before the @ and a commit, tag or branch behind it")
+    return ModelName(own_id, revision)
+
+
+def base_of_adapter(adapter: dict[str, Any]) -> str:
+    """The model that an adapter_config.json names, as a name of ours."""
+    return ModelName(adapter.get("base_model_name_or_path") or "", adapter.get("revision")).full
+
+
 def _cannot_load(what: str, name: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
     return UserError(f"{what} {name!r} cannot be loaded: {reason}; name a local folder or a hub id that can be reached")
@@ -56,12 +107,13 @@ def refuse_adapter(name: str) -> None:
     Raises:
         UserError: the folder or hub id holds an adapter.
     """
+    own = model_name(name)
     try:
-        found = find_adapter_config_file(name)
+        found = find_adapter_config_file(own.id, revision=own.revision)
     except (OSError, ValueError):  # no such place; loading the model will say so
         return
     if found is not None:
-        base = read_json(found).get("base_model_name_or_path")
+        base = base_of_adapter(read_json(found))
         raise UserError(
             f"{name!r} is an adapter of {base!r}, not a model; merge it into that (peft: "
             "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()), save both model and tokenizer to a "
@@ -72,8 +124,9 @@ def refuse_adapter(name: str) -> None:
 def load_model_config(name: str) -> PreTrainedConfig:
     """A model's configuration; one that cannot be had, or is an adapter's, is a UserError."""
     refuse_adapter(name)
+    own = model_name(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(own.id, **own.pin, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load("model", name, error) from error
 
@@ -82,15 +135,16 @@ def load_tokenizer(name: str, experiment_dir: str | Path = "") -> PreTrainedToke
     """A tokenizer with a chat template.
 
     Args:
-        name: folder or hub id.
+        name: folder or hub id, see `model_name`.
         experiment_dir: where it is used. A template that asks for the day reads the experiment's (see
             `experiment_date`); without an experiment always the same one.
 
     Raises:
         UserError: it cannot be loaded, or has no chat template.
     """
+    own = model_name(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(own.id, **own.pin, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load("tokenizer", name, error) from error
     if not tokenizer.chat_template:
@@ -106,46 +160,101 @@ def load_tokenizer(name: str, experiment_dir: str | Path = "") -> PreTrainedToke
     return tokenizer
 
 
-def load_model(name: str, dtype: torch.dtype, device_map: dict[str, Any] | None = None) -> PreTrainedModel:
+def load_model(
+    name: str, dtype: torch.dtype, device_map: dict[str, Any] | None = None, load_in_4bit: bool = False
+) -> PreTrainedModel:
     """A causal language model from safetensors, in eval mode.
 
+    A checkpoint that is quantised (FP8, int4) is loaded by transformers' quantiser: its layers stay as they are stored,
+    or are laid out in `dtype` where the machine cannot multiply them (see `check_machine`).
+
     Args:
-        name: a local folder or hub id.
-        dtype: of the weights.
+        name: a local folder or hub id, see `model_name`.
+        dtype: of the weights, or of those that are not quantised.
         device_map: module -> device, as `layer_device_map` gives it; None for the default device.
+        load_in_4bit: quantise the layers' weights, see `four_bit`; embedding and head stay as they are.
 
     Raises:
-        UserError: it cannot be loaded, is an adapter, or has a bias on its output layer.
+        UserError: it cannot be loaded, is an adapter, or has a bias on its output layer or one that is quantised.
     """
-    refuse_adapter(name)
-    if Path(name).is_dir():
-        name = str(Path(name).resolve())  # an adapter remembers it and must find it from anywhere
+    config = load_model_config(name)
+    check_machine(name, config)
+    own = model_name(name)
+    if Path(own.id).is_dir():
+        own = ModelName(str(Path(own.id).resolve()))  # an adapter remembers it and must find it from anywhere
+    own_bits = {"quantization_config": four_bit(dtype)} if load_in_4bit else {}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name,
+            own.id,
+            **own.pin,
             dtype=dtype,
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **own_bits,
         )
     except torch.OutOfMemoryError:
         raise UserError(f"model {name!r} does not fit into the GPU's free memory; name more or other devices") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _cannot_load("model", name, error) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        method = "4 bits by bitsandbytes" if load_in_4bit else method_of(config)
+        raise cannot_load_quantised(name, method, error) if method else _cannot_load("model", name, error) from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"model {name!r}: its files lack {len(missing)} weights, the first {missing[0]}; fetch it again"
         )
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise UserError(f"model {name!r} has a bias on its output layer, which the distillation loss does not know")
+    if method_of(config) and not getattr(model, "is_quantized", False):
+        model = model.to(dtype)  # FP8 weights are laid out in bf16, whatever was asked for
+    check_head(name, model)
     return model.eval()
+
+
+def refuse_quantised_student(name: str, load_in_4bit: bool, sharded: bool) -> None:
+    """Refuse what adapters cannot be trained on, or not together.
+
+    Raises:
+        UserError: the checkpoint is quantised: an adapter belongs to the weights that it will be added to; or 4-bit
+            blocks are to be sharded.
+    """
+    if method := method_of(load_model_config(name)):
+        raise UserError(
+            f"student {name!r} is quantised ({method}), and an adapter is trained for the weights that it is added to; "
+            "name the model without quantisation, with --load_in_4bit where memory is short"
+        )
+    if load_in_4bit and sharded:
+        raise UserError("--load_in_4bit keeps the whole student on each GPU; launch without FSDP, or leave it out")
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model on the meta device, without weights; plain ones, whatever its checkpoint has."""
+    with torch.device("meta"):  # from_config writes into what it is given
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype or config.dtype)
 
 
 def meta_model(name: str) -> PreTrainedModel:
     """The model without its weights: shapes on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_model_config(name))
+    return skeleton(load_model_config(name))
+
+
+def loading_skeleton(name: str, dtype: torch.dtype, load_in_4bit: bool = False) -> PreTrainedModel:
+    """The model without its weights, with the layers that `load_model` would make of it.
+
+    Raises:
+        UserError: it cannot be had, or its quantiser cannot work here.
+    """
+    config = load_model_config(name)
+    model, method = skeleton(config, dtype), method_of(config)
+    if method or load_in_4bit:
+        try:
+            add_quantiser(model, config, four_bit(dtype) if load_in_4bit else None)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise cannot_load_quantised(name, method or "4 bits by bitsandbytes", error) from error
+    return model
+
+
+def model_bytes(name: str, dtype: torch.dtype) -> float:
+    """What a model's weights take once they are loaded."""
+    return sum(parameter_bytes(loading_skeleton(name, dtype), dtype).values())
 
 
 def model_fingerprint(name: str) -> str:
@@ -156,9 +265,10 @@ def model_fingerprint(name: str) -> str:
     folder = Path(name)
     if not folder.is_dir():
         load_model_config(name)
-        if not (commit := extract_commit_hash(cached_file(name, "config.json"), None)):
+        own = model_name(name)
+        if not (commit := extract_commit_hash(cached_file(own.id, "config.json", revision=own.revision), None)):
             raise UserError(f"model {name!r}: its commit cannot be told; download it into a folder and name that")
-        return f"{name}@{commit}"
+        return f"{own.id}@{commit}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".jinja"):
@@ -189,7 +299,7 @@ def logit_map(model: nn.Module) -> LogitMap:
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    return sum(elements(p) for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -198,60 +308,124 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile()
 
 
-def layer_device_map(
-    model: PreTrainedModel, devices: Sequence[int], dtype: torch.dtype, budget_gb: float
-) -> dict[str, int]:
-    """Spread a model's layers over GPUs so that each holds about the same number of bytes.
+@dataclass(frozen=True)
+class _Modules:
+    """The modules of a model that are placed as a whole, in the order in which they run, and the bytes of each."""
+
+    first: list[str]  # the embedding
+    layers: list[str]
+    last: list[str]  # norm and head
+    weight: dict[str, float]
+
+    @property
+    def order(self) -> list[str]:
+        return [*self.first, *self.layers, *self.last]
+
+
+def _modules(model: PreTrainedModel, dtype: torch.dtype) -> _Modules:
+    decoder_name = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    head_name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    layers = [f"{decoder_name}.layers.{i}" for i in range(len(model.get_decoder().layers))]
+    others = [f"{decoder_name}.{name}" for name, _ in model.get_decoder().named_children() if name != "layers"]
+    first = [name for name in others if "embed" in name]
+    last = [name for name in others if name not in first] + [head_name]
+    weight = dict.fromkeys([*first, *layers, *last], 0.0)
+    for parameter, size in parameter_bytes(model, dtype).items():
+        module = max((name for name in weight if parameter.startswith(f"{name}.")), key=len)
+        weight[module] += size
+    if getattr(model.config, "tie_word_embeddings", False):
+        weight[head_name] = 0
+    return _Modules(first, layers, last, weight)
+
+
+def _balanced(modules: _Modules, devices: Sequence[int]) -> dict[str, int]:
+    """About the same number of bytes on each GPU.
 
     accelerate's own planner fills the first GPU before it takes the next: a 61 GB teacher would sit on two of six.
+    """
+    total = sum(modules.weight.values())
+    placed: dict[str, int] = {}
+    position, spent, on_this = 0, 0.0, 0.0
+    for index, name in enumerate(modules.order):
+        # go on to the next GPU once this one has its share, but leave a layer for each of those that follow
+        share = total * (position + 1) / len(devices)
+        layers_left = sum(1 for other in modules.order[index:] if other in modules.layers)
+        full = spent + modules.weight[name] / 2 > share
+        must = layers_left <= len(devices) - 1 - position
+        if position < len(devices) - 1 and name in modules.layers and (full or must) and on_this:
+            position, on_this = position + 1, 0.0
+        placed[name] = devices[position]
+        on_this += modules.weight[name]
+        spent += modules.weight[name]
+    return placed
+
+
+def _streamed(modules: _Modules, devices: Sequence[int], budget: float) -> dict[str, int | str]:
+    """Each GPU as full as its budget allows; the layers that are left over stay in CPU memory.
+
+    Embedding and head are always on a GPU: the loss reads the head's weight, and inputs go where the embedding is.
+    accelerate runs the others on a GPU of its choice, so that each keeps room for one layer that comes and goes.
+
+    Raises:
+        UserError: there is no room for these.
+    """
+    passing = max(modules.weight[name] for name in modules.layers)
+    room = dict.fromkeys(devices, budget - passing)
+    placed: dict[str, int | str] = dict.fromkeys(modules.first, devices[0]) | dict.fromkeys(modules.last, devices[-1])
+    for name, device in placed.items():
+        room[device] -= modules.weight[name]
+    for device, left in room.items():
+        if left < 0:
+            raise UserError(
+                f"GPU {device} would hold {(budget - left) / 1e9:.1f} GB, its budget is {budget / 1e9:.1f} GB, with no "
+                "layer but the one that passes through; raise gpu_memory_gb, or name more devices"
+            )
+    position = 0
+    for name in modules.layers:
+        while position < len(devices) and room[devices[position]] < modules.weight[name]:
+            position += 1
+        if position == len(devices):
+            placed[name] = "cpu"
+        else:
+            placed[name] = devices[position]
+            room[devices[position]] -= modules.weight[name]
+    return placed
+
+
+def layer_device_map(
+    model: PreTrainedModel, devices: Sequence[int], dtype: torch.dtype, budget_gb: float, cpu_offload: bool = False
+) -> dict[str, int | str]:
+    """Spread a model's layers over GPUs so that each holds about the same number of bytes.
 
     Args:
         model: may be on the meta device; only its shapes are read.
         devices: GPU numbers, in the order of the layers.
         dtype: of the weights as loaded.
         budget_gb: what each GPU may hold, 1e9 bytes; leave room for activations.
+        cpu_offload: where the budgets are too small, leave layers in CPU memory; they pass through a GPU as they run.
 
     Returns:
-        Module name -> GPU, for `from_pretrained(device_map=...)`.
+        Module name -> GPU or "cpu", for `from_pretrained(device_map=...)`.
 
     Raises:
         UserError: a GPU would hold more than its budget, or there are fewer layers than GPUs.
     """
-    decoder_name = next(name for name, module in model.named_modules() if module is model.get_decoder())
-    head_name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    layers_name = f"{decoder_name}.layers"
-    layers = [f"{layers_name}.{i}" for i in range(len(model.get_decoder().layers))]
-    others = [f"{decoder_name}.{name}" for name, _ in model.get_decoder().named_children() if name != "layers"]
-    first = [name for name in others if "embed" in name]
-    last = [name for name in others if name not in first] + [head_name]
-    if len(layers) < len(devices):
-        raise UserError(f"{len(layers)} layers cannot be spread over {len(devices)} GPUs; name fewer devices")
-    order = [*first, *layers, *last]
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    weight = {name: count_parameters(model.get_submodule(name)) * dtype.itemsize for name in order}
-    if tied:
-        weight[head_name] = 0
-    total = sum(weight.values())
-    placed: dict[str, int] = {}
-    held = [0] * len(devices)
-    position, spent = 0, 0
-    for index, name in enumerate(order):
-        # go on to the next GPU once this one has its share, but leave a layer for each of those that follow
-        share = total * (position + 1) / len(devices)
-        layers_left = sum(1 for other in order[index:] if other in layers)
-        full = spent + weight[name] / 2 > share
-        must = layers_left <= len(devices) - 1 - position and name in layers
-        if position < len(devices) - 1 and name in layers and (full or must) and held[position]:
-            position += 1
-        placed[name] = devices[position]
-        held[position] += weight[name]
-        spent += weight[name]
-    for device, amount in zip(devices, held, strict=True):
-        if amount > budget_gb * 1e9:
-            raise UserError(
-                f"GPU {device} would hold {amount / 1e9:.1f} GB of weights, its budget is {budget_gb:.1f} GB; "
-                "name more devices"
-            )
+    modules = _modules(model, dtype)
+    if len(modules.layers) < len(devices):
+        raise UserError(f"{len(modules.layers)} layers cannot be spread over {len(devices)} GPUs; name fewer devices")
+    placed = _balanced(modules, devices)
+    held = dict.fromkeys(devices, 0.0)
+    for name, device in placed.items():
+        held[device] += modules.weight[name]
+    for device, amount in held.items():
+        if amount <= budget_gb * 1e9:
+            continue
+        if cpu_offload:
+            return _streamed(modules, devices, budget_gb * 1e9)
+        raise UserError(
+            f"GPU {device} would hold {amount / 1e9:.1f} GB of weights, its budget is {budget_gb:.1f} GB; "
+            "name more devices"
+        )
     return placed
 
 
@@ -271,18 +445,38 @@ def check_devices(name: str, devices: Sequence[int]) -> None:
         raise UserError(f"GPU {absent[0]} is named but this machine has {torch.cuda.device_count()}; set other devices")
 
 
-def place(name: str, devices: Sequence[int], dtype: torch.dtype, budget_gb: float) -> dict[str, Any] | None:
+def place(
+    name: str,
+    devices: Sequence[int],
+    dtype: torch.dtype,
+    budget_gb: float,
+    cpu_offload: bool = False,
+    load_in_4bit: bool = False,
+) -> dict[str, Any] | None:
     """The device map of a model by name: None on a machine without a GPU, its first GPU where no devices are named.
 
+    `cpu_offload` and `budget_gb` as in `layer_device_map`, `load_in_4bit` as in `load_model`.
+
     Raises:
-        UserError: a named GPU is not there, or the model does not fit.
+        UserError: a named GPU is not there, the model does not fit, or its weights cannot pass through a GPU.
     """
     check_devices(name, devices)
     if not torch.cuda.is_available():
         return None
-    if len(devices) <= 1:
-        return {"": devices[0] if devices else 0}
-    return layer_device_map(meta_model(name), devices, dtype, budget_gb)
+    devices = list(devices) or [0]
+    if len(devices) == 1 and not cpu_offload:
+        return {"": devices[0]}
+    model = loading_skeleton(name, dtype, load_in_4bit)
+    placed = layer_device_map(model, devices, dtype, budget_gb, cpu_offload)
+    streamed = [module for module, device in placed.items() if device == "cpu"]
+    if streamed and getattr(model, "quantization_method", None) == "bitsandbytes":
+        raise UserError(
+            f"model {name!r}: the 4-bit weights of bitsandbytes cannot be kept in CPU memory, and they are more than "
+            f"{len(devices)} GPUs of {budget_gb:.1f} GB hold; name more devices"
+        )
+    if streamed:
+        logger.info("%s: %d layers stay in CPU memory and pass through a GPU as they run", name, len(streamed))
+    return placed
 
 
 @dataclass(frozen=True)
@@ -630,5 +824,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def describe_size(model: nn.Module) -> str:
-    layers = getattr(causal_lm(model).config, "num_hidden_layers", "?")
-    return f"{count_parameters(model) / 1e6:,.1f} M parameters, {layers} layers"
+    config = causal_lm(model).config
+    method = method_of(config)
+    # packed weights and their scales are not what people call a model's parameters
+    count = count_parameters(skeleton(config) if method else model)
+    layers = getattr(config, "num_hidden_layers", "?")
+    return f"{count / 1e6:,.1f} M parameters, {layers} layers" + (f", quantised ({method})" if method else "")

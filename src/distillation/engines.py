@@ -15,11 +15,11 @@ from src.distillation import openai_engine, sft
 from src.distillation.base import (
     check_devices,
     compute_dtype,
-    count_parameters,
     load_model,
     load_model_config,
     load_tokenizer,
-    meta_model,
+    model_bytes,
+    model_name,
     place,
     prompt_ids,
     prompt_text,
@@ -235,14 +235,15 @@ def rows_that_fit(engine: Engine, tokenizer: PreTrainedTokenizerBase, requests: 
     texts = [prompt_text(tokenizer, request.messages, engine.enable_thinking) for request in requests]
     longest = max(map(len, prompt_ids(tokenizer, texts))) + requests[0].sampling.max_new_tokens
     dtype = compute_dtype()
-    weights = count_parameters(meta_model(engine.model)) * dtype.itemsize
+    weights = model_bytes(engine.model, dtype)
     return sft.fitting_batch_size(load_model_config(engine.model).get_text_config(), weights, memory, longest, dtype)
 
 
 def end_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that end the teacher's answers, without its weights."""
+    named = model_name(model)
     try:
-        own = GenerationConfig.from_pretrained(model).eos_token_id
+        own = GenerationConfig.from_pretrained(named.id, **named.pin).eos_token_id
     except OSError:  # it has no generation_config.json
         own = load_model_config(model).eos_token_id
     return sft.end_token_ids(tokenizer, own)

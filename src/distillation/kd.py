@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from src.distillation.base import (
+    ModelName,
     causal_lm,
     compile_layers,
     count_parameters,
@@ -30,8 +31,10 @@ from src.distillation.base import (
     load_model,
     load_tokenizer,
     model_fingerprint,
+    model_name,
     place,
     refuse_adapter,
+    refuse_quantised_student,
     shared_vocabulary,
 )
 from src.distillation.batching import Cutting, StepOrder, TrainingData, clean_hashes, load_training_data, waste
@@ -151,6 +154,7 @@ def read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
         if not getattr(config, name):
             raise UserError(f"{name} is not set; name a profile with --config, or pass --{name}")
         refuse_adapter(getattr(config, name))
+    refuse_quantised_student(config.model_name_or_path, config.load_in_4bit, _sharded())
     return config
 
 
@@ -442,7 +446,14 @@ def _load_models(config: KDConfig, accelerator: Accelerator, data: TrainingData,
 
 
 def _add_adapters(config: KDConfig, student: PreTrainedModel, folder: Path) -> PeftModel:
-    model = add_lora(student, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    model = add_lora(
+        student,
+        config.lora_r,
+        config.lora_alpha,
+        config.lora_dropout,
+        config.lora_target_modules,
+        revision=model_name(config.model_name_or_path).revision,
+    )
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -486,7 +497,11 @@ def _layers_compiled(config: KDConfig, accelerator: Accelerator, steps: int) -> 
 
 def _load_student(config: KDConfig, accelerator: Accelerator) -> PreTrainedModel:
     name, devices, dtype = config.model_name_or_path, config.student_devices, config.dtype
-    student = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
+    if devices:
+        device_map = place(name, devices, dtype, config.gpu_memory_gb, load_in_4bit=config.load_in_4bit)
+    else:  # 4-bit blocks are made where they will be read; plain weights, loaded to the CPU, may yet be sharded
+        device_map = {"": accelerator.device} if config.load_in_4bit else None
+    student = load_model(name, dtype, device_map, config.load_in_4bit)
     if not devices and not _sharded():  # FSDP takes its shards to the device
         student.to(accelerator.device)
     logger.info("student %s: %s", name, describe_size(student))
@@ -562,8 +577,8 @@ library_name: peft
 ---
 # {experiment}: {arm}
 
-LoRA adapter of `{student}`, rank {rank}, trained on {rows} answers of `{teacher}` in {steps} steps of {rows_per_step}
-rows. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
+LoRA adapter of {student}, rank {rank}, trained on {rows} answers of {teacher} in {steps} steps of {rows_per_step}
+rows{bits}. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
 Objective: {alpha} x T^2 x {divergence}(teacher, student) at T = {temperature}{own}, plus {ce} x cross-entropy; seed
 {seed}.
 
@@ -571,15 +586,21 @@ Every setting is in `kd_config.json` of the run, every measured number in `kd_re
 """
 
 
+def _cited(model: ModelName) -> str:
+    return f"`{model.id}`" + (f" (revision `{model.revision}`)" if model.revision else "")
+
+
 def _model_card(config: KDConfig, rows: int, steps: int, end: str) -> str:
-    student = config.model_name_or_path
+    student = model_name(config.model_name_or_path)
     # a hub id, or nothing: the hub refuses a card that names a path
-    base_model = "" if Path(student).exists() else f"base_model: {student}\n"
+    base_model = "" if Path(student.id).exists() else f"base_model: {student.id}\n"
+    bits = ", with the student's weights in 4 bits (NF4); it is added to them in bf16" if config.load_in_4bit else ""
     own = "" if config.teacher_temperature is None else f" (the teacher at {config.teacher_temperature})"
     return MODEL_CARD.format(
         base_model=base_model,
-        student=student,
-        teacher=config.teacher_model_name_or_path,
+        student=_cited(student),
+        teacher=_cited(model_name(config.teacher_model_name_or_path)),
+        bits=bits,
         rows=rows,
         experiment=Path(config.experiment_dir).name,
         arm="kd" if config.alpha > 0 else "sft control",

@@ -127,8 +127,10 @@ class KDConfig(Conduct):
     lora_target_modules: list[str] = setting(list(LORA_TARGETS), "projections that get an adapter")
 
     # how it is computed
+    load_in_4bit: bool = setting(
+        False, "the frozen student in 4 bits (NF4, bitsandbytes); its adapter goes on the model in bf16 afterwards"
+    )
     bf16: bool | None = setting(None, "bf16 autocast (default: where the processor multiplies bf16)")
-    load_in_4bit: bool = setting(False, "the student's frozen weights in 4 bits")
 
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
@@ -155,6 +157,8 @@ class KDConfig(Conduct):
         conduct = {field.name for field in dataclasses.fields(Conduct)}
         if self.lora_dropout:
             conduct -= set(CUT)
+        if not self.load_in_4bit:  # runs from before there was the choice are the same runs
+            conduct.add("load_in_4bit")
         settings = dataclasses.asdict(self) | {"rows_per_step": self.rows_per_step}
         return {name: value for name, value in settings.items() if name not in conduct}
 

@@ -5,18 +5,20 @@ place.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from src.distillation.base import LORA_TARGETS
+from src.distillation.quantisation import method_of, unpacked
 from src.utils.common import UserError
 
 
@@ -34,15 +36,21 @@ def _gradient(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
+def _matrix(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """A projection's weight as the products read it; `state` is that of four-bit blocks, None for a plain matrix."""
+    return weight.to(dtype) if state is None else unpacked(weight, state, dtype)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """`_products` with no gradient for W and b, which are frozen; A and B are fp32, their copies in the products' type
-    do the work."""
+    do the work. Four-bit blocks are laid out as a matrix in either pass, and not kept between them."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        state: Any,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -51,9 +59,9 @@ class _AdaptedLinear(torch.autograd.Function):
         b_copy: Tensor,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        out, inner = _products(flat, weight, bias, a_copy, b_copy, scale)
+        out, inner = _products(flat, _matrix(weight, state, x.dtype), bias, a_copy, b_copy, scale)
         ctx.save_for_backward(flat, weight, a_copy, b_copy, inner)
-        ctx.scale = scale
+        ctx.scale, ctx.state = scale, state
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -63,14 +71,15 @@ class _AdaptedLinear(torch.autograd.Function):
         g_inner = (g @ b).mul_(ctx.scale)
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = (g @ weight).addmm_(g_inner, a).view(*gradient.shape[:-1], -1)
+            matrix = _matrix(weight, ctx.state, g.dtype)
+            g_x = (g @ matrix).addmm_(g_inner, a).view(*gradient.shape[:-1], -1)
         g_a, g_b = _gradient(g_inner.T, flat), _gradient(g.T, inner).mul_(ctx.scale)
-        return g_x, None, None, g_a, g_b, None, None, None
+        return g_x, None, None, None, g_a, g_b, None, None, None
 
 
-class _FusedLinear(Linear):
-    """peft's layer, run as the one function wherever that says the same: one adapter on, with a plain A and B in this
-    layer (no DoRA, no bias), not merged, no dropout."""
+class _Fused:
+    """Before a layer of peft's among a class's bases: runs it as the one function wherever that says the same: one
+    adapter on, with a plain A and B in this layer (no DoRA, no bias), not merged, no dropout."""
 
     # A and B of the active adapter in the products' type, while `adapters_cast` holds them
     copies: tuple[Tensor, Tensor] | None = None
@@ -82,15 +91,32 @@ class _FusedLinear(Linear):
         if plain or (self.training and getattr(self.lora_dropout[names[0]], "p", 0) > 0):
             return super().forward(x, *arguments, **keywords)
         device, base, name = x.device.type, self.base_layer, names[0]
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        state = getattr(base.weight, "quant_state", None)
+        own = base.weight.dtype if state is None else base.compute_dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
+        weight = base.weight.to(dtype) if state is None else base.weight
         bias = None if base.bias is None else base.bias.to(dtype)
         a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         copies = self.copies or (a.detach().to(dtype), b.detach().to(dtype))
         if torch.is_grad_enabled():
-            return _AdaptedLinear.apply(x.to(dtype), base.weight.to(dtype), bias, a, b, scale, *copies)
+            return _AdaptedLinear.apply(x.to(dtype), weight, state, bias, a, b, scale, *copies)
         flat = x.to(dtype).reshape(-1, x.shape[-1])  # without autograd's function: a decoding step is short
-        out, _ = _products(flat, base.weight.to(dtype), bias, *copies, scale)
+        out, _ = _products(flat, _matrix(weight, state, dtype), bias, *copies, scale)
         return out.view(*x.shape[:-1], -1)
+
+
+@functools.cache
+def _fused_class(kind: type[LoraLayer]) -> type[LoraLayer]:
+    """A layer of peft's, for a plain projection or one in four bits, that runs as one function."""
+    return type(f"Fused{kind.__name__}", (_Fused, kind), {})
+
+
+def _has_matrix(module: torch.nn.Module) -> bool:
+    """Whether this is an adapter on a plain projection, or on one whose four-bit blocks can be laid out as such."""
+    if isinstance(module, Linear):
+        return True
+    # peft's own class for it exists only where bitsandbytes does
+    return isinstance(module, LoraLayer) and hasattr(getattr(module.get_base_layer(), "weight", None), "quant_state")
 
 
 @contextlib.contextmanager
@@ -99,7 +125,7 @@ def adapters_cast(model: PeftModel, dtype: torch.dtype) -> Iterator[None]:
 
     Not for sharded adapters, which exist as a whole only while their layer runs.
     """
-    layers = [module for module in model.modules() if isinstance(module, _FusedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, _Fused)]
     try:
         for layer in layers:
             names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -119,11 +145,13 @@ def add_lora(
     dropout: float,
     targets: Sequence[str] = LORA_TARGETS,
     fused: bool = True,
+    revision: str | None = None,
 ) -> PeftModel:
     """Freeze the model and add fp32 LoRA adapters (Hu et al. 2021) to the named projections of every layer.
 
     Args:
         fused: run each as one function; otherwise as peft does.
+        revision: of the model on the hub, which a saved adapter then names.
 
     Raises:
         UserError: the model has no module of one of those names.
@@ -135,11 +163,17 @@ def add_lora(
     if any(head == t or head.endswith(f".{t}") for t in targets):
         raise UserError(f"lora_target_modules: {head} is the output layer, whose adapter the loss would not see")
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+        revision=revision,
     )
     adapted = get_peft_model(model, config)
     for module in adapted.modules():
-        if isinstance(module, Linear):
+        if _has_matrix(module):
             module.cast_input_dtype_enabled = False  # autocast casts; peft would go to fp32 and back in every layer
     if fused:
         fuse(adapted)
@@ -149,8 +183,11 @@ def add_lora(
 def fuse(model: PeftModel) -> None:
     """Run each adapter with its projection as one function from now on, products in the type of the projection."""
     for module in model.modules():
-        if isinstance(module, Linear):
-            module.__class__ = _FusedLinear
+        if _has_matrix(module):
+            module.__class__ = _fused_class(type(module))
+            if not isinstance(module, Linear):  # four bits
+                # with AVX512-BF16 bitsandbytes would turn its blocks, in place, into what only itself can read
+                module.get_base_layer().support_avx512bf16_for_cpu = False
 
 
 def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
@@ -159,8 +196,13 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     The products of the two factors are formed in fp32 and rounded once, to the type of the weights.
 
     Raises:
-        UserError: the adapter cannot be read, or is for another model.
+        UserError: the adapter cannot be read, or is for another model, or the model is quantised.
     """
+    if method := method_of(model.config):
+        raise UserError(
+            f"{folder}: an adapter is not added to quantised weights ({method}), which would round it away; name its "
+            "student in bf16 with --base"
+        )
     try:
         adapted = PeftModel.from_pretrained(model, folder)
     except SafetensorError as error:

@@ -81,6 +81,7 @@ NOT_IN_FINGERPRINT = (
     "overwrite",
     "teacher_devices",
     "gpu_memory_gb",
+    "cpu_offload",
     "tokens_per_batch",
     "cpu_offload",
     "engine",
@@ -116,7 +117,9 @@ class CacheTeacherConfig(ServerSettings):
     tokens_per_shard: int = setting(65536, "response tokens in one file, the unit in which a killed run goes on")
     teacher_devices: list[int] = setting([], "GPUs the teacher is spread over")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
-    cpu_offload: bool = setting(False, "stream the teacher's weights from the machine's memory")
+    cpu_offload: bool = setting(
+        False, "keep layers beyond gpu_memory_gb in CPU memory; they pass through a GPU as they run"
+    )
     engine: Literal["transformers", "openai"] = setting(
         "transformers", "where the teacher is: its weights here, or `openai`, behind a vLLM or SGLang server"
     )
@@ -442,8 +445,10 @@ def _open_teacher(
     vocab_size: int,
 ) -> Reader:
     """The teacher's weights, loaded here."""
-    name, dtype = config.teacher_model_name_or_path, torch.bfloat16 if config.bf16 else torch.float32
-    model = load_model(name, dtype, place(name, config.teacher_devices, dtype, config.gpu_memory_gb))
+    name = config.teacher_model_name_or_path
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    device_map = place(name, config.teacher_devices, dtype, config.gpu_memory_gb, config.cpu_offload)
+    model = load_model(name, dtype, device_map)
     tokens = sum(len(row.response_ids) for row in rows)
     width = model.get_output_embeddings().weight.shape[1]
     kept = 6 * config.top_k if config.signal == "topk" else dtype.itemsize * width
@@ -651,7 +656,7 @@ def is_teacher(name: str, index: dict[str, Any]) -> bool:
     """Whether `name`, a folder or hub id, is the teacher that a cache was made of; of a served one its tokenizer's."""
     if Path(name).is_dir() and not _is_served(index):
         return model_fingerprint(name) == index["teacher"]
-    return name == index["teacher_model_name_or_path"]
+    return name in (index["teacher_model_name_or_path"], index["teacher"])  # the latter is id@commit
 
 
 def _check_index(folder: Path, index: dict[str, Any], signal: str, temperature: float, data: TrainingData) -> None:

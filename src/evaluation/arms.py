@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.distillation.base import base_of_adapter
 from src.evaluation.results_schema import ARMS
 from src.utils.common import UserError, read_json
 
@@ -86,7 +87,7 @@ def resolve_arms(config: "EvaluateConfig") -> Arms:
             f"--model_path {kd} is an SFT control (alpha = 0); name a distilled student, or --sft_model_path"
         )
     adapter = read_json(kd / "adapter_config.json")
-    base = config.base or run_config.get("model_name_or_path") or adapter["base_model_name_or_path"]
+    base = config.base or run_config.get("model_name_or_path") or base_of_adapter(adapter)
     found = {"kd": str(kd), "base": base}
     missing = {}
     if teacher := config.teacher or run_config.get("teacher_model_name_or_path"):

@@ -1,12 +1,10 @@
 """Models and tokenizers from disk, what is refused there, and where their layers go."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from accelerate.hooks import attach_align_device_hook_on_blocks
 from accelerate.utils.modeling import check_device_map
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -22,14 +20,21 @@ from transformers import (
 
 from src.distillation.base import (
     count_parameters,
+    encode_row,
+    head_device,
     layer_device_map,
     load_model,
     load_tokenizer,
+    loading_skeleton,
     logit_map,
     model_fingerprint,
     place,
 )
-from src.utils.common import ROOT, UserError
+from src.distillation.gpu import memory_of
+from src.distillation.packing import check_packing
+from src.distillation.quantisation import parameter_bytes
+from src.distillation.teacher import model_reader
+from src.utils.common import UserError
 
 PAD, END, TOKENS = 256, 258, 261  # of the tiny tokenizer
 
@@ -129,17 +134,22 @@ def test_a_bias_on_the_output_layer_is_refused(tmp_path):
         load_fp32(str(tmp_path / "biased"))
 
 
-def test_the_fingerprint_of_a_hub_model_is_its_commit(tmp_path, tiny_student):
-    """Read off the cache of the hub, with no network: branch main of owner/name is at this commit."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cached = tmp_path / "hub" / "models--owner--name"
-    shutil.copytree(tiny_student, cached / "snapshots" / commit)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
-    ask = "from src.distillation.base import model_fingerprint; print(model_fingerprint('owner/name'))"
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == f"owner/name@{commit}", done.stderr
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_run_as_grouped_products(tiny_teacher, clean_rows, monkeypatch, dtype):
+    """Two products a layer, whatever the number of experts, where transformers' plain loop has two for each expert."""
+    model = load_model(tiny_teacher, dtype)
+    tokenizer = load_tokenizer(tiny_teacher)
+    rows = [encode_row(tokenizer, row, END) for row in clean_rows(3)]
+    reader, calls, product = model_reader(model, PAD, packing=True), [], torch.nn.functional.grouped_mm
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "grouped_mm", lambda *a, **k: (calls.append(1), product(*a, **k))[1])
+        grouped = reader.hidden(rows)
+        assert len(calls) == 2 * model.config.num_hidden_layers
+        model.set_experts_implementation("eager")
+        one_by_one = reader.hidden(rows)
+        assert len(calls) == 2 * model.config.num_hidden_layers
+    error = (grouped - one_by_one).float().norm() / one_by_one.float().norm()
+    assert error < (1e-5 if dtype is torch.float32 else 0.05)
 
 
 def change_a_weight(folder):
@@ -257,3 +267,102 @@ def test_place_names_an_absent_gpu(monkeypatch, tiny_student):
     assert set(place(tiny_student, [0, 1], torch.float32, 36.0).values()) == {0, 1}
     with pytest.raises(UserError, match="GPU 6 is named but this machine has 2"):
         place(tiny_student, [0, 6], torch.float32, 36.0)
+
+
+def held_by(model, placed, bytes_each=2):
+    """Gigabytes on each GPU, and in CPU memory."""
+    return {device: held / 1e9 for device, held in held_bytes(model, placed, bytes_each).items()}
+
+
+def test_layers_beyond_the_budget_stay_in_cpu_memory(skeletons):
+    """Qwen3-30B-A3B on one GPU of 40 GB, budget 36: 61 GB are too many by those layers that are then left over."""
+    teacher = skeletons[0]
+    layer = 2 * count_parameters(teacher.model.layers[0]) / 1e9
+    ends = 2 * 2 * 151_936 * 2048 / 1e9 + 2 * 2048 / 1e9  # embedding, head, last norm
+    assert ends + 48 * layer == pytest.approx(2 * 30_532_122_624 / 1e9)
+    resident = int((36.0 - layer - ends) / layer)  # one layer more always passes through
+    placed = layer_device_map(teacher, [0], torch.bfloat16, 36.0, cpu_offload=True)
+    check_device_map(teacher, placed)
+    assert [placed[f"model.layers.{i}"] for i in range(48)] == [0] * resident + ["cpu"] * (48 - resident)
+    assert placed["model.embed_tokens"] == placed["model.norm"] == placed["lm_head"] == 0
+    assert held_by(teacher, placed) == pytest.approx({0: ends + resident * layer, "cpu": (48 - resident) * layer})
+    assert 36.0 - layer < ends + (resident + 1) * layer
+
+
+def test_several_gpus_are_filled_before_cpu_memory(skeletons):
+    teacher = skeletons[0]
+    placed = layer_device_map(teacher, [2, 3], torch.bfloat16, 24.0, cpu_offload=True)
+    check_device_map(teacher, placed)
+    where = [placed[f"model.layers.{i}"] for i in range(48)]
+    assert where == sorted(where, key=[2, 3, "cpu"].index)
+    held = held_by(teacher, placed)
+    layer = 2 * count_parameters(teacher.model.layers[0]) / 1e9
+    for gpu in (2, 3):
+        assert 24.0 - 2 * layer < held[gpu] <= 24.0 - layer
+    assert placed["model.embed_tokens"] == 2
+    assert placed["lm_head"] == placed["model.norm"] == 3
+
+
+def test_what_fits_is_not_streamed(skeletons):
+    """The setting is no wish: with room for all layers they are spread as without it."""
+    for devices in ([0, 1], [0, 1, 2, 3, 4, 5]):
+        wanted = layer_device_map(skeletons[0], devices, torch.bfloat16, 36.0)
+        assert layer_device_map(skeletons[0], devices, torch.bfloat16, 36.0, cpu_offload=True) == wanted
+
+
+def test_no_room_for_a_single_layer(skeletons):
+    with pytest.raises(UserError, match=r"GPU 0 would hold 2\.5 GB, its budget is 2\.0 GB, with no layer") as caught:
+        layer_device_map(skeletons[0], [0], torch.bfloat16, 2.0, cpu_offload=True)
+    assert one_line(caught)
+
+
+def test_place_says_what_is_streamed(monkeypatch, tiny_student, caplog):
+    skeleton = loading_skeleton(tiny_student, torch.float32, load_in_4bit=True)  # before there seems to be a GPU
+    in_4bit = sum(parameter_bytes(skeleton, torch.float32).values()) / 1e9
+    monkeypatch.setattr("src.utils.common.logger.propagate", True)
+    caplog.set_level("INFO", "kd")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    whole = 4 * count_parameters(load_fp32(tiny_student)) / 1e9
+    assert set(place(tiny_student, [1], torch.float32, whole, cpu_offload=True).values()) == {1}
+    assert "CPU memory" not in caplog.text
+    placed = place(tiny_student, [], torch.float32, 0.9 * whole, cpu_offload=True)
+    assert [placed[f"model.layers.{i}"] for i in range(2)] == ["cpu", "cpu"]
+    assert "2 layers stay in CPU memory" in caplog.text
+    with pytest.raises(UserError, match="4-bit weights of bitsandbytes cannot be kept in CPU memory") as caught:
+        place(tiny_student, [0], torch.float32, 0.98 * in_4bit, cpu_offload=True, load_in_4bit=True)
+    assert one_line(caught)
+
+
+def streamed(name):
+    """The model as accelerate lays it out where some layers stay in CPU memory, the CPU standing for the GPU."""
+    model = load_fp32(name)
+    placed = layer_device_map(model, [0], torch.float32, 1e-9 * 4 * count_parameters(model) - 1e-6, cpu_offload=True)
+    stays = {module: device == "cpu" for module, device in placed.items()}
+    assert 0 < sum(stays.values()) < len(stays)
+    weights = {key: value for key, value in model.state_dict().items() if any(key.startswith(m) for m in stays)}
+    attach_align_device_hook_on_blocks(
+        model, execution_device=dict.fromkeys(["", *stays], "cpu"), offload=stays, weights_map=weights
+    )
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("moe", [True, False])
+def test_streamed_layers_say_the_same_bit_for_bit(tiny_teacher, tiny_student, clean_rows, packing, moe):
+    """Through what reads a teacher: packed attention, hidden states, the head and where it is."""
+    name = tiny_teacher if moe else tiny_student
+    tokenizer = load_tokenizer(name)
+    rows = [encode_row(tokenizer, row, END) for row in clean_rows(5)]
+    found = []
+    for model in (load_fp32(name), streamed(name)):
+        if packing:
+            check_packing(model, rows, PAD)
+        reader = model_reader(model, PAD, packing).cut(TOKENS)
+        cpu = torch.device("cpu")
+        assert head_device(model) == cpu
+        found.append((reader.hidden(rows), reader.hidden(rows[:2]), reader.head_on(cpu)))
+        assert memory_of(model) is None  # no GPU here; weights on the meta device are none of its
+    for plain, through in zip(*found, strict=True):
+        assert torch.equal(plain, through)
