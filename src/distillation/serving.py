@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from src.distillation.base import compute_dtype, count_parameters, load_model_config, meta_model
+from src.distillation.base import compute_dtype, count_parameters, load_model_config, meta_model, model_name
 from src.distillation.server import parallel_sizes, split_command
 from src.utils.common import UserError, parse_json, read_json
 from src.utils.config import nearest
@@ -52,6 +52,8 @@ SAID_ELSEWHERE = {
     "lora-modules": "the arms are the modules",
     "lora-paths": "the arms are the modules",
     "served-model-name": "it is asked by the model's name",
+    "revision": "say it behind the model's name: owner/name@REVISION",
+    "tokenizer-revision": "say it behind the model's name: owner/name@REVISION",
     "api-key": "no key belongs into a profile; export VLLM_API_KEY and say api_key_variable: VLLM_API_KEY",
 }
 # flags that change what is answered: an answer made with others is another answer
@@ -296,8 +298,13 @@ def serve_command(
     [program] = split_command(serve.command)
     dtype = str(serving_dtype(devices)).removeprefix("torch.")
     flags: dict[str, Any] = {"host": HOST, "port": serve.port}
+    named = model_name(model)
+    if named.revision:  # it is asked by the whole name: the same id at another revision is another model
+        flags |= {"revision": named.revision, "served-model-name": named.full}
+        if serve.program == "vllm":  # SGLang has one revision for both
+            flags["tokenizer-revision"] = named.revision
     if serve.program == "vllm":
-        words, modules = [program, "serve", model], "lora-modules"
+        words, modules = [program, "serve", named.id], "lora-modules"
         flags |= {"tensor-parallel-size": tensor, "data-parallel-size": data, "dtype": dtype}
         flags |= {"max-model-len": "auto", "generation-config": "vllm", "seed": 0}  # no defaults of the model's own
         if pipeline > 1:
@@ -306,7 +313,7 @@ def serve_command(
             flags["max-num-batched-tokens"] = CPU_BATCHED_TOKENS
     else:
         python = Path(program).with_name("python")  # of the environment that SGLang is installed in
-        words, modules = [str(python), "-m", "sglang.launch_server", "--model-path", model], "lora-paths"
+        words, modules = [str(python), "-m", "sglang.launch_server", "--model-path", named.id], "lora-paths"
         flags |= {"tp-size": tensor, "dp-size": data, "dtype": dtype, "sampling-defaults": "openai", "random-seed": 0}
         if pipeline > 1:
             flags["pp-size"] = pipeline

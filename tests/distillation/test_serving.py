@@ -145,6 +145,18 @@ def test_a_quantised_stand_in_takes_fewer_gpus(real_data, tmp_path):
     assert words[words.index("--data-parallel-size") + 1] == "6"
 
 
+@pytest.mark.parametrize(
+    ("program", "more"), [("vllm", ["--tokenizer-revision", "v1"]), ("sglang", [])], ids=["vllm", "sglang"]
+)
+def test_a_pinned_model_is_served_at_its_revision_under_its_whole_name(program, more):
+    words = serve_command(Serve(program), "owner/name@v1", [])
+    assert "owner/name" in words
+    start = words.index("--revision")
+    assert words[start : start + 4 + len(more)] == [
+        "--revision", "v1", "--served-model-name", "owner/name@v1", *more
+    ]  # fmt: skip
+
+
 def test_the_largest_rank_of_the_adapters_is_made_room_for(tmp_path):
     adapters = {}
     for name, rank in (("sft", 4), ("kd", 20)):
