@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from src.utils.common import read_jsonl
 
 
@@ -12,3 +15,11 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def as_set(path: Path) -> set[str]:
     return {json.dumps(row, sort_keys=True) for row in read_jsonl(path)}
+
+
+def tensors(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a model's or an adapter's folder."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        found |= load_file(path)
+    return found

@@ -64,6 +64,23 @@ def run_of_model(path: str) -> dict[str, Any]:
     return _run_config(_adapter_folder(path, "model_path"))
 
 
+def distilled_adapter(model_path: str | None, experiment_dir: str) -> Path:
+    """The adapter folder that is named, or else that of the newest finished distilled run of the experiment.
+
+    Raises:
+        UserError: there is none.
+    """
+    if model_path:
+        return _adapter_folder(model_path, "model_path")
+    root, experiment = Path(experiment_dir).parent, Path(experiment_dir).name
+    runs = _finished_runs(root, "gpu_optimized_kd", experiment)
+    if not runs:
+        raise UserError(
+            f"{root}: no finished run of {experiment}; run scripts/run_improved_kd.py, or pass --model_path"
+        )
+    return runs[-1] / "final_model"
+
+
 def resolve_arms(config: "EvaluateConfig") -> Arms:
     """Find every arm that is asked for, by flag or from the newest finished run of the experiment.
 
@@ -71,17 +88,9 @@ def resolve_arms(config: "EvaluateConfig") -> Arms:
         UserError: there is no distilled student, or a flag names something that is not there.
     """
     root, experiment = Path(config.experiment_dir).parent, Path(config.experiment_dir).name
-    if config.model_path:
-        kd = _adapter_folder(config.model_path, "model_path")
-        experiment = _run_config(kd).get("experiment", experiment)
-    else:
-        runs = _finished_runs(root, "gpu_optimized_kd", experiment)
-        if not runs:
-            raise UserError(
-                f"{root}: no finished run of {experiment}; run scripts/run_improved_kd.py, or pass --model_path"
-            )
-        kd = runs[-1] / "final_model"
+    kd = distilled_adapter(config.model_path, config.experiment_dir)
     run_config = _run_config(kd)
+    experiment = run_config.get("experiment", experiment)
     if run_config.get("alpha") == 0:
         raise UserError(
             f"--model_path {kd} is an SFT control (alpha = 0); name a distilled student, or --sft_model_path"

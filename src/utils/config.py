@@ -29,6 +29,7 @@ SECTIONS = (
     "cache_teacher",
     "run_improved_kd",
     "evaluate_distillation",
+    "export_model",
 )
 # Keys above the sections: each reaches every stage that has such a setting; a section may say otherwise.
 SHARED = ("data_dir", "experiment_dir", "model_name_or_path", "teacher_model_name_or_path", "seed", "serve")

@@ -1,0 +1,202 @@
+"""After training: the student as an ordinary model folder, which any engine loads without knowing of adapters.
+
+    python scripts/export_model.py --config configs/embedded.yaml
+    python scripts/export_model.py --config configs/embedded.yaml --model_path RUN/final_model --dtype float32
+    python scripts/export_model.py --config configs/embedded.yaml --gguf --llama_cpp ../llama.cpp
+
+Writes merged weights, tokenizer, generation_config.json and a model card. The folder is loaded again and its logits
+are compared with the adapter's before it gets its name: a folder that is there is complete. Safe to kill and run again.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from src.distillation.base import end_of_turn_id, load_tokenizer, model_fingerprint, place
+from src.distillation.export import (
+    Check,
+    Student,
+    base_licence,
+    check_export,
+    find_converter,
+    is_hybrid,
+    require_room,
+    write_gguf,
+    write_merged,
+)
+from src.distillation.sft import Sampling
+from src.evaluation.answers import PRESETS
+from src.evaluation.arms import distilled_adapter, run_of_model
+from src.evaluation.verdict import headline_setting
+from src.report.card import CardFacts, Evaluation, find_evaluation, model_card, vllm_command
+from src.utils.common import (
+    UserError,
+    atomic_path,
+    finish_stage,
+    logger,
+    provenance,
+    read_json,
+    read_jsonl,
+    run_cli,
+    sha256_file,
+    stage_state,
+    write_text,
+)
+from src.utils.config import load_config, setting
+from src.utils.stages import hold
+
+MARKER = "export.json"
+
+
+@dataclass
+class ExportModelConfig:
+    data_dir: str = setting("data/processed", "its manifest.json names data sets and licences")
+    experiment_dir: str = setting("outputs/experiment/default", "runs are beside it, held-out rows in its sft/")
+    evaluation_dir: str = setting("outputs/evaluation", "evaluations are looked for in it and below")
+    model_path: str | None = setting(None, "RUN/final_model (default: the newest finished distilled run)")
+    base: str | None = setting(None, "the student before training (default: from the run's kd_config.json)")
+    output_dir: str | None = setting(None, "the model folder (default: outputs/export/ and the run's name)")
+    dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "of the written weights")
+    gguf: bool = setting(False, "a GGUF file beside them, by llama.cpp's converter")
+    llama_cpp: str = setting("", "gguf: a checkout of llama.cpp, or its convert_hf_to_gguf.py")
+    student_devices: list[int] = setting([], "GPUs the model is spread over (default: the first; a CPU without any)")
+    gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    overwrite: bool = setting(False, "replace another export")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the export comes from: the run, the student, and what is recorded of both."""
+
+    run: Path
+    student: Student
+    evaluation: Evaluation | None
+    hashes: dict[str, str]
+
+
+def find_origin(config: ExportModelConfig) -> Origin:
+    """Resolve run, base and evaluation.
+
+    Raises:
+        UserError: there is no such run, it is not finished or of another experiment, or the base is not its student.
+    """
+    adapter = distilled_adapter(config.model_path, config.experiment_dir)
+    run, settings = adapter.parent, run_of_model(str(adapter))
+    if not (run / "kd_results.json").is_file() or "fingerprint" not in settings:
+        raise UserError(f"{run}: no finished run (kd_config.json, kd_results.json); let run_improved_kd.py finish it")
+    experiment = Path(config.experiment_dir).name
+    if settings["experiment"] != experiment:
+        raise UserError(f"{run} is a run of {settings['experiment']}, not of {experiment}; name its profile")
+    base = config.base or settings["model_name_or_path"]
+    fingerprint = model_fingerprint(base)
+    if fingerprint != settings["fingerprint"]["student"]:
+        raise UserError(f"{base} is not the model that {run} was trained on; name that with --base")
+    evaluation = find_evaluation(Path(config.evaluation_dir), run)
+    hashes = {"base model": fingerprint}
+    sources = [adapter / "adapter_model.safetensors", adapter / "adapter_config.json", run / "kd_config.json",
+               Path(config.data_dir) / "manifest.json", Path(config.experiment_dir) / "sft" / "stats.json"]  # fmt: skip
+    for path in (*sources, *([evaluation.path] if evaluation else [])):
+        if path.is_file():
+            hashes[path.name] = sha256_file(path)
+    dtype = getattr(torch, config.dtype)
+    devices = place(base, config.student_devices, dtype, config.gpu_memory_gb)
+    return Origin(run, Student(base, str(adapter), dtype, devices), evaluation, hashes)
+
+
+def chosen_sampling(evaluation: Evaluation | None) -> tuple[Sampling | None, str]:
+    """The defaults of generation_config.json, and what the card says of them: those of the evaluation's headline."""
+    setting = headline_setting(evaluation.results) if evaluation else None
+    if setting is None:
+        return None, "It has no sampling defaults, for none were evaluated: transformers decodes greedily."
+    sampling = Sampling(setting.temperature, **PRESETS[setting.preset])
+    return sampling, (
+        f"Its sampling defaults are those that the evaluation's first sentence is about: temperature "
+        f"{sampling.temperature:g}, top-p {sampling.top_p:g}, top-k {sampling.top_k} (0 is off)."
+    )
+
+
+def read_if_there(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
+def card_of(config: ExportModelConfig, origin: Origin, check: Check, said: str, name: str) -> str:
+    tokenizer = load_tokenizer(origin.student.adapter)
+    return model_card(
+        CardFacts(
+            name,
+            read_json(origin.run / "kd_config.json") | {"model_name_or_path": origin.student.base},
+            read_json(origin.run / "kd_results.json"),
+            read_if_there(Path(config.data_dir) / "manifest.json"),
+            read_if_there(Path(config.experiment_dir) / "sft" / "stats.json"),
+            origin.evaluation,
+            base_licence(origin.student.base),
+            origin.hashes,
+            config.dtype,
+            check.sentence(),
+            tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)),
+            said,
+            is_hybrid(tokenizer),
+            provenance(),
+        )
+    )
+
+
+def export(config: ExportModelConfig, origin: Origin, target: Path, converter: Path | None) -> None:
+    """Write the folder, unless this very export is there."""
+    marker = target / MARKER
+    if target.is_dir() and any(target.iterdir()) and not marker.is_file():
+        raise UserError(f"{target} holds files but no {MARKER}, so it is no export; name another --output_dir")
+    fingerprint = origin.hashes | {"dtype": config.dtype, "gguf": config.gguf}
+    files = read_json(marker).get("files", []) if marker.is_file() else []
+    if not config.overwrite and stage_state(marker, fingerprint, False, [target / name for name in files]) == "done":
+        logger.info("%s is complete; nothing to do", target)
+        return
+    require_room(origin.student.base, origin.student.dtype, target.parent, 2 if converter else 1)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    sampling, said = chosen_sampling(origin.evaluation)
+    heldout = read_jsonl(Path(config.experiment_dir) / "sft" / "sft_eval_data_clean.jsonl")
+    with atomic_path(target) as made:
+        # 1. weights, tokenizer, settings; 2. read again and compared
+        write_merged(origin.student, made, sampling)
+        check = check_export(origin.student, made, heldout)
+        print(f"checked: {check.sentence()}")
+        if not check.tells:
+            logger.warning("the adapter does so little that half of it would pass, too; --dtype float32 tells more")
+        # 3. the card, which the converter reads as well
+        write_text(made / "README.md", card_of(config, origin, check, said, target.name))
+        if converter:
+            write_gguf(converter, made, target.name, origin.student.dtype)
+        names = sorted(path.name for path in made.iterdir())
+        finish_stage(made / MARKER, fingerprint, files=names, check=vars(check), provenance=provenance())
+        if target.is_dir():  # aside in one step: a kill leaves all of the folder that is replaced, or nothing
+            target.rename(aside)
+    if aside.is_dir():
+        shutil.rmtree(aside)
+
+
+def main() -> None:
+    config = load_config(ExportModelConfig, "export_model")
+    converter = find_converter(config.llama_cpp) if config.gguf else None
+    origin = find_origin(config)
+    target = Path(config.output_dir or Path("outputs/export") / origin.run.name)
+    # the folder is replaced as a whole: the lock stands beside it
+    with hold(target.parent, "export_model", target.name, f".{target.name}.*.tmp"):
+        export(config, origin, target, converter)
+    print(f"model folder {target}; its README.md says what it is, and how to ask it:")
+    print(f"  {vllm_command(str(target), is_hybrid(load_tokenizer(str(target))))}")
+    print(f'  pipeline("text-generation", model={json.dumps(str(target))})(messages, max_new_tokens=256)')
+    if converter:
+        print(f"  llama-server -m {shlex.quote(str(target / target.name))}.gguf")
+
+
+if __name__ == "__main__":
+    run_cli(main)

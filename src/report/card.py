@@ -1,0 +1,311 @@
+"""README.md of an exported model: what it was made from, how, what was measured of it, and what was not.
+
+Numbers come from files of this very run and of an evaluation of it; a number that is not there is not written.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.evaluation.results_schema import Arm, Results, check_results
+from src.evaluation.verdict import NAMES, against_sft, closeness, headline, particulars
+from src.report.tables import Section, sections
+from src.utils.common import read_json, read_jsonl
+
+# What Markdown and HTML take for more than text inside a line; CommonMark lets all of them be escaped.
+SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|~$&!]")  # "a_b <i>" is "a\_b \<i\>"
+HUB_ORIGIN = re.compile(r"model hub, ([\w.-]+/[\w.-]+)")  # "model hub, openai/gsm8k main train at revision 740312a"
+SHOWN = ("heldout", "heldout_differences", "scores", "comparisons")  # sections of the report
+GRADERS = {
+    "numeric": "the last number of an answer is compared with the reference; the way to it is not judged",
+    "python_tests": "code is run against tests; what they do not try is not judged",
+    "rubric": "answers are searched for the phrases that a rubric names; what they mean is not judged",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation of the exported run.
+
+    arm: what the run is called in it. graders: (domain, grader) of the graded answers.
+    """
+
+    path: Path
+    results: Results
+    arm: Arm
+    graders: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card is written from.
+
+    config, measured: kd_config.json and kd_results.json of the run.
+    manifest, stats: manifest.json of the data and stats.json of the cleaning; None where they are missing.
+    licence: of the base model, the fields that its own card has.
+    hashes: of the adapter and of all that the card was made from, by name.
+    end: the token that ends a turn. sampling: what generation_config.json has, in words.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    measured: Mapping[str, Any]
+    manifest: Mapping[str, Any] | None
+    stats: Mapping[str, Any] | None
+    evaluation: Evaluation | None
+    licence: Mapping[str, str]
+    hashes: Mapping[str, str]
+    dtype: str
+    check: str
+    end: str
+    sampling: str
+    hybrid: bool
+    provenance: Mapping[str, Any]
+
+
+def plain(text: Any) -> str:
+    """Text of others as one line of Markdown that says it and nothing else."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in str(text))
+    return SPECIAL.sub(r"\\\g<0>", " ".join(printable.split()))
+
+
+def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
+    """The newest evaluation in or below a folder that results.json records to be of this very run.
+
+    A run is known by its whole kd_results.json, times included: a folder's name may be used again by another run.
+
+    Raises:
+        UserError: that results.json is of another version of this code, or broken.
+    """
+    measured = read_json(run / "kd_results.json")
+    # only the one that is taken is checked: what others left in the folder is no reason to stop
+    found: list[tuple[str, Path, Arm]] = []
+    for path in sorted(folder.rglob("results.json")):
+        results = read_json(path)
+        training = results.get("training") if isinstance(results, dict) else None
+        for arm in ("kd", "sft"):
+            if isinstance(training, dict) and training.get(arm) == measured:
+                found.append((results["provenance"]["time"], path, arm))
+    if not found:
+        return None
+    _, path, arm = max(found)
+    results = read_json(path)
+    check_results(results, path)
+    samples = path.with_name("samples.jsonl")
+    rows = read_jsonl(samples) if samples.is_file() else []
+    return Evaluation(path, results, arm, sorted({(row["domain"], row["grader"]) for row in rows}))
+
+
+def _is_hub_id(model: str) -> bool:
+    return not Path(model).exists() and model.count("/") <= 1
+
+
+def _model(name: str) -> str:
+    """A model in words: a hub id with its revision, if it has one, or the name of a folder, without the way to it."""
+    hub_id, _, revision = name.partition("@")
+    if not _is_hub_id(hub_id):
+        return f"the local folder {plain(Path(name).name)}"
+    return plain(hub_id) + (f" at revision {plain(revision)}" if revision else "")
+
+
+def _base(facts: CardFacts) -> str:
+    """The base model in words; its fingerprint of a hub model is id@commit."""
+    name, fingerprint = facts.config["model_name_or_path"], facts.hashes["base model"]
+    return _model(fingerprint if "@" in fingerprint else name)
+
+
+def _front_matter(facts: CardFacts) -> dict[str, Any]:
+    """The metadata that the hub reads (https://huggingface.co/docs/hub/model-cards)."""
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    base = facts.config["model_name_or_path"].partition("@")[0]
+    if _is_hub_id(base):  # the hub refuses a card that names a path
+        data |= {"base_model": base, "base_model_relation": "finetune"}
+    origins = [entry["origin"] for entry in _trained_on(facts)]
+    if ids := sorted({found[1] for origin in origins if (found := HUB_ORIGIN.match(origin))}):
+        data["datasets"] = ids
+    return data | dict(facts.licence) | {"tags": ["knowledge-distillation", "lora"]}
+
+
+def _trained_on(facts: CardFacts) -> list[Mapping[str, Any]]:
+    sources = facts.manifest["sources"] if facts.manifest else []
+    return [entry for entry in sources if entry["split"] == "train"]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = [f"| {' | '.join(map(plain, cells))} |" for cells in (header, *rows)]
+    return [lines[0], f"|{'---|' * len(header)}", *lines[1:], ""]
+
+
+def _what(facts: CardFacts) -> list[str]:
+    config, base = facts.config, _base(facts)
+    if config["arm"] == "kd":
+        kind = "distilled from"
+        objective = f"{config['alpha']:g} x T^2 x {config['divergence']}(teacher, student) at T = "
+        objective += f"{config['temperature']:g}"
+        if config["teacher_temperature"]:
+            objective += f" (the teacher at {config['teacher_temperature']:g})"
+        objective += f" + {1 - config['alpha']:g} x cross-entropy"
+    else:
+        kind, objective = "fine-tuned on the answers of", "cross-entropy alone: the control of a distilled student"
+    return [
+        f"# {plain(facts.name)}",
+        "",
+        f"{base[0].upper()}{base[1:]}, {kind} {_model(config['teacher_model_name_or_path'])}: a LoRA adapter of rank "
+        f"{config['lora_r']}, merged into the weights ({facts.dtype}).",
+        "",
+        f"- Rows: {config['rows']['train']} answers of the teacher to train on, {config['rows']['validation']} to "
+        f"watch, {config['rows']['heldout']} held out.",
+        f"- Objective: {plain(objective)}.",
+        f"- Training: {facts.measured['steps']} steps of {config['rows_per_step']} rows, learning rate "
+        f"{config['learning_rate']:g} ({plain(config['lr_scheduler_type'])}, {config['warmup_steps']} warm-up steps), "
+        f"LoRA rank {config['lora_r']}, alpha {config['lora_alpha']}, seed {config['seed']}.",
+        f"- Merged weights: {plain(facts.check)}.",
+        "",
+    ]
+
+
+def _section(section: Section) -> list[str]:
+    lines = [f"### {plain(section.title)}", ""]
+    if section.rows:
+        lines += _table(section.header, section.rows)
+    for sentence in (section.further, section.note):
+        lines += [plain(sentence), ""] if sentence else []
+    return lines
+
+
+def _results(facts: CardFacts) -> list[str]:
+    lines = ["## Results", ""]
+    if facts.evaluation is None:
+        measured = facts.measured
+        before, after = measured["before"], measured["after"]
+        return [
+            *lines,
+            "**Not evaluated.** There is no results.json of an evaluation of this run: nothing is known of the quality "
+            "of its answers.",
+            "",
+            f"All that was measured is how close it came to its teacher on {measured['heldout_rows']} held-out answers "
+            f"({measured['heldout_tokens']} tokens), without intervals: KL to the teacher {after['kl_to_teacher']:.4f} "
+            f"nats per token ({before['kl_to_teacher']:.4f} before training), the teacher's most likely token is its "
+            f"own at {after['top1_agreement']:.1%} ({before['top1_agreement']:.1%} before).",
+            "",
+        ]
+    results, arm = facts.evaluation.results, facts.evaluation.arm
+    if arm == "kd":  # these sentences are about the distilled student, which a control is not
+        for sentence in (headline(results), closeness(results), against_sft(results)):
+            lines += [plain(sentence), ""] if sentence else []
+    settings = results["settings"]
+    named = ("prompts", "mode", "num_samples", "max_new_tokens", "engine", "seed")
+    asked = [f"{name} {settings[name]}" for name in named if name in settings]
+    lines += [
+        f"This model is the arm {NAMES[arm]}. The evaluation is of {plain(results['provenance']['time'])} "
+        f"({plain(', '.join(asked))}); it merged the adapter by itself, so that these weights may differ by rounding.",
+        "",
+    ]
+    for section in sections(results):
+        if section.name in SHOWN:
+            lines += _section(section)
+    return lines
+
+
+def vllm_command(folder: str, hybrid: bool) -> str:
+    """How the folder is served; a hybrid student's template is told there not to ask for a thought."""
+    off = " --default-chat-template-kwargs '{\"enable_thinking\": false}'" if hybrid else ""
+    return f"vllm serve {shlex.quote(folder)}{off}"
+
+
+def _use(facts: CardFacts) -> list[str]:
+    off = ', tokenizer_encode_kwargs={"enable_thinking": False}' if facts.hybrid else ""
+    lines = [
+        "## How to use it",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'generate = pipeline("text-generation", model={json.dumps(facts.name)})',
+        'question = [{"role": "user", "content": "What is 17 + 25?"}]',
+        f'print(generate(question, max_new_tokens=256{off})[0]["generated_text"][-1]["content"])',
+        "```",
+        "",
+        "```bash",
+        vllm_command(facts.name, facts.hybrid),
+        "```",
+        "",
+        f"It ends its turn with {plain(facts.end)}; generation\\_config.json stops there. {facts.sampling}",
+        "",
+    ]
+    if facts.hybrid:
+        lines += [
+            "It was trained to answer without a thought: its chat template must be told `enable_thinking=False`, as "
+            'above, or in a request by `"chat_template_kwargs": {"enable_thinking": false}`. With thinking on it was '
+            "neither trained nor evaluated.",
+            "",
+        ]
+    return lines
+
+
+def _data(facts: CardFacts) -> list[str]:
+    lines = ["## Training data", ""]
+    if facts.manifest is None:
+        return [*lines, "There is no manifest.json: where the prompts come from is not recorded.", ""]
+    rows = [[entry["source"], entry["rows"], entry["licence"], entry["origin"]] for entry in _trained_on(facts)]
+    said = "Prompts, which the teacher answered; its answers were cleaned before training."
+    return [*lines, said, "", *_table(["source", "prompts", "licence", "origin"], rows)]
+
+
+def _limits(facts: CardFacts) -> list[str]:
+    lines = [f"One training seed ({facts.config['seed']}): how much another would differ is not known."]
+    if sources := [entry["source"] for entry in _trained_on(facts)]:
+        lines.append(f"Trained for {', '.join(sources)} alone; nothing is known of it elsewhere, nor of its safety.")
+    if facts.stats:
+        split = facts.stats["train"]
+        cut = split["by_reason"]["truncated"]
+        lines.append(
+            f"{cut} of the teacher's {split['answers']} answers ({cut / split['answers']:.1%}) were cut at the token "
+            "limit and not trained on: long answers are underrepresented."
+        )
+    if facts.evaluation is None:
+        lines.append("No graded answers: no gain over the base model is shown, nor over training without the teacher.")
+    else:
+        if facts.evaluation.arm == "kd":
+            lines += particulars(facts.evaluation.results)
+        for domain, grader in facts.evaluation.graders:
+            lines.append(f"Graded in {domain} by {grader}: {GRADERS.get(grader, 'another grader')}.")
+    return ["## Limits", "", *(f"- {plain(line)}" for line in lines), ""]
+
+
+def _licence(facts: CardFacts) -> list[str]:
+    licences = sorted({entry["licence"] for entry in _trained_on(facts)})
+    data = f"the data's ({plain(', '.join(licences))})" if licences else "the data's (not recorded)"
+    if facts.licence:
+        own = f"The base model's licence is {plain(facts.licence.get('license_name') or facts.licence['license'])}."
+    else:
+        own = "The base model's licence is not recorded here: look it up before passing this model on."
+    teacher = _model(facts.config["teacher_model_name_or_path"])
+    return ["## Licence", "", f"{own} Check beside it {data}, and what the licence of the teacher ({teacher}) says "
+            "about models that are trained on its answers.", ""]  # fmt: skip
+
+
+def _provenance(facts: CardFacts) -> list[str]:
+    lines = ["## Provenance", ""]
+    for what, own in (("Trained", facts.config["provenance"]), ("Exported", facts.provenance)):
+        commit = own["git_commit"] or "unknown commit"
+        changed = ", with changes" if own["git_dirty"] else ""
+        versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
+        lines.append(f"- {what} with {plain(commit)}{changed} ({plain(versions)})")
+    if date := facts.config["fingerprint"].get("prompt_date"):
+        lines.append(f"- Its chat template asks for the day; in training it read {plain(date)}")
+    return [*lines, *(f"- {plain(name)}: {plain(value)}" for name, value in facts.hashes.items()), ""]
+
+
+def model_card(facts: CardFacts) -> str:
+    """README.md's text."""
+    front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True)
+    lines = [*_what(facts), *_results(facts), *_use(facts), *_data(facts), *_limits(facts), *_licence(facts),
+             *_provenance(facts)]  # fmt: skip
+    return f"---\n{front}---\n\n" + "\n".join(lines)
