@@ -115,9 +115,8 @@ def refuse_adapter(name: str) -> None:
     if found is not None:
         base = base_of_adapter(read_json(found))
         raise UserError(
-            f"{name!r} is an adapter of {base!r}, not a model; merge it into that (peft: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()), save both model and tokenizer to a "
-            "folder, and name that"
+            f"{name!r} is an adapter of {base!r}, not a model; merge it into that (scripts/export_model.py for a run "
+            "of this project), and name the folder with the merged model"
         )
 
 
