@@ -52,6 +52,18 @@ def spread(shapes: Shapes, devices: tuple[int, ...]) -> tuple[Share, ...]:
     return tuple(Share(d, weights[d], layers[d], d == devices[-1]) for d in devices)
 
 
+def loaded_bytes(shapes: Shapes, share: Share, dtype: torch.dtype, hardware: Hardware) -> float:
+    """Bytes of a model's weights where they are.
+
+    A processor reads weights of the type that is stored from the mapped file; experts, which are stored one by one, are
+    stacked into new memory while the file stays mapped. Weights of another type are copied, and the file is let go.
+    """
+    weights = share.weights
+    if hardware.is_cpu and shapes.stored is dtype:
+        weights += shapes.expert_weights
+    return weights * dtype.itemsize
+
+
 def attention_kind(hardware: Hardware, row_tokens: float) -> str:
     """What packed attention keeps: `packing.packed_attention` chooses by device and length."""
     if not hardware.is_cpu:
@@ -99,7 +111,8 @@ def training_memory(step: Step, share: Share, tokens: float, hardware: Hardware)
     weights = _training_weights(step, share)
     copies = 0 if parts > 1 else size * adapters  # cast once for all passes of a step
     head = -(-student.vocab // ALIGNED) * ALIGNED * teacher.hidden * size if step.teacher_head and share.last else 0
-    resident = teacher.weights * size if step.resident else 0
+    whole = Share(0, teacher.weights, teacher.layers)
+    resident = loaded_bytes(teacher, whole, step.traced.dtype, hardware) if step.resident else 0
 
     # the peak is where the forward pass ends, in the loss, or in the backward pass
     counted = trace(step.traced).at(share.layers, tokens)
@@ -154,7 +167,7 @@ def reading_memory(shapes: Shapes, share: Share, traced: Pass, tokens: float, sh
         stored = 2 * shard_tokens * shapes.hidden * size
     passes, top_k = activations + stored / 2, chunk + stored
     return Memory(
-        weights=share.weights * size / GB,
+        weights=loaded_bytes(shapes, share, traced.dtype, hardware) / GB,
         activations=(activations if passes >= top_k else 0) / GB,
         loss=(stored / 2 if passes >= top_k else top_k) / GB,
         overhead=hardware.device.overhead_gb,
@@ -179,7 +192,7 @@ def answering_memory(shapes: Shapes, share: Share, traced: Pass, rows: int, new_
     decode = (whole * token_bytes * part, whole * copies, logits)
     cache, activations, loss = max(read, decode, key=sum)
     return Memory(
-        weights=share.weights * size / GB,
+        weights=loaded_bytes(shapes, share, traced.dtype, hardware) / GB,
         activations=activations / GB,
         kv_cache=cache / GB,
         loss=loss / GB,

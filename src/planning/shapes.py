@@ -22,6 +22,7 @@ class Shapes:
     first_inputs: matrices of the first layer that read its input (q, k, v): without trainable weights before them
         nobody wants their input's gradient.
     widest: the largest matrix outside experts, weights.
+    stored: the type that its files hold.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Shapes:
     first_inputs: int
     widest: int
     tied: bool
+    stored: torch.dtype = torch.bfloat16
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a token's keys and values in all layers."""
@@ -109,6 +111,7 @@ def read_shapes(name: str) -> Shapes:
         first_inputs=sum(first),
         widest=max(p.numel() for _, p in matrices if p.dim() == 2),
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        stored=load_model_config(config_folder(name)).dtype or torch.bfloat16,
     )
 
 
