@@ -37,7 +37,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="every number, for machines")
     parser.add_argument("--teacher_config", metavar="FOLDER", help="the teacher's config.json, instead of the hub's")
     parser.add_argument("--student_config", metavar="FOLDER", help="the student's")
-    parser.add_argument("--prompt_tokens", type=float, help="mean tokens of a prompt, instead of what is known or usual")
+    parser.add_argument(
+        "--prompt_tokens", type=float, help="mean tokens of a prompt, instead of what is known or usual"
+    )
     parser.add_argument("--answer_tokens", type=float, help="mean tokens of an answer")
     parser.add_argument("--debug", action="store_true", help="a traceback where otherwise one clear line would stand")
     return parser.parse_args()

@@ -21,7 +21,7 @@ from src.planning.memory import (
 from src.planning.result import Memory, StagePlan
 from src.planning.rows import Rows
 from src.planning.shapes import Shapes
-from src.planning.timing import added, computing, hours, starting
+from src.planning.timing import added, computing, hours, longer, starting
 from src.planning.trace import Pass
 from src.utils.common import UserError
 
@@ -83,9 +83,7 @@ def _by_transformers(work: Answering, rows: Rows, hardware: Hardware) -> Answere
     traced = Pass(work.model.name, dtype, prompt, "varlen")
     batch = work.rows or _batch_that_fits(work, shares, traced, hardware)
     batch = min(batch, work.answers)
-    named = tuple(
-        (s.device, answering_memory(work.model, s, traced, batch, work.new_tokens, hardware)) for s in shares
-    )
+    named = tuple((s.device, answering_memory(work.model, s, traced, batch, work.new_tokens, hardware)) for s in shares)
     reading, decoding = _answering_flops(work, rows)
     if hardware.is_cpu:
         seconds = added(
@@ -161,7 +159,10 @@ def _by_server(work: Answering, rows: Rows, hardware: Hardware) -> Answered:
     reading, decoding = _answering_flops(work, rows)
     seconds = added(
         computing(reading, hardware, utilisation.READING, utilisation.CPU_READING, tensor * replicas),
-        _serving_seconds(work, rows, a_replica, together, tensor, hardware),
+        longer(
+            _serving_seconds(work, rows, a_replica, together, tensor, hardware),
+            computing(decoding, hardware, utilisation.TRAINING, utilisation.CPU_TRAINING, tensor * replicas),
+        ),
         starting(work.model.weights * work.weight_bytes, utilisation.SERVER_START_SECONDS),
     )
     stages = f" x pipeline {pipeline}" if pipeline > 1 else ""
@@ -173,8 +174,10 @@ def _by_server(work: Answering, rows: Rows, hardware: Hardware) -> Answered:
     return Answered(how, named, work.answers * rows.tokens, reading + decoding, seconds, problems)
 
 
-def _serving_seconds(work: Answering, rows: Rows, answers: int, together: int, tensor: int, hardware: Hardware) -> tuple[float, float]:  # fmt: skip
-    """One replica's steps: answers follow each other without waiting for a batch; at the end the longest one is left."""
+def _serving_seconds(
+    work: Answering, rows: Rows, answers: int, together: int, tensor: int, hardware: Hardware
+) -> tuple[float, float]:
+    """Of one replica: answers follow each other without waiting for a batch, and the longest one is left at the end."""
     steps = answers * rows.answer_tokens / together + work.new_tokens / 2
     step_bytes = work.weight_bytes * flops.read_weights(work.model, together)
     step_bytes += together * (rows.prompt_tokens + rows.answer_tokens / 2) * work.model.kv_bytes(hardware.device.dtype)
@@ -183,7 +186,9 @@ def _serving_seconds(work: Answering, rows: Rows, answers: int, together: int, t
     return steps * (reading / share.high + beside.low), steps * (reading / share.low + beside.high)
 
 
-def answered_stage(stage: str, parts: list[tuple[str, Answered]], rows: Rows, answers: int, hardware: Hardware) -> StagePlan:
+def answered_stage(
+    stage: str, parts: list[tuple[str, Answered]], rows: Rows, answers: int, hardware: Hardware
+) -> StagePlan:
     """Answers of one or several models, one after the other, as a stage; `parts` are named by their model."""
     uses = []
     seen: set[str] = set()
@@ -208,6 +213,7 @@ def answered_stage(stage: str, parts: list[tuple[str, Answered]], rows: Rows, an
 class Merging:
     student: Shapes
     adapters: int
+    rank: int
 
 
 def plan_merging(work: Merging, hardware: Hardware) -> StagePlan:
@@ -223,6 +229,6 @@ def plan_merging(work: Merging, hardware: Hardware) -> StagePlan:
         uses=grouped([(0, memory)], hardware),
         disk_gb=written,
         tokens=0,
-        flops=2 * work.adapters * work.student.hidden,
+        flops=2 * work.rank * work.student.layer_weights,  # B A of every matrix
         hours=hours(*seconds),
     )

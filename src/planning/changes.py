@@ -1,23 +1,23 @@
 """Where a stage does not fit: the nearest change with which it does, found by planning it again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from src.planning.answering import Answered, Answering, plan_answering
+from src.planning.answering import Answered, Answering, answered_stage, plan_answering
 from src.planning.caching import Caching, plan_caching
 from src.planning.hardware import Hardware
 from src.planning.result import Change, StagePlan
 from src.planning.rows import Rows
+from src.planning.setup import FOUR_BITS_AND_SCALES
 from src.planning.training import Training, plan_training
 
-Work = TypeVar("Work")
-MOST_GPUS = 64  # how many of the same kind are tried at most
+MOST_GPUS = 64  # of the same kind that are tried
 
 
 @dataclass(frozen=True)
 class Option:
-    """One change: in words, as settings, and the work with it on the hardware with it."""
+    """A change that may help: in words, as settings, and what is planned with it."""
 
     words: str
     settings: dict[str, Any]
@@ -25,175 +25,166 @@ class Option:
     hardware: Hardware
 
 
-def training_options(work: Training, hardware: Hardware) -> list[Option]:
-    """From what costs nothing but time to what changes the run; each is taken on top of those before it."""
-    options: list[Option] = []
-    name = "run_improved_kd"
+@dataclass(frozen=True)
+class Edit:
+    """A change of a training run, which goes with others."""
 
-    def add(words: str, settings: dict[str, Any], **changes: Any) -> None:
-        before = options[-1].work if options else work
-        config = replace(before.config, **changes.pop("config", {}))
-        said = {f"{name}.{key}" if "." not in key else key: value for key, value in settings.items()}
-        options.append(Option(words, said, replace(before, config=config, **changes), hardware))
+    words: str
+    settings: dict[str, Any]
+    apply: Callable[[Training], Training]
 
-    small = work.config.max_length
-    if work.config.tokens_per_batch != small:
-        add("smaller passes, the same rows a step", {"tokens_per_batch": small}, config={"tokens_per_batch": small})
-    if not work.config.gradient_checkpointing:
-        on = {"gradient_checkpointing": True}
-        add("activations computed again in the backward pass", on, config=on)
-    if work.config.teacher_signal == "online" and work.config.alpha > 0:
-        cached = {"teacher_signal": "hidden"}
-        add("the teacher's kept beliefs instead of the teacher", cached, config=cached, teacher_devices=())
-    everything = tuple(range(hardware.count))
-    if hardware.count > 1 and work.processes == 1 and len(work.devices) < hardware.count:
-        add(f"the student over all {hardware.count} GPUs", {"student_devices": list(everything)}, devices=everything)
-    if hardware.count > 1 and not work.sharded:
-        launch = {"processes": hardware.count, "accelerate": "fsdp2"}
-        add("a student sharded over all GPUs", {"launch.processes": hardware.count, "launch.accelerate": "fsdp2"},
-            processes=launch["processes"], sharded=True, devices=())  # fmt: skip
+
+def _configured(**values: Any) -> Callable[[Training], Training]:
+    return lambda work: replace(work, config=replace(work.config, **values))
+
+
+def training_edits(work: Training, hardware: Hardware) -> list[Edit]:
+    """From what costs nothing but time to what makes another run of it."""
+    config, count, section = work.config, hardware.count, "run_improved_kd"
+    every, edits = tuple(range(count)), []
+    if config.tokens_per_batch != config.max_length:
+        small = {"tokens_per_batch": config.max_length}
+        named = {f"{section}.tokens_per_batch": config.max_length}
+        edits.append(Edit("smaller passes, the same rows a step", named, _configured(**small)))
+    if not config.gradient_checkpointing:
+        named = {f"{section}.gradient_checkpointing": True}
+        edits.append(Edit("gradient checkpointing", named, _configured(gradient_checkpointing=True)))
+    if config.teacher_signal == "online" and config.alpha > 0:
+        cached = _configured(teacher_signal="hidden")
+        named = {f"{section}.teacher_signal": "hidden"}
+        edits.append(
+            Edit("the teacher's cache instead of the teacher", named, lambda w: replace(cached(w), teacher_devices=()))
+        )
+    if work.processes == 1 and len(work.devices) < count:
+        named = {f"{section}.student_devices": list(every)}
+        edits.append(Edit(f"the student over all {count} GPUs", named, lambda w: replace(w, devices=every)))
+    if count > 1 and not work.sharded:
+        named = {"launch": {"processes": count, "accelerate": "fsdp2"}, f"{section}.student_devices": []}
+        edits.append(
+            Edit(
+                f"the student sharded over {count} processes",
+                named,
+                lambda w: replace(w, processes=count, sharded=True, devices=()),
+            )
+        )
     if not work.four_bit and not hardware.is_cpu:
-        add("the student's frozen weights in 4 bits", {"load_in_4bit": True}, four_bit=True, sharded=False,
-            processes=work.processes, devices=work.devices)  # fmt: skip
-    return options
+        # quantised weights are not sharded: as many whole students as before
+        own = {"four_bit": True, "sharded": False, "processes": work.processes, "devices": work.devices}
+        named = {f"{section}.load_in_4bit": True}
+        edits.append(Edit("the student's frozen weights in 4 bits", named, lambda w: replace(w, **own)))
+    return edits
 
 
-def caching_options(work: Caching, hardware: Hardware) -> list[Option]:
-    small, every = work.config.max_length, tuple(range(hardware.count))
-    options: list[Option] = []
+def training_options(work: Training, hardware: Hardware) -> Iterator[Option]:
+    """Each edit by itself, then one on top of the other, then more GPUs."""
+    edits = training_edits(work, hardware)
+    for edit in edits:
+        yield Option(edit.words, edit.settings, edit.apply(work), hardware)
+    changed, words, settings = work, [], {}
+    for edit in edits:
+        changed = edit.apply(changed)
+        words.append(edit.words)
+        settings = settings | edit.settings
+        if len(words) > 1:
+            yield Option("; ".join(words), settings, changed, hardware)
+    for larger, every in more_gpus(hardware, work.student.layers):
+        yield Option(_so_many(larger), {"gpus": f"{larger.count}x{larger.device.memory_gb:g}"},
+                     replace(work, devices=every, processes=1, sharded=False), larger)  # fmt: skip
 
-    def add(words: str, settings: dict[str, Any], changed: Caching) -> None:
-        options.append(
-            Option(words, {f"cache_teacher.{key}": value for key, value in settings.items()}, changed, hardware)
-        )
 
-    changed = replace(work, config=replace(work.config, tokens_per_batch=small))
-    add("smaller passes", {"tokens_per_batch": small}, changed)
+def caching_options(work: Caching, hardware: Hardware) -> Iterator[Option]:
+    section, every = "cache_teacher", tuple(range(hardware.count))
+    size = work.config.max_length
+    small = replace(work, config=replace(work.config, tokens_per_batch=size))
+    yield Option("smaller passes", {f"{section}.tokens_per_batch": size}, small, hardware)
     if len(work.devices) < hardware.count:
-        changed = replace(changed, devices=every)
-        add(f"the teacher over all {hardware.count} GPUs", {"teacher_devices": list(every)}, changed)
+        settings = {f"{section}.teacher_devices": list(every)}
+        yield Option(f"the teacher over all {len(every)} GPUs", settings, replace(work, devices=every), hardware)
     if not hardware.is_cpu:
-        budget = round(0.8 * hardware.device.memory_gb, 1)
-        changed = replace(work, config=replace(work.config, gpu_memory_gb=budget), offloaded=True, devices=every[:1])
-        add("layers that stay in the machine's memory and visit the GPU", {"cpu_offload": True,
-            "gpu_memory_gb": budget, "teacher_devices": [0]}, changed)  # fmt: skip
-    return options
+        budget = round(0.7 * hardware.device.memory_gb, 1)
+        config = replace(small.config, gpu_memory_gb=budget)
+        yield Option(
+            "layers that stay in the machine's memory and visit the GPU",
+            {f"{section}.{name}": value for name, value in (("cpu_offload", True), ("gpu_memory_gb", budget),
+             ("teacher_devices", [0]), ("tokens_per_batch", size))},
+            replace(work, config=config, offloaded=True, devices=every[:1]),
+            hardware,
+        )  # fmt: skip
+    for larger, more in more_gpus(hardware, work.teacher.layers):
+        yield Option(_so_many(larger), {f"{section}.teacher_devices": list(more)}, replace(work, devices=more), larger)
 
 
-def answering_options(work: Answering, hardware: Hardware, section: str, key: str) -> list[Option]:
-    every, budget = tuple(range(hardware.count)), round(0.85 * hardware.device.memory_gb, 1)
-    options: list[Option] = []
-
-    def add(words: str, settings: dict[str, Any], changed: Answering) -> None:
-        options.append(Option(words, settings, changed, hardware))
-
-    if not work.served and work.rows > 1:
-        rows = work.rows
-        while rows > 1:
-            rows //= 2
-            add("fewer rows together", {f"{section}.batch_size": rows}, replace(work, rows=rows))
-    if work.served:
-        changed = replace(work, parallel=None, budget_gb=budget)
-        add("other tensor x data parallelism, by what the GPUs hold", {f"{section}.gpu_memory_gb": budget}, changed)
-    smallest = replace(work, rows=min(work.rows, 1), parallel=None, budget_gb=budget)
-    if len(work.devices) < hardware.count:
-        smallest = replace(smallest, devices=every)
-        settings = {f"{section}.{key}": list(every), f"{section}.gpu_memory_gb": budget}
-        add(f"the model over all {hardware.count} GPUs", settings, smallest)
-    if not hardware.is_cpu:
-        for words, size in (("a served copy in FP8", 1.0), ("a served copy in 4 bits", 0.55)):
-            if size < work.weight_bytes:
-                add(words, {"serve.model": words.removeprefix("a served ")}, replace(
-                    smallest, served=True, weight_bytes=size, devices=every, budget_gb=budget))  # fmt: skip
-    return options
-
-
-def more_gpus(work: Work, hardware: Hardware, over: Callable[[Work, tuple[int, ...]], Work]) -> list[Option]:
-    """The same on more GPUs of the kind; on a processor there is nothing of the kind."""
-    options = []
-    count = hardware.count
-    while 0 < count < MOST_GPUS:
-        count += 1 if count < 8 else 8
-        larger = replace(hardware, count=count)
-        options.append(
-            Option(f"{count} GPUs of {hardware.device.memory_gb:g} GB", {"gpus": count}, over(work, tuple(range(count))), larger)
-        )
-    return options
-
-
-def nearest(options: Sequence[Option], plan: Callable[[Option], tuple[bool, float, tuple[float, float]]]) -> Change | None:
-    """The first option with which it fits.
+def answering_options(work: Answering, hardware: Hardware, section: str, key: str) -> Iterator[Option]:
+    """From what only takes longer to another copy of the model.
 
     Args:
-        plan: an option -> whether it fits, its peak in GB, its hours.
+        section: of the profile, for the settings.
+        key: the setting there that names the model's GPUs.
     """
+    every, budget = tuple(range(hardware.count)), round(0.85 * hardware.device.memory_gb, 1)
+    rows = work.rows
+    while not work.served and rows > 1:
+        rows //= 2
+        yield Option("fewer rows together", {f"{section}.batch_size": rows}, replace(work, rows=rows), hardware)
+    derived = replace(work, rows=min(work.rows, 1), parallel=None, budget_gb=budget)
+    if work.served:
+        settings = {"serve.tensor_parallel": None, "serve.data_parallel": None, f"{section}.gpu_memory_gb": budget}
+        yield Option("tensor x data parallelism by what the GPUs hold", settings, derived, hardware)
+    wide = replace(derived, devices=every)
+    if len(work.devices) < hardware.count:
+        settings = {f"{section}.{key}": list(every), f"{section}.gpu_memory_gb": budget}
+        yield Option(f"the model over all {len(every)} GPUs", settings, wide, hardware)
+    if not hardware.is_cpu:
+        for words, size in (("FP8", 1.0), ("4 bits", FOUR_BITS_AND_SCALES)):
+            if size < work.weight_bytes:
+                copy = replace(wide, served=True, weight_bytes=size)
+                yield Option(f"a copy in {words} behind a server, named as serve.model", {}, copy, hardware)
+    for larger, more in more_gpus(hardware, work.model.layers):
+        yield Option(_so_many(larger), {f"{section}.{key}": list(more)}, replace(derived, devices=more), larger)
+
+
+def more_gpus(hardware: Hardware, layers: int) -> Iterator[tuple[Hardware, tuple[int, ...]]]:
+    """More GPUs of the kind and their numbers, a layer for each; on a processor there is nothing of the kind."""
+    count = hardware.count
+    while count:
+        count += 1 if count < 8 else 8
+        if count > min(MOST_GPUS, layers):
+            return
+        yield replace(hardware, count=count), tuple(range(count))
+
+
+def _so_many(hardware: Hardware) -> str:
+    return f"{hardware.count} GPUs of {hardware.device.memory_gb:g} GB"
+
+
+def _nearest(options: Iterator[Option], plan: Callable[[Option], StagePlan]) -> Change | None:
     for option in options:
-        fits, peak_gb, needed = plan(option)
-        if fits:
-            return Change(option.words, option.settings, peak_gb, needed)
+        found = plan(option)
+        if found.fits:
+            return Change(option.words, option.settings, found.peak_gb, found.hours)
     return None
 
 
-def _facts(stage: StagePlan) -> tuple[bool, float, tuple[float, float]]:
-    return stage.fits, stage.peak_gb, stage.hours
-
-
 def training_change(work: Training, rows: Rows, hardware: Hardware) -> Change | None:
-    alone = training_options(work, hardware)
-    options = [*_by_themselves(work, alone), *_on_top(alone)]
-    options += more_gpus(work, hardware, lambda own, every: replace(own, devices=every, processes=1, sharded=False))
-    return nearest(options, lambda option: _facts(plan_training(option.work, rows, option.hardware)))
-
-
-def _by_themselves(work: Training, options: list[Option]) -> list[Option]:
-    """Each of the changes without those before it."""
-    found = []
-    before = work
-    for option in options:
-        config = {}
-        for name, value in vars(option.work.config).items():
-            if getattr(before.config, name) != value:
-                config[name] = value
-        changes = {}
-        for name, value in vars(option.work).items():
-            if name != "config" and getattr(before, name) != value:
-                changes[name] = value
-        found.append(replace(option, work=replace(work, config=replace(work.config, **config), **changes)))
-        before = option.work
-    return found
-
-
-def _on_top(options: list[Option]) -> list[Option]:
-    """The changes one on top of the other."""
-    found = []
-    words: list[str] = []
-    settings: dict[str, Any] = {}
-    for option in options:
-        words.append(option.words)
-        settings |= option.settings
-        found.append(replace(option, words="; ".join(words), settings=dict(settings)))
-    return found[1:]
+    """The first option with which it fits."""
+    return _nearest(training_options(work, hardware), lambda option: plan_training(option.work, rows, option.hardware))
 
 
 def caching_change(work: Caching, rows: Rows, hardware: Hardware) -> Change | None:
-    options = caching_options(work, hardware)
-    options += more_gpus(work, hardware, lambda own, every: replace(own, devices=every))
-    return nearest(options, lambda option: _facts(plan_caching(option.work, rows, option.hardware)))
+    """The first option with which it fits."""
+    return _nearest(caching_options(work, hardware), lambda option: plan_caching(option.work, rows, option.hardware))
 
 
 def answering_change(work: Answering, rows: Rows, hardware: Hardware, section: str, key: str) -> Change | None:
-    options = answering_options(work, hardware, section, key)
-    options += more_gpus(work, hardware, lambda own, every: replace(own, devices=every, parallel=None))
+    """The first option with which it fits; see `answering_options`."""
 
-    def facts(option: Option) -> tuple[bool, float, tuple[float, float]]:
+    def plan(option: Option) -> StagePlan:
         found = plan_answering(option.work, rows, option.hardware)
-        peak = max(memory.peak for _, memory in found.named)
-        fits = not found.problems and peak <= option.hardware.device.memory_gb
-        return fits, peak, (found.seconds[0] / 3600, found.seconds[1] / 3600)
+        return answered_stage(section, [("", found)], rows, work.answers, option.hardware)
 
-    return nearest(options, facts)
+    return _nearest(answering_options(work, hardware, section, key), plan)
 
 
 def fits(found: Answered, hardware: Hardware) -> bool:
     """Whether answers of one model can be had so."""
-    return not found.problems and all(m.peak <= hardware.device.memory_gb for _, m in found.named)
+    return not found.problems and all(memory.peak <= hardware.device.memory_gb for _, memory in found.named)

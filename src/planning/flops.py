@@ -37,7 +37,7 @@ def body_training(
     backward = 2 * tokens * (shapes.active_weights + 2 * adapters) + 2 * attention_forward(shapes, lengths)
     if checkpointing:
         return 2 * forward + backward
-    # x A^T and its like: of an adapter half of whose weights lie on the side of the input, that half's product is spared
+    # of the first layer's q, k and v: the product with W, and the one with A
     spared = shapes.first_inputs + _input_side(shapes, first_adapters)
     return forward + backward - 2 * tokens * spared
 

@@ -180,8 +180,7 @@ def answering_memory(shapes: Shapes, share: Share, traced: Pass, rows: int, new_
 
     Prompts are as long as `traced.row_tokens`, answers as long as they may be.
     """
-    size, part = traced.dtype.itemsize, share.layers / shapes.layers
-    prompt = traced.row_tokens
+    part, prompt = share.layers / shapes.layers, traced.row_tokens
     token_bytes = shapes.kv_bytes(traced.dtype)
     # a layer's cache is copied to grow by a token, and its heads are repeated for those that share them
     copies = token_bytes / shapes.layers * (1 + shapes.heads // shapes.kv_heads)
@@ -201,13 +200,11 @@ def answering_memory(shapes: Shapes, share: Share, traced: Pass, rows: int, new_
 
 
 def served_memory(shapes: Shapes, weight_bytes: float, gpus_a_replica: int, hardware: Hardware) -> Memory:
-    """What each GPU of a server holds: the server takes a set share of the memory and gives what is left to the cache."""
+    """What each GPU of a server holds: it takes a set share of the memory, and gives to the cache what is left."""
     weights = shapes.weights * weight_bytes / gpus_a_replica / GB
     device = hardware.device
     cache = SERVER_FILLS * device.memory_gb - weights - SERVER_WORK_GB - device.overhead_gb
-    return Memory(
-        weights=weights, activations=SERVER_WORK_GB, kv_cache=max(0.0, cache), overhead=device.overhead_gb
-    )
+    return Memory(weights=weights, activations=SERVER_WORK_GB, kv_cache=max(0.0, cache), overhead=device.overhead_gb)
 
 
 def merging_memory(shapes: Shapes, adapters: int, dtype: torch.dtype, hardware: Hardware) -> Memory:

@@ -30,7 +30,7 @@ def duration(hours: tuple[float, float]) -> str:
     ('36 to 72 s', '12 to 54 min', '1.5 to 3.2 h')
     """
     low, high = hours
-    if high < 1 / 30:
+    if high < 0.05:
         return f"{low * 3600:.0f} to {high * 3600:.0f} s"
     if high < 2:
         return f"{low * 60:.0f} to {high * 60:.0f} min"
@@ -48,13 +48,14 @@ def verdict(stage: StagePlan) -> str:
     over = [use for use in stage.uses if not use.fits]
     reasons = [f"{use.name}: {amount(use.memory.peak)} of {amount(use.capacity_gb)}" for use in over]
     said = "does not fit (" + "; ".join([*reasons, *stage.problems]) + ")"
-    if stage.change is None:
+    if not stage.changes:
         return said + "; nothing that was tried does"
-    change = stage.change
-    return (
-        f"{said}; nearest that does: {change.words} ({_settings(change.settings)}), "
-        f"then {amount(change.peak_gb)} a GPU, {duration(change.hours)}"
-    )
+    for change in stage.changes:
+        whose = f" for the {change.of}" if change.of else ""
+        settings = f" ({_settings(change.settings)})" if change.settings else ""
+        said += f"; the nearest that does{whose}: {change.words}{settings}, then {amount(change.peak_gb)} at the most, "
+        said += duration(change.hours)
+    return said
 
 
 def _parts(use: Use) -> str:
@@ -66,8 +67,11 @@ def lines(plan: Plan) -> list[str]:
     """The plan as plain lines."""
     said = [f"plan for {plan.hardware}"]
     for model in plan.models:
-        active = f", {model.active_weights / 1e9:.1f} B at work on a token" if model.active_weights < model.weights else ""
-        said.append(f"{model.role}: {model.name}, {model.weights / 1e9:.2f} B weights{active}, {amount(model.weights_gb)}")
+        size = f"{model.weights / 1e9:.2f} B weights"
+        if model.active_weights < model.weights:
+            size += f", {model.active_weights / 1e9:.1f} B at work on a token"
+        shapes = "" if model.config == model.name else f" (shapes: {model.config})"
+        said.append(f"{model.role}: {model.name}, {size}, {amount(model.weights_gb)}{shapes}")
     said.append(f"rows: {plan.rows}")
     for stage in plan.stages:
         said.append(f"{stage.stage}: {stage.how}")

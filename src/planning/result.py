@@ -52,8 +52,9 @@ class Use:
 class Change:
     """The nearest change that fits, found by planning again with it.
 
+    of: the model that it is for, where a stage has several.
     words: what to do.
-    settings: what to set, section.key -> value; empty where it is another machine.
+    settings: what to set, section.key -> value; empty where there is nothing to set.
     peak_gb: of the fullest GPU then.
     hours: then.
     """
@@ -62,6 +63,7 @@ class Change:
     settings: dict[str, Any]
     peak_gb: float
     hours: tuple[float, float]
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class StagePlan:
     flops: operations of all of them.
     hours: from and to.
     problems: why it does not fit, other than by its peak.
-    change: where it does not fit, what would.
+    changes: where it does not fit, what would; one for each model that does not.
     """
 
     stage: str
@@ -85,7 +87,7 @@ class StagePlan:
     flops: float
     hours: tuple[float, float]
     problems: tuple[str, ...] = ()
-    change: Change | None = None
+    changes: tuple[Change, ...] = ()
 
     @property
     def peak_gb(self) -> float:
@@ -98,10 +100,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model as it is planned with."""
+    """A model as it is planned with; `config` says where its shapes are from."""
 
     role: str
     name: str
+    config: str
     weights: int
     active_weights: int
     weights_gb: float

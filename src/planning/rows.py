@@ -51,9 +51,7 @@ class Rows:
         return self.train + self.evaluation
 
 
-def read_rows(
-    profile: dict[str, Any], prompt_tokens: float | None = None, answer_tokens: float | None = None
-) -> Rows:
+def read_rows(profile: dict[str, Any], prompt_tokens: float | None = None, answer_tokens: float | None = None) -> Rows:
     """The rows of a merged profile: its clean files, else its prompts, else what its sections ask for.
 
     Args:
@@ -64,14 +62,17 @@ def read_rows(
     """
     data, experiment = Path(profile.get("data_dir", "")), Path(profile.get("experiment_dir", ""))
     limit = (profile.get("generate_sft_data") or {}).get("max_new_tokens", 768)
-    tokenizer = _tokenizer(profile.get("teacher_model_name_or_path", ""))
-    if tokenizer and all(path.is_file() for path in clean_files(experiment / "sft").values()):
+    cleaned = all(path.is_file() for path in clean_files(experiment / "sft").values())
+    collected = all((data / f"{split}_dataset.jsonl").is_file() for split in ("train", "eval"))
+    # asked for where there is something to count: a hub that is away answers after half a minute
+    tokenizer = _tokenizer(profile.get("teacher_model_name_or_path", "")) if cleaned or collected else None
+    if cleaned and tokenizer:
         rows = _clean(experiment / "sft", tokenizer)
-    elif (data / "train_dataset.jsonl").is_file() and (data / "eval_dataset.jsonl").is_file():
+    elif collected:
         rows = _prompts(data, tokenizer)
     else:
         rows = _wanted(profile.get("download_datasets") or {})
-    said = [f"{name} tokens as given" for name, value in (("prompt", prompt_tokens), ("answer", answer_tokens)) if value]
+    said = [f"{name} tokens as given" for name, own in (("prompt", prompt_tokens), ("answer", answer_tokens)) if own]
     return Rows(
         rows.train,
         rows.evaluation,

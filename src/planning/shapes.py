@@ -56,13 +56,13 @@ def config_folder(name: str) -> str:
     """
     if Path(name).is_dir():
         return name
-    base = name.partition("@")[0].strip("/")  # "Qwen/Qwen3-8B@main"
-    ours = SHIPPED / base.replace("outputs/models/", "").replace("/", "--")
+    base = name.partition("@")[0].rstrip("/").removeprefix("outputs/models/")  # "Qwen/Qwen3-8B@main"
+    ours = SHIPPED / base.replace("/", "--")
     return str(ours) if ours.is_dir() else name
 
 
 def open_meta(name: str, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> PreTrainedModel:
-    """The model on the meta device, frozen weights of `dtype`, cut to its first layers if so wanted.
+    """The model on the meta device, frozen weights of `dtype`, of so many layers if so wanted.
 
     Raises:
         UserError: its configuration cannot be had.
@@ -72,7 +72,7 @@ def open_meta(name: str, dtype: torch.dtype = torch.bfloat16, layers: int | None
         text = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
+            text.layer_types = (text.layer_types * layers)[:layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
@@ -93,7 +93,7 @@ def read_shapes(name: str) -> Shapes:
     # experts are stacked in one tensor, [experts, outputs, inputs]
     expert_weights = sum(p.numel() for _, p in matrices if p.dim() == 3 and p.shape[0] == experts)
     layer_weights = sum(p.numel() for _, p in matrices)
-    first = [p.numel() for n, p in matrices if n.startswith("0.") and n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]  # fmt: skip
+    first = [p.numel() for n, p in matrices if _reads_first(n.removesuffix(".weight"))]
     return Shapes(
         name=name,
         layers=len(layers),
@@ -115,6 +115,11 @@ def read_shapes(name: str) -> Shapes:
     )
 
 
+def _reads_first(path: str) -> bool:
+    """Whether a module of the layers reads what the first layer is given: "0.self_attn.q_proj"."""
+    return path.startswith("0.") and path.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")
+
+
 def lora_weights(name: str, rank: int, targets: list[str]) -> tuple[int, int]:
     """Trainable weights of adapters on these projections, and those of them on the first layer's q, k and v."""
     total = first = 0
@@ -122,5 +127,5 @@ def lora_weights(name: str, rank: int, targets: list[str]) -> tuple[int, int]:
         if path.rpartition(".")[2] in targets and isinstance(module, torch.nn.Linear):
             own = rank * (module.in_features + module.out_features)
             total += own
-            first += own if path.startswith("0.") and path.endswith(("q_proj", "k_proj", "v_proj")) else 0
+            first += own if _reads_first(path) else 0
     return total, first

@@ -25,5 +25,10 @@ def starting(weight_bytes: float, start: Range = utilisation.START_SECONDS) -> t
     return start.low + weight_bytes / GB / loading.high, start.high + weight_bytes / GB / loading.low
 
 
+def longer(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """Of what goes on at the same time."""
+    return max(one[0], other[0]), max(one[1], other[1])
+
+
 def added(*seconds: tuple[float, float]) -> tuple[float, float]:
     return sum(low for low, _ in seconds), sum(high for _, high in seconds)

@@ -119,7 +119,9 @@ def test_experts_that_some_tokens_choose(folder):
     for tokens in (1, 3, 20):
         seen = []
         for _ in range(2000):
-            chosen = [torch.randperm(shapes.experts, generator=generator)[: shapes.experts_per_token] for _ in range(tokens)]
+            chosen = [
+                torch.randperm(shapes.experts, generator=generator)[: shapes.experts_per_token] for _ in range(tokens)
+            ]
             seen.append(len(torch.cat(chosen).unique()))
         assert flops.distinct_experts(shapes, tokens) == pytest.approx(sum(seen) / len(seen), rel=0.02)
     one = flops.read_weights(shapes, 1)
