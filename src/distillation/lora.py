@@ -92,8 +92,9 @@ class _Fused:
             return super().forward(x, *arguments, **keywords)
         device, base, name = x.device.type, self.base_layer, names[0]
         state = getattr(base.weight, "quant_state", None)
-        own = base.weight.dtype if state is None else base.compute_dtype
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
+        dtype = base.weight.dtype if state is None else base.compute_dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
+            dtype = torch.get_autocast_dtype(device)
         weight = base.weight.to(dtype) if state is None else base.weight
         bias = None if base.bias is None else base.bias.to(dtype)
         a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
