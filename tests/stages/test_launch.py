@@ -26,8 +26,8 @@ class Machine:
     """What must follow from an overlay."""
 
     visible: str
-    teacher: str  # GPUs of the server and, but for 2x24, of the pass that keeps its beliefs
-    caching: str
+    teacher: str  # GPUs of the server
+    caching: str  # GPUs of the pass that keeps its beliefs
     student: str  # GPUs of the students' server
     teachers: tuple[int, int]  # tensor and data parallel sizes of the teacher's server
     students: tuple[int, int]  # and of the students'
@@ -42,7 +42,7 @@ SIX, FOUR = EIGHT[:16], EIGHT[:10]
 MACHINES = {
     "8x40": Machine("0,1,2,3,4,5,6,7", SIX, SIX, EIGHT, (2, 3), (1, 8), 8, 1024, "off"),
     "4x40": Machine("0,1,2,3", FOUR, FOUR, FOUR, (2, 2), (1, 4), 4, 1024, "off"),
-    "2x24": Machine("0,1", "0, 1", "0", "0, 1", (2, 1), (1, 2), 2, 4096, "on", f"{TEACHER}-FP8"),
+    "2x24": Machine("0,1", "0, 1", "0, 1", "0, 1", (2, 1), (1, 2), 2, 4096, "on", f"{TEACHER}-FP8"),
     "1x80": Machine("0", "0", "0", "0", (1, 1), (1, 1), 1, 4096, "off"),
 }
 
