@@ -82,7 +82,9 @@ class _FusedLinear(Linear):
         if plain or (self.training and getattr(self.lora_dropout[names[0]], "p", 0) > 0):
             return super().forward(x, *arguments, **keywords)
         device, base, name = x.device.type, self.base_layer, names[0]
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        dtype = base.weight.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
+            dtype = torch.get_autocast_dtype(device)
         bias = None if base.bias is None else base.bias.to(dtype)
         a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         copies = self.copies or (a.detach().to(dtype), b.detach().to(dtype))
