@@ -1,4 +1,4 @@
-"""Imports point one way: scripts, tests -> evaluation, data -> grading, distillation, report -> utils."""
+"""Imports point one way: scripts, tests -> evaluation, planning, data -> grading, distillation, report -> utils."""
 
 import ast
 from pathlib import Path
@@ -16,6 +16,7 @@ ALLOWED = {
     "src.distillation.loss_kernel": set(),
     "src.grading": {"src.grading", "src.utils"},
     "src.data": {"src.data", "src.grading", "src.utils"},
+    "src.planning": {"src.planning", "src.distillation", "src.utils"},
     "src.evaluation.verdict": set(),
     "src.report": {"src.report", "src.utils", "src.evaluation.verdict", "src.evaluation.results_schema"},
     "src.evaluation": {"src.evaluation", "src.grading", "src.report", "src.utils"} | {
@@ -102,6 +103,8 @@ def test_all_folders_are_walked():
         ("src.distillation.kd", "from src.grading.numeric import find_number"),
         ("src.data.cleaning", "from src.report.page import write_reports"),
         ("src.evaluation.evaluator", "from src.distillation.kd import run_kd_pipeline"),
+        ("src.distillation.kd", "from src.planning.plan import make_plan"),
+        ("src.planning.rows", "from src.evaluation.answers import MODES"),
         ("src.evaluation.evaluator", "from src.data.cleaning import clean"),
         ("src.evaluation.evaluator", "import scripts.one"),
         ("src.evaluation.evaluator", "from tests.conftest import TinyModels"),
@@ -128,6 +131,7 @@ def test_the_walk_can_fail(module, source):
         ("src.distillation.kd", "from src.distillation.losses import kd_loss\nfrom .base import load_model"),
         ("src.data.cleaning", "from src.grading.graders import grade\nfrom src.grading import sandbox"),
         ("src.data.sources", "from src.grading.rows import dataset_row"),
+        ("src.planning.setup", "from src.distillation.kd_config import KDConfig"),
         ("src.evaluation.evaluator", "from src.distillation.sft import generate\nfrom src.distillation import base"),
         ("src.grading.graders", "from src.grading.numeric import find_number"),
         ("scripts.one", "import torch\nfrom src.distillation.kd import KDConfig\nimport twofold"),

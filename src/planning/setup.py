@@ -1,0 +1,193 @@
+"""A merged profile -> what each stage will do, in the words of this package."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from src.distillation.engines import EngineSettings
+from src.distillation.kd_config import KDConfig
+from src.distillation.teacher_cache import CacheTeacherConfig
+from src.planning.answering import Answering
+from src.planning.caching import Caching
+from src.planning.hardware import Hardware
+from src.planning.rows import EVALUATED, Rows
+from src.planning.shapes import Shapes, read_shapes
+from src.planning.training import Training
+from src.utils.common import UserError
+from src.utils.config import SHARED, build_config
+
+# "Qwen/Qwen3-30B-A3B-Instruct-2507-FP8", "...-AWQ", "...-GPTQ-Int4": how a copy says that it is one
+QUANTISED = re.compile(r"(fp8|int8|w8a8)|(awq|gptq|int4|w4a16|nf4|4bit)", re.IGNORECASE)
+FOUR_BITS_AND_SCALES = 0.55  # bytes: 4 bits, a scale and a zero point for every 128 weights, embeddings as they were
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that is planned. `notes`: what differs from what the profile says."""
+
+    profile: Mapping[str, Any]
+    hardware: Hardware
+    teacher: Shapes
+    student: Shapes
+    rows: Rows
+    notes: list[str] = field(default_factory=list)
+
+    def section(self, name: str) -> dict[str, Any]:
+        return dict(self.profile.get(name) or {})
+
+    def devices(self, wanted: Sequence[int] | None, what: str) -> tuple[int, ...]:
+        """The GPUs that a setting names, as far as they are there; the first where it names none."""
+        if self.hardware.is_cpu:
+            if wanted:
+                self.notes.append(f"{what} names GPUs {list(wanted)}; there are none, so the processor is planned")
+            return ()
+        there = tuple(device for device in wanted or (0,) if device < self.hardware.count)
+        if wanted and len(there) < len(wanted):
+            there = there or tuple(range(self.hardware.count))
+            self.notes.append(f"{what} names {len(wanted)} GPUs, of which {len(there)} are planned: {list(there)}")
+        return there
+
+
+def open_setup(profile: dict[str, Any], hardware: Hardware, rows: Rows) -> Setup:
+    """Read the models' shapes.
+
+    Raises:
+        UserError: a model is not named, or its configuration cannot be had.
+    """
+    names = {}
+    for role, key in (("teacher", "teacher_model_name_or_path"), ("student", "model_name_or_path")):
+        names[role] = profile.get(key)
+        if not names[role]:
+            raise UserError(f"{key} is not set; a plan wants a profile that names both models")
+    return Setup(profile, hardware, read_shapes(names["teacher"]), read_shapes(names["student"]), rows)
+
+
+def typed(setup: Setup, section: str, config_class: type, later: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
+    """The section's config as its stage reads it, and those of the settings in `later` that the class does not have."""
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    values = {key: setup.profile[key] for key in SHARED if key in setup.profile and key in fields}
+    values |= setup.section(section)
+    apart = {key: values.pop(key) for key in later if key in values and key not in fields}
+    if "bf16" in fields and not setup.hardware.is_cpu:
+        values.setdefault("bf16", True)  # its default asks the machine that plans
+    config = build_config(config_class, values, where=section)
+    return config, apart | {key: getattr(config, key) for key in later if key in fields}
+
+
+def trainings(setup: Setup) -> list[Training]:
+    """The control and the distilled student."""
+    config, apart = typed(setup, "run_improved_kd", KDConfig, ("load_in_4bit",))
+    launch = setup.profile.get("launch") or {}
+    processes = 1 if setup.hardware.is_cpu else min(launch.get("processes", 1), setup.hardware.count)
+    online = config.teacher_signal == "online"
+    work = Training(
+        arm="kd",
+        student=setup.student,
+        teacher=setup.teacher,
+        config=config,
+        devices=setup.devices(config.student_devices, "run_improved_kd.student_devices"),
+        teacher_devices=setup.devices(config.teacher_devices, "run_improved_kd.teacher_devices")
+        if online and config.teacher_devices
+        else (),
+        processes=processes,
+        sharded=processes > 1 and launch.get("accelerate") == "fsdp2",
+        four_bit=bool(apart.get("load_in_4bit")),
+    )
+    control = dataclasses.replace(work, arm="sft", config=dataclasses.replace(config, alpha=0.0))
+    return [control, work]
+
+
+def caching(setup: Setup) -> Caching | None:
+    """None where the teacher is asked online."""
+    if setup.section("run_improved_kd").get("teacher_signal") == "online":
+        return None
+    config, apart = typed(setup, "cache_teacher", CacheTeacherConfig, ("cpu_offload",))
+    devices = setup.devices(config.teacher_devices, "cache_teacher.teacher_devices")
+    return Caching(setup.teacher, config, devices, bool(apart.get("cpu_offload")) and not setup.hardware.is_cpu)
+
+
+def _setting(section: Mapping[str, Any], name: str) -> Any:
+    return section.get(name, getattr(EngineSettings(), name))
+
+
+def _serve(setup: Setup, section: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What a section, or the profile for all, says of a server that the stage starts; None where transformers answers.
+
+    Raises:
+        UserError: it is no mapping.
+    """
+    said = section.get("serve", setup.profile.get("serve")) or None
+    try:
+        said = json.loads(said) if isinstance(said, str) else said
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}.serve is not JSON ({error.msg}): {said}") from None
+    if said is not None and not isinstance(said, dict):
+        raise UserError(f"{name}.serve must be a mapping such as {{command: vllm}}, found {said!r}")
+    if said is None and section.get("engine") == "openai":
+        setup.notes.append(f"{name} asks a server that runs elsewhere; it is planned as if it ran on these GPUs")
+    if said is None and section.get("engine") in ("vllm", "openai"):
+        return {}
+    return said
+
+
+def weight_bytes(name: str) -> float:
+    """Bytes of a weight of a served model, as its name says.
+
+    >>> weight_bytes("Qwen/Qwen3-30B-A3B-Instruct-2507-FP8"), weight_bytes("Qwen/Qwen3-8B")
+    (1.0, 2.0)
+    """
+    found = QUANTISED.search(name)
+    if not found:
+        return 2.0
+    return 1.0 if found[1] else FOUR_BITS_AND_SCALES
+
+
+def _answering(setup: Setup, section: dict[str, Any], what: str, model: Shapes, answers: int,
+               devices_key: str, name: str) -> Answering:  # fmt: skip
+    serve = _serve(setup, section, name)
+    served = serve is not None and not setup.hardware.is_cpu
+    serve = serve or {}
+    stands_in = str(serve.get("model", "")) if model is setup.teacher else ""
+    wanted = section.get(devices_key) or (serve.get("devices") if served and model is setup.teacher else None)
+    own = section.get("gpu_memory_gb") or serve.get("gpu_memory_gb") or EngineSettings().gpu_memory_gb
+    tensor, data = serve.get("tensor_parallel"), serve.get("data_parallel")
+    devices = setup.devices(wanted, f"{name}.{devices_key}")
+    fixed = model is setup.teacher and tensor and data and tensor * data <= len(devices)
+    return Answering(
+        what=what,
+        model=model,
+        answers=answers,
+        new_tokens=section.get("max_new_tokens", 768),
+        devices=devices,
+        budget_gb=float(own),
+        served=served,
+        rows=_setting(section, "batch_size"),
+        weight_bytes=weight_bytes(stands_in),
+        parallel=(tensor, 1, data) if fixed else None,
+    )
+
+
+def generation(setup: Setup) -> Answering:
+    """The teacher's answers to all prompts."""
+    section = setup.section("generate_sft_data")
+    answers = setup.rows.all * section.get("num_samples", 1)
+    return _answering(setup, section, "teacher", setup.teacher, answers, "teacher_devices", "generate_sft_data")
+
+
+def evaluation(setup: Setup) -> list[tuple[str, Answering]]:
+    """Every arm's answers to the evaluation's prompts, over all temperatures and presets."""
+    section = setup.section("evaluate_distillation")
+    rows = min(setup.rows.evaluation, EVALUATED[section.get("mode", "full")])
+    # greedy decoding is one cell, whatever the preset; see evaluation.answers.cells
+    temperatures, presets = section.get("temperatures", [0.1, 0.7, 1.2]), section.get("presets", ["recommended"])
+    cells = sum(len(presets) if temperature else 1 for temperature in temperatures)
+    answers = rows * cells * section.get("num_samples", 1)
+    found = []
+    for arm in section.get("arms", ["base", "sft", "kd", "teacher"]):
+        role, key = ("teacher", "teacher_devices") if arm == "teacher" else ("student", "student_devices")
+        model = setup.teacher if role == "teacher" else setup.student
+        found.append((role, _answering(setup, section, arm, model, answers, key, "evaluate_distillation")))
+    return found
