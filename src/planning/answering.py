@@ -55,6 +55,7 @@ class Answering:
 class Answered:
     """What plans of answering have in common, before they become a stage."""
 
+    what: str
     how: str
     named: tuple[tuple[int, Memory], ...]
     tokens: float
@@ -96,10 +97,10 @@ def _by_transformers(work: Answering, rows: Rows, hardware: Hardware) -> Answere
             _decoding_seconds(work, rows, batch, hardware),
         )
     seconds = added(seconds, starting(work.model.weights * dtype.itemsize))
-    how = f"{work.what} by transformers, {batch} rows together, {over(work.devices, hardware)}"
+    how = f"by transformers, {batch} rows together, {over(work.devices, hardware)}"
     problems = weights_problem(shares, work.budget_gb, dtype.itemsize, hardware)
     tokens = work.answers * rows.tokens
-    return Answered(how, named, tokens, reading + decoding, seconds, problems)
+    return Answered(work.what, how, named, tokens, reading + decoding, seconds, problems)
 
 
 def _batch_that_fits(work: Answering, shares: tuple[Share, ...], traced: Pass, hardware: Hardware) -> int:
@@ -166,12 +167,12 @@ def _by_server(work: Answering, rows: Rows, hardware: Hardware) -> Answered:
         starting(work.model.weights * work.weight_bytes, utilisation.SERVER_START_SECONDS),
     )
     stages = f" x pipeline {pipeline}" if pipeline > 1 else ""
-    how = f"{work.what} by a server, tensor {tensor}{stages} x data {replicas}, {together} answers at once in each"
+    how = f"by a server, tensor {tensor}{stages} x data {replicas}, {together} answers at once in each"
     if work.weight_bytes < 2:
         how += f", {8 * work.weight_bytes:.1f} bits a weight"
     used = (work.devices or (0,))[: tensor * pipeline * replicas]
     named = tuple((device, memory) for device in used)
-    return Answered(how, named, work.answers * rows.tokens, reading + decoding, seconds, problems)
+    return Answered(work.what, how, named, work.answers * rows.tokens, reading + decoding, seconds, problems)
 
 
 def _serving_seconds(
@@ -196,7 +197,10 @@ def answered_stage(
         if name not in seen:  # the students are alike
             uses += grouped(part.named, hardware, name if len({n for n, _ in parts}) > 1 else "")
         seen.add(name)
-    said = "; ".join(dict.fromkeys(part.how for _, part in parts))
+    alike: dict[str, list[str]] = {}
+    for _, part in parts:
+        alike.setdefault(part.how, []).append(part.what)
+    said = "; ".join(f"{', '.join(names)} {how}" for how, names in alike.items())
     return StagePlan(
         stage=stage,
         how=said,

@@ -1,7 +1,7 @@
 """A plan of the pass that keeps what the teacher believes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from src.distillation.gpu import FILLED, PROBED
 from src.distillation.teacher_cache import CPU_TOKENS, MOST_TOKENS, CacheTeacherConfig
@@ -48,7 +48,9 @@ def plan_caching(work: Caching, rows: Rows, hardware: Hardware) -> StagePlan:
     traced = Pass(teacher.name, dtype, length, attention_kind(hardware, length))
     shares = spread(teacher, work.devices)
     if work.offloaded:
-        shares = (_streamed(teacher, config.gpu_memory_gb, dtype.itemsize, work.devices),)
+        # what stays, and a layer that visits
+        held = _staying(teacher, config.gpu_memory_gb, dtype.itemsize) + teacher.layer_weights // teacher.layers
+        shares = (replace(shares[0], weights=min(teacher.weights, held), layers=teacher.layers, last=True),)
     tokens = caching_tokens(work, rows, hardware, traced, shares)
     answers = rows.all * rows.answer_tokens
     in_file = min(config.tokens_per_shard, answers)
@@ -62,7 +64,7 @@ def plan_caching(work: Caching, rows: Rows, hardware: Hardware) -> StagePlan:
     seconds.append(starting(teacher.weights * dtype.itemsize))
     how = f"{config.signal}, passes of {tokens:,.0f} tokens at most, {over(work.devices, hardware)}"
     if work.offloaded:
-        away = max(0, teacher.weights - shares[0].weights) * dtype.itemsize / GB
+        away = (teacher.weights - _staying(teacher, config.gpu_memory_gb, dtype.itemsize)) * dtype.itemsize / GB
         passes, pcie = math.ceil(rows.all * rows.tokens / tokens), utilisation.STREAMING
         seconds.append((passes * away / pcie.high, passes * away / pcie.low))
         how += f", {away:.1f} GB of weights streamed from the machine's memory each of {passes} passes"
@@ -78,8 +80,7 @@ def plan_caching(work: Caching, rows: Rows, hardware: Hardware) -> StagePlan:
     )
 
 
-def _streamed(teacher: Shapes, budget_gb: float, size: int, devices: tuple[int, ...]) -> Share:
-    """What stays on a GPU of a teacher whose other layers visit it one at a time."""
-    a_layer = teacher.layer_weights // teacher.layers
-    stay = min(teacher.weights, max(budget_gb * GB / size, teacher.weights - teacher.layer_weights + a_layer))
-    return Share(devices[0] if devices else 0, round(stay), teacher.layers)
+def _staying(teacher: Shapes, budget_gb: float, size: int) -> int:
+    """Weights that stay on a GPU of a teacher whose other layers visit it: as many as the budget allows, and whatever
+    is no layer."""
+    return round(min(teacher.weights, max(budget_gb * GB / size, teacher.weights - teacher.layer_weights)))

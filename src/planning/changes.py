@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from src.distillation.teacher_cache import MOST_TOKENS
 from src.planning.answering import Answered, Answering, answered_stage, plan_answering
 from src.planning.caching import Caching, plan_caching
 from src.planning.hardware import Hardware
@@ -12,6 +13,7 @@ from src.planning.rows import Rows
 from src.planning.setup import FOUR_BITS_AND_SCALES
 from src.planning.training import Training, plan_training
 
+SMALLER = "smaller passes, the same rows a step"
 MOST_GPUS = 64  # of the same kind that are tried
 
 
@@ -42,14 +44,13 @@ def training_edits(work: Training, hardware: Hardware) -> list[Edit]:
     """From what costs nothing but time to what makes another run of it."""
     config, count, section = work.config, hardware.count, "run_improved_kd"
     every, edits = tuple(range(count)), []
-    if config.tokens_per_batch != config.max_length:
-        small = {"tokens_per_batch": config.max_length}
-        named = {f"{section}.tokens_per_batch": config.max_length}
-        edits.append(Edit("smaller passes, the same rows a step", named, _configured(**small)))
+    for tokens in halves(config.tokens_per_batch, config.max_length):
+        named = {f"{section}.tokens_per_batch": tokens}
+        edits.append(Edit(SMALLER, named, _configured(tokens_per_batch=tokens)))
     if not config.gradient_checkpointing:
         named = {f"{section}.gradient_checkpointing": True}
         edits.append(Edit("gradient checkpointing", named, _configured(gradient_checkpointing=True)))
-    if config.teacher_signal == "online" and config.alpha > 0:
+    if config.teacher_signal == "online":
         cached = _configured(teacher_signal="hidden")
         named = {f"{section}.teacher_signal": "hidden"}
         edits.append(
@@ -75,6 +76,19 @@ def training_edits(work: Training, hardware: Hardware) -> list[Edit]:
     return edits
 
 
+def halves(tokens: int | None, least: int) -> list[int]:
+    """Ever smaller passes, down to one of the longest row alone.
+
+    >>> halves(4096, 1024), halves(1024, 1024)
+    ([2048, 1024], [])
+    """
+    found, tokens = [], tokens or MOST_TOKENS
+    while tokens > least:
+        tokens = max(tokens // 2, least)
+        found.append(tokens)
+    return found
+
+
 def training_options(work: Training, hardware: Hardware) -> Iterator[Option]:
     """Each edit by itself, then one on top of the other, then more GPUs."""
     edits = training_edits(work, hardware)
@@ -85,18 +99,18 @@ def training_options(work: Training, hardware: Hardware) -> Iterator[Option]:
         changed = edit.apply(changed)
         words.append(edit.words)
         settings = settings | edit.settings
-        if len(words) > 1:
-            yield Option("; ".join(words), settings, changed, hardware)
+        if edit.words != SMALLER and len(words) > 1:
+            yield Option("; ".join(dict.fromkeys(words)), settings, changed, hardware)
     for larger, every in more_gpus(hardware, work.student.layers):
         yield Option(_so_many(larger), {"gpus": f"{larger.count}x{larger.device.memory_gb:g}"},
                      replace(work, devices=every, processes=1, sharded=False), larger)  # fmt: skip
 
 
 def caching_options(work: Caching, hardware: Hardware) -> Iterator[Option]:
-    section, every = "cache_teacher", tuple(range(hardware.count))
-    size = work.config.max_length
-    small = replace(work, config=replace(work.config, tokens_per_batch=size))
-    yield Option("smaller passes", {f"{section}.tokens_per_batch": size}, small, hardware)
+    section, every, small = "cache_teacher", tuple(range(hardware.count)), work
+    for tokens in halves(work.config.tokens_per_batch, work.config.max_length):
+        small = replace(work, config=replace(work.config, tokens_per_batch=tokens))
+        yield Option("smaller passes", {f"{section}.tokens_per_batch": tokens}, small, hardware)
     if len(work.devices) < hardware.count:
         settings = {f"{section}.teacher_devices": list(every)}
         yield Option(f"the teacher over all {len(every)} GPUs", settings, replace(work, devices=every), hardware)
@@ -106,8 +120,8 @@ def caching_options(work: Caching, hardware: Hardware) -> Iterator[Option]:
         yield Option(
             "layers that stay in the machine's memory and visit the GPU",
             {f"{section}.{name}": value for name, value in (("cpu_offload", True), ("gpu_memory_gb", budget),
-             ("teacher_devices", [0]), ("tokens_per_batch", size))},
-            replace(work, config=config, offloaded=True, devices=every[:1]),
+             ("teacher_devices", [0]), ("tokens_per_batch", config.tokens_per_batch))},
+            replace(small, config=config, offloaded=True, devices=every[:1]),
             hardware,
         )  # fmt: skip
     for larger, more in more_gpus(hardware, work.teacher.layers):

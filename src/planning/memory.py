@@ -9,7 +9,7 @@ import torch
 from src.distillation.base import layer_device_map
 from src.distillation.losses import ALIGNED, CHUNK_TENSORS, KERNEL_BYTES, chunk_tokens
 from src.planning.hardware import Hardware
-from src.planning.result import Memory, Use
+from src.planning.result import PARTS, Memory, Use
 from src.planning.shapes import Shapes, open_meta
 from src.planning.trace import Pass, trace
 
@@ -85,8 +85,9 @@ class Step:
     """A training step's memory, as far as it does not depend on how many tokens a pass holds.
 
     adapters: trainable weights.
-    teacher_head: the teacher's output layer is beside the student's (a cached signal of hidden states).
-    resident: an online teacher's share of this GPU, if it has one here.
+    teacher_head: the teacher's output layer is beside the student's, if only to measure.
+    beliefs: so are its hidden states of a pass.
+    resident: an online teacher is on the student's GPU, with its own output layer.
     optimiser_bytes: a trainable weight's moments.
     """
 
@@ -96,6 +97,7 @@ class Step:
     answer_share: float
     adapters: int
     teacher_head: bool
+    beliefs: bool
     resident: bool
     optimiser_bytes: int
     compiled: bool
@@ -116,7 +118,7 @@ def training_memory(step: Step, share: Share, tokens: float, hardware: Hardware)
 
     # the peak is where the forward pass ends, in the loss, or in the backward pass
     counted = trace(step.traced).at(share.layers, tokens)
-    states, beliefs = answers * student.hidden * size, answers * teacher.hidden * size if step.teacher_head else 0
+    states, beliefs = answers * student.hidden * size, answers * teacher.hidden * size if step.beliefs else 0
     chunk = loss_bytes(hardware, student.vocab, answers, step.compiled) if share.last else 0
     moments = [(counted.forward, beliefs), (counted.kept, chunk + states + beliefs), (counted.backward, states)]
     if step.resident:  # its pass comes first, before the student's activations are made
@@ -215,6 +217,13 @@ def merging_memory(shapes: Shapes, adapters: int, dtype: torch.dtype, hardware: 
         activations=3 * 4 * shapes.widest / GB,  # the product of the factors, scaled, and the weights it is added to
         overhead=hardware.device.overhead_gb,
     )
+
+
+def together(one: Memory, other: Memory) -> Memory:
+    """Two models of one process on one GPU, of which one works at a time."""
+    both = {part: getattr(one, part) + getattr(other, part) for part in PARTS}
+    alone = {part: max(getattr(one, part), getattr(other, part)) for part in ("activations", "overhead")}
+    return Memory(**(both | alone))
 
 
 def grouped(named: Sequence[tuple[int, Memory]], hardware: Hardware, of: str = "") -> tuple[Use, ...]:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from src.planning import utilisation
 from src.planning.answering import Merging, answered_stage, plan_answering, plan_merging
 from src.planning.caching import plan_caching
 from src.planning.changes import answering_change, caching_change, fits, training_change
@@ -52,7 +53,8 @@ def make_plan(profile: dict[str, Any], gpus: str | Hardware | None = None, promp
         f"{rows.train:,} to train on, {rows.evaluation:,} to evaluate; a row has about {rows.prompt_tokens:.0f} tokens "
         f"of prompt and {rows.answer_tokens:.0f} of answer ({rows.source})"
     )
-    notes = [*dict.fromkeys(setup.notes), EVERY_ROW, ON_A_PROCESSOR if setup.hardware.is_cpu else WITHOUT_LIGER]
+    notes = [*dict.fromkeys(setup.notes), EVERY_ROW]
+    notes += [ON_A_PROCESSOR] if setup.hardware.is_cpu else [WITHOUT_LIGER, utilisation.SAID]
     return Plan(str(setup.hardware), models, said, tuple(stages), tuple(notes))
 
 

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from src.planning.result import PARTS, Plan, StagePlan, Use
 
+TABLE_WIDTH = 140  # characters
+
 
 def amount(gb: float) -> str:
     """Three digits, with the unit that wants no zeros.
@@ -86,14 +88,18 @@ def lines(plan: Plan) -> list[str]:
     return said + [f"note: {note}" for note in plan.notes]
 
 
+def _number(gb: float) -> str:
+    return f"{gb:.1f}" if gb >= 0.1 else f"{gb:.2g}" if gb > 0 else "-"
+
+
 def table(plan: Plan) -> Table:
     """The same as a table: a row for each group of GPUs of a stage."""
-    made = Table(title=f"Plan for {plan.hardware}", title_justify="left", show_lines=False)
-    made.add_column("stage", overflow="fold")
-    made.add_column("where")
-    for name in ("weights", "adapters", "grad + opt", "activations", "KV cache", "loss", "teacher", "peak", "disk"):
+    made = Table(title=f"Plan for {plan.hardware}; sizes in GB", title_justify="left")
+    made.add_column("stage", no_wrap=True)
+    made.add_column("where", no_wrap=True)
+    for name in ("weights", "LoRA", "grad+opt", "activ.", "KV", "loss", "teacher", "peak", "disk"):
         made.add_column(name, justify="right")
-    made.add_column("time", justify="right")
+    made.add_column("time", justify="right", no_wrap=True)
     made.add_column("fits")
     for stage in plan.stages:
         for number, use in enumerate(stage.uses):
@@ -104,8 +110,8 @@ def table(plan: Plan) -> Table:
             made.add_row(
                 stage.stage if first else "",
                 use.name,
-                *map(amount, held),
-                amount(stage.disk_gb) if first else "",
+                *map(_number, held),
+                _number(stage.disk_gb) if first else "",
                 duration(stage.hours) if first else "",
                 ("yes" if stage.fits else "[bold]no[/bold]") if first else "",
             )
@@ -113,9 +119,9 @@ def table(plan: Plan) -> Table:
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """On a terminal the table and what it cannot hold; elsewhere plain lines, which no width breaks."""
+    """On a terminal that is wide enough the table and what it cannot hold; elsewhere plain lines, never broken."""
     console = console or Console()
-    if not console.is_terminal:
+    if not console.is_terminal or console.width < TABLE_WIDTH:
         for line in lines(plan):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return

@@ -96,7 +96,7 @@ def trainings(setup: Setup) -> list[Training]:
         sharded=processes > 1 and launch.get("accelerate") == "fsdp2",
         four_bit=bool(apart.get("load_in_4bit")),
     )
-    control = dataclasses.replace(work, arm="sft", config=dataclasses.replace(config, alpha=0.0), teacher_devices=())
+    control = dataclasses.replace(work, arm="sft", config=dataclasses.replace(config, alpha=0.0))
     return [control, work]
 
 
@@ -113,12 +113,22 @@ def _setting(section: Mapping[str, Any], name: str) -> Any:
     return section.get(name, getattr(EngineSettings(), name))
 
 
-def _serve(setup: Setup, section: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a section, or the profile for all, says of a server that the stage starts; the vllm engine is one too."""
-    said = section.get("serve", setup.profile.get("serve"))
-    if isinstance(said, str):
-        said = json.loads(said) if said else None
-    if said is None and section.get("engine") == "vllm":
+def _serve(setup: Setup, section: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What a section, or the profile for all, says of a server that the stage starts; None where transformers answers.
+
+    Raises:
+        UserError: it is no mapping.
+    """
+    said = section.get("serve", setup.profile.get("serve")) or None
+    try:
+        said = json.loads(said) if isinstance(said, str) else said
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}.serve is not JSON ({error.msg}): {said}") from None
+    if said is not None and not isinstance(said, dict):
+        raise UserError(f"{name}.serve must be a mapping such as {{command: vllm}}, found {said!r}")
+    if said is None and section.get("engine") == "openai":
+        setup.notes.append(f"{name} asks a server that runs elsewhere; it is planned as if it ran on these GPUs")
+    if said is None and section.get("engine") in ("vllm", "openai"):
         return {}
     return said
 
@@ -137,7 +147,7 @@ def weight_bytes(name: str) -> float:
 
 def _answering(setup: Setup, section: dict[str, Any], what: str, model: Shapes, answers: int,
                devices_key: str, name: str) -> Answering:  # fmt: skip
-    serve = _serve(setup, section)
+    serve = _serve(setup, section, name)
     served = serve is not None and not setup.hardware.is_cpu
     serve = serve or {}
     stands_in = str(serve.get("model", "")) if model is setup.teacher else ""

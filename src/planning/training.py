@@ -16,6 +16,7 @@ from src.planning.memory import (
     grouped,
     reading_memory,
     spread,
+    together,
     training_memory,
     weights_problem,
 )
@@ -54,7 +55,6 @@ class Training:
     four_bit: bool = False
 
 
-@functools.lru_cache(maxsize=64)
 def _train_rows(rows: Rows, fraction: float) -> tuple[int, int]:
     """Rows to train on and rows set aside, of those that are expected."""
     aside = round(rows.train * fraction)
@@ -72,15 +72,16 @@ def traced_pass(work: Training, rows: Rows, hardware: Hardware) -> Pass:
 
 
 def step_of(work: Training, rows: Rows, hardware: Hardware) -> Step:
-    config, learns = work.config, work.config.alpha > 0
-    resident = learns and config.teacher_signal == "online" and not work.teacher_devices
+    config, online = work.config, work.config.teacher_signal == "online"
+    resident = online and not work.teacher_devices
     return Step(
         student=work.student,
         teacher=work.teacher,
         traced=traced_pass(work, rows, hardware),
         answer_share=rows.answer_tokens / rows.tokens,
         adapters=adapters_of(work.student.name, config.lora_r, tuple(config.lora_target_modules))[0],
-        teacher_head=learns and config.teacher_signal != "topk",
+        teacher_head=not resident,
+        beliefs=config.alpha > 0 and config.teacher_signal != "topk",
         resident=resident,
         optimiser_bytes=0 if config.optim == "sgd" else 8,
         compiled=config.compile_loss is not False,
@@ -129,9 +130,8 @@ def plan_training(work: Training, rows: Rows, hardware: Hardware) -> StagePlan:
         memory = training_memory(step, share, tokens, hardware)
         places = range(work.processes) if work.processes > 1 else [share.device]
         named += [(place, memory) for place in places]
-    uses = grouped(named, hardware, "student" if work.teacher_devices and step_has_teacher(work) else "")
-    if step_has_teacher(work) and work.teacher_devices:
-        uses += grouped(_resident(work, step, tokens, hardware), hardware, "teacher")
+    if config.teacher_signal == "online" and work.teacher_devices:
+        named = _beside(named, _resident(work, step, tokens, hardware))
     work_flops, read = training_flops(work, rows, step)
     seconds = added(
         computing(work_flops, hardware, utilisation.TRAINING, utilisation.CPU_TRAINING, work.processes),
@@ -141,7 +141,7 @@ def plan_training(work: Training, rows: Rows, hardware: Hardware) -> StagePlan:
     return StagePlan(
         stage=f"run_improved_kd ({work.arm})",
         how=_how_trained(work, tokens, rows),
-        uses=uses,
+        uses=grouped(named, hardware),
         # as kd._add_adapters asks for: an adapter and two moments each, one more while it is written, the final model
         disk_gb=4 * step.adapters * (3 * checkpoints + 4) / GB,
         tokens=read,
@@ -149,10 +149,6 @@ def plan_training(work: Training, rows: Rows, hardware: Hardware) -> StagePlan:
         hours=hours(*seconds),
         problems=weights_problem(shares, config.gpu_memory_gb, config.dtype.itemsize, hardware),
     )
-
-
-def step_has_teacher(work: Training) -> bool:
-    return work.config.alpha > 0 and work.config.teacher_signal == "online"
 
 
 def _resident(work: Training, step: Step, tokens: float, hardware: Hardware) -> list[tuple[int, Memory]]:
@@ -163,6 +159,14 @@ def _resident(work: Training, step: Step, tokens: float, hardware: Hardware) -> 
         memory = reading_memory(work.teacher, share, reading, tokens, 0, hardware)
         named.append((share.device, replace(memory, weights=0.0, teacher=memory.weights)))
     return named
+
+
+def _beside(students: list[tuple[int, Memory]], teachers: list[tuple[int, Memory]]) -> list[tuple[int, Memory]]:
+    """What each GPU holds of both, in the order of their numbers."""
+    held = dict(students)
+    for device, memory in teachers:
+        held[device] = together(held[device], memory) if device in held else memory
+    return sorted(held.items())
 
 
 def steps_of(work: Training, rows: Rows) -> int:
@@ -178,7 +182,7 @@ def training_flops(work: Training, rows: Rows, step: Step) -> tuple[float, float
     config, student = work.config, work.student
     length, answer = min(rows.tokens, config.max_length), rows.answer_tokens
     adapters, first = adapters_of(student.name, config.lora_r, tuple(config.lora_target_modules))
-    teacher = work.teacher if step.teacher_head else None
+    teacher = work.teacher if step.beliefs else None
     steps = steps_of(work, rows)
     trained = steps * config.rows_per_step
     _, aside = _train_rows(rows, config.validation_fraction)
@@ -193,8 +197,9 @@ def training_flops(work: Training, rows: Rows, step: Step) -> tuple[float, float
         + flops.head(student, round(answer))
         + flops.head(replace(work.teacher, vocab=student.vocab), round(answer))
     )
-    if step_has_teacher(work):
-        total += (trained + measured) * flops.body_forward(work.teacher, a_row)
+    if config.teacher_signal == "online":
+        asked = measured + (trained if config.alpha > 0 else 0)
+        total += asked * flops.body_forward(work.teacher, a_row)
     return total, (trained + measured) * length
 
 
@@ -211,5 +216,6 @@ def _how_trained(work: Training, tokens: float, rows: Rows) -> str:
         said.append("checkpointing")
     if work.four_bit:
         said.append("student in 4 bits")
-    said.append("no teacher" if config.alpha == 0 else f"teacher {config.teacher_signal}")
+    signal = f"teacher {config.teacher_signal}"
+    said.append(f"{signal}, to measure alone" if config.alpha == 0 else signal)
     return ", ".join(said)

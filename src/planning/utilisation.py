@@ -39,3 +39,9 @@ START_SECONDS = Range(15, 60, "imports, CUDA, compiling the loss kernel")
 SERVER_START_SECONDS = Range(60, 300, "vLLM compiles and captures its graphs")
 # GB a second over PCIe, 4.0 x16 (32 GB/s by its specification)
 STREAMING = Range(10.0, 24.0, "PCIe 4.0 x16")
+
+SAID = (
+    f"time: {TRAINING.low:.0%} to {TRAINING.high:.0%} of the data sheet's bf16 rate in training, {READING.low:.0%} to "
+    f"{READING.high:.0%} in reading, {DECODING.low:.0%} to {DECODING.high:.0%} of its bandwidth in decoding "
+    "(src/planning/utilisation.py says from where)"
+)

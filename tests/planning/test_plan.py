@@ -77,6 +77,28 @@ def test_online_needs_the_teacher_and_no_cache(profile):
     assert with_teacher.flops > with_cache.flops
 
 
+def test_a_teacher_on_the_gpu_of_the_student_counts_there(profile):
+    """The control has it as well: it measures."""
+    profile["run_improved_kd"] |= {"teacher_signal": "online", "teacher_devices": [0, 1], "student_devices": [1]}
+    found = stages(make_plan(profile, "3x40"))
+    for arm in ("sft", "kd"):
+        first, second = found[f"run_improved_kd ({arm})"].uses
+        assert (first.name, second.name) == ("GPU 0", "GPU 1")
+        assert first.memory.weights == 0
+        assert min(second.memory.weights, second.memory.teacher, first.memory.teacher) > 0
+        assert second.memory.overhead == first.memory.overhead
+
+
+def test_a_teacher_that_is_streamed(profile):
+    """What does not stay visits the GPU in every pass."""
+    whole = stages(make_plan(profile, "1x40"))["cache_teacher"]
+    profile["cache_teacher"] |= {"cpu_offload": True, "gpu_memory_gb": 0.0}
+    streamed = stages(make_plan(profile, "1x40"))["cache_teacher"]
+    assert streamed.uses[0].memory.weights < whole.uses[0].memory.weights
+    assert streamed.hours[1] > whole.hours[1]
+    assert "streamed from the machine's memory" in streamed.how
+
+
 def test_settings_of_others_are_read(profile):
     """Those that a section's own class may not know yet."""
     plain = stages(make_plan(profile, "2x40"))["run_improved_kd (kd)"].uses[0].memory
@@ -123,7 +145,7 @@ def test_shipped_profiles_need_no_network(monkeypatch):
 # What does not fit
 
 
-LARGE = {"max_length": 4096, "tokens_per_batch": 16384, "gradient_accumulation_steps": 64}
+LARGE = {"max_length": 4096, "tokens_per_batch": 8192, "gradient_accumulation_steps": 64}
 
 
 def peak_of_training(profile, settings):
@@ -178,6 +200,21 @@ def test_a_server_is_given_more_gpus(profile):
     stage = stages(make_plan(profile, gpus(2, 40)))["generate_sft_data"]
     assert "do not fit" in stage.problems[0]
     assert "parallelism" in stage.changes[0].words
+
+
+@pytest.mark.parametrize(
+    ("serve", "said"), [("{", "serve is not JSON"), ([1], "must be a mapping"), ("[1]", "must be a mapping")]
+)
+def test_a_server_that_is_no_mapping(profile, serve, said):
+    with pytest.raises(UserError, match=said):
+        make_plan(profile | {"serve": serve}, "1x40")
+
+
+def test_a_server_elsewhere_is_said(profile):
+    profile["generate_sft_data"] = {"engine": "openai"}
+    plan = make_plan(profile, "2x40")
+    assert any("generate_sft_data asks a server that runs elsewhere" in note for note in plan.notes)
+    assert "by a server" in stages(plan)["generate_sft_data"].how
 
 
 def test_a_smaller_pass_is_tried_before_another_machine(profile):

@@ -33,7 +33,7 @@ def planned(models, rows, attention="varlen", **changes):
     student, teacher = models
     resident = changes.pop("resident", False)
     traced = Pass(student.name, torch.bfloat16, ROW, attention, 64, LORA_TARGETS, **changes)
-    step = Step(student, teacher, traced, 0.7, TRAINABLE, not resident, resident, 8, True, False)
+    step = Step(student, teacher, traced, 0.7, TRAINABLE, not resident, True, resident, 8, True, False)
     return memory.training_memory(step, Share(0, student.weights, student.layers), rows * ROW, H200)
 
 
