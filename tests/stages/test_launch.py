@@ -210,6 +210,16 @@ def test_the_profiles_own_overlay_needs_no_flag(dry):
     assert dry("--profile", "embedded") == dry("--profile", "embedded", "--hardware", "none") == dry()
 
 
+@pytest.mark.parametrize("hardware", ["8x40", "1x80"])
+def test_a_dry_run_ends_with_the_plan(succeeds, hardware):
+    """The planner itself, of models that are not here."""
+    printed = succeeds("run_stages", "--profile", "qwen3_30b_to_8b", "--hardware", hardware, "--dry_run")
+    plan = printed[printed.index("plan for ") :].splitlines()
+    assert plan[0].startswith(f"plan for {hardware[0]} x A100 {hardware[2:]} GB")
+    assert sum(line.strip() == "fits" for line in plan) == 6
+    assert any(line.startswith("together: disk ") for line in plan)
+
+
 def stages_of(lines: list[str]) -> list[str]:
     return [line.split(". ")[1] for line in lines if line[:1].isdigit()]
 
