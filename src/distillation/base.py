@@ -38,9 +38,10 @@ from src.distillation.quantisation import (
     parameter_bytes,
 )
 from src.utils.answers import OPENS
-from src.utils.common import UserError, logger, read_json
+from src.utils.common import ROOT, UserError, logger, read_json
 from src.utils.stages import experiment_date
 
+SHIPPED = ROOT / "configs" / "models"  # shapes of the shipped profiles' models, for plans that need no network
 IGNORED = -100  # the label of a position that is not a response token
 ANY_DAY = datetime.date(2025, 1, 1)  # what a template that asks for the day reads outside an experiment
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -128,6 +129,19 @@ def load_model_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(own.id, **own.pin, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load("model", name, error) from error
+
+
+def config_folder(name: str) -> str:
+    """Where a model's shapes can be read: its own folder, configs/models where it is a shipped profile's, or the hub.
+
+    >>> config_folder("Qwen/Qwen3-8B").endswith("configs/models/Qwen--Qwen3-8B")
+    True
+    """
+    if Path(name).is_dir():
+        return name
+    base = name.partition("@")[0].rstrip("/").removeprefix("outputs/models/")  # "Qwen/Qwen3-8B@main"
+    ours = SHIPPED / base.replace("/", "--")
+    return str(ours) if ours.is_dir() else name
 
 
 def load_tokenizer(name: str, experiment_dir: str | Path = "") -> PreTrainedTokenizerBase:

@@ -17,7 +17,14 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from src.distillation.base import compute_dtype, count_parameters, load_model_config, meta_model, model_name
+from src.distillation.base import (
+    compute_dtype,
+    config_folder,
+    count_parameters,
+    load_model_config,
+    meta_model,
+    model_name,
+)
 from src.distillation.server import parallel_sizes, split_command
 from src.utils.common import UserError, parse_json, read_json
 from src.utils.config import nearest
@@ -246,9 +253,10 @@ def sizes(serve: Serve, model: str, devices: Sequence[int]) -> tuple[int, int, i
                 f"{gpus} GPUs; make their product {gpus}, or name as many devices"
             )
         return tensor or gpus // data, 1, data or gpus // tensor
-    config, dtype = load_model_config(model), serving_dtype(devices)
+    shapes, dtype = config_folder(model), serving_dtype(devices)
+    config = load_model_config(shapes)
     text = config.get_text_config()
-    weight_gb = count_parameters(meta_model(model)) * (stored_bits(config) or 8 * dtype.itemsize) / 8 / 1e9
+    weight_gb = count_parameters(meta_model(shapes)) * (stored_bits(config) or 8 * dtype.itemsize) / 8 / 1e9
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     assert serve.gpu_memory_gb is not None

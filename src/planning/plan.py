@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from src.distillation.base import config_folder
 from src.planning import utilisation
 from src.planning.answering import Merging, answered_stage, plan_answering, plan_merging
 from src.planning.caching import plan_caching
@@ -11,7 +12,7 @@ from src.planning.hardware import Hardware, parse_gpus, this_machine
 from src.planning.result import Change, ModelSize, Plan, StagePlan
 from src.planning.rows import read_rows
 from src.planning.setup import Setup, caching, evaluation, generation, open_setup, trainings
-from src.planning.shapes import Shapes, config_folder
+from src.planning.shapes import Shapes
 from src.planning.training import adapters_of, plan_training
 from src.utils.common import ROOT, UserError
 

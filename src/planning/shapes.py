@@ -1,16 +1,11 @@
 """What a model is, read off its configuration on the meta device: no weight is loaded or fetched."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from src.distillation.base import load_model_config
-from src.utils.common import ROOT
-
-# Configurations of the shipped profiles' models, which need no network: configs/models/Qwen--Qwen3-8B/config.json
-SHIPPED = ROOT / "configs" / "models"
+from src.distillation.base import config_folder, load_model_config
 
 
 @dataclass(frozen=True)
@@ -46,19 +41,6 @@ class Shapes:
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a token's keys and values in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
-
-
-def config_folder(name: str) -> str:
-    """Where the configuration of a model is: its own folder, ours where it is a shipped profile's, or the hub.
-
-    >>> config_folder("Qwen/Qwen3-8B").endswith("configs/models/Qwen--Qwen3-8B")
-    True
-    """
-    if Path(name).is_dir():
-        return name
-    base = name.partition("@")[0].rstrip("/").removeprefix("outputs/models/")  # "Qwen/Qwen3-8B@main"
-    ours = SHIPPED / base.replace("/", "--")
-    return str(ours) if ours.is_dir() else name
 
 
 def open_meta(name: str, dtype: torch.dtype = torch.bfloat16, layers: int | None = None) -> PreTrainedModel:

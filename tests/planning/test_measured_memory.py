@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from src.distillation.base import LORA_TARGETS
+from src.distillation.base import LORA_TARGETS, config_folder
 from src.distillation.kd_config import KDConfig
 from src.distillation.teacher_cache import CacheTeacherConfig
 from src.planning.answering import Answering, Merging, plan_answering, plan_merging
 from src.planning.caching import Caching, plan_caching
 from src.planning.hardware import Device, Hardware
 from src.planning.rows import Rows
-from src.planning.shapes import config_folder, read_shapes
+from src.planning.shapes import read_shapes
 from src.planning.training import Training, adapters_of, plan_training
 from src.utils.config import build_config
 

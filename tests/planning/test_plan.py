@@ -8,14 +8,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from src.distillation.base import LORA_TARGETS
+from src.distillation.base import LORA_TARGETS, config_folder
 from src.planning import changes, trace
 from src.planning.hardware import Device, Hardware
 from src.planning.plan import make_plan
 from src.planning.report import as_json, duration, lines, print_plan
 from src.planning.rows import Rows
 from src.planning.setup import weight_bytes
-from src.planning.shapes import config_folder
 from src.planning.trace import LiveBytes, Pass
 from src.planning.training import plan_training
 from src.utils.common import ROOT, UserError

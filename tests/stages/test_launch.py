@@ -10,10 +10,7 @@ from types import ModuleType
 
 import pytest
 import yaml
-from transformers import PreTrainedConfig, Qwen3Config
-from transformers.models.qwen3_moe import Qwen3MoeConfig
 
-from src.distillation import base, serving
 from src.launch import dry_run
 from src.utils.common import ROOT, UserError
 
@@ -47,22 +44,6 @@ MACHINES = {
 }
 
 
-def config_of(name: str) -> PreTrainedConfig:
-    """The shapes of Qwen3-8B and Qwen3-30B-A3B, by their names or those of the embedded models."""
-    common = {"vocab_size": 151_936, "head_dim": 128, "num_attention_heads": 32, "tie_word_embeddings": False}
-    if name in (STUDENT, "outputs/models/smollm2-135m-20-layers"):
-        return Qwen3Config(
-            **common, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_key_value_heads=8
-        )
-    config = Qwen3MoeConfig(
-        **common, hidden_size=2048, num_hidden_layers=48, num_key_value_heads=4, num_experts=128,
-        num_experts_per_tok=8, moe_intermediate_size=768,
-    )  # fmt: skip
-    if name.endswith("-FP8"):
-        config.quantization_config = {"quant_method": "fp8"}
-    return config
-
-
 @pytest.fixture
 def dry(succeeds, monkeypatch, tmp_path):
     """`dry(*arguments)`: the lines of a dry run where nothing has been made yet; the plan is another test's."""
@@ -76,8 +57,6 @@ def dry(succeeds, monkeypatch, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     monkeypatch.setattr(dry_run, "ROOT", tmp_path)
-    for module in (base, serving):
-        monkeypatch.setattr(module, "load_model_config", config_of)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return lambda *arguments: succeeds("run_stages", *arguments, "--dry_run").splitlines()
 
@@ -109,7 +88,10 @@ def server_lines(machine: Machine | None, teacher: str, student: str = "") -> li
         quoted = [f"'{folder}'" for folder in folders]  # as a shell wants < and >
         adapted = ("--enable-lora", "--max-lora-rank", "64", "--lora-modules", *quoted)
         lines.append(server_line("students", machine.student, student, machine.students, *adapted))
-    lines.append(server_line("teacher", machine.teacher, machine.model or teacher, machine.teachers))
+    parallel = machine.teachers
+    if not machine.model and teacher != TEACHER:  # 135M weights: a copy on every GPU
+        parallel = (1, len(machine.teacher.split(", ")))
+    lines.append(server_line("teacher", machine.teacher, machine.model or teacher, parallel))
     if machine.model:
         lines.append(f"  its answers are those of another copy of {teacher}, and are stored under its name")
     return lines
