@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -18,9 +19,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from src.launch.commands import stage_named
+from src.planning.report import duration
 from src.utils import common
 from src.utils import config as settings
-from src.utils.common import ROOT
+from src.utils.common import ROOT, UserError
 
 PAGES = sorted(
     str(path.relative_to(ROOT))
@@ -33,6 +36,12 @@ LM_EVAL = "lm_eval --model hf --model_args pretrained=outputs/models/smollm2-135
 LM_EVAL_END = "--tasks gsm8k --apply_chat_template --batch_size 8 --log_samples --output_path outputs/lm_eval"
 EMBEDDED = "--config configs/embedded.yaml"
 BENCHMARKS = "tests/test_benchmarks.py"
+PLAN = "python scripts/plan_hardware.py --config configs/qwen3_30b_to_8b.yaml"
+PLANNED = "tests/test_docs.py::test_the_plans_in_the_readme_are_the_planners"
+PLANNED_HERE = "tests/test_docs.py::test_the_plans_in_the_hardware_page_are_the_planners"
+# its client sends what curl does here
+SERVED = "tests/distillation/test_export.py::test_transformers_serve_answers_as_the_evaluation_does"
+SWEEP = f"python scripts/sweep.py {EMBEDDED} --alpha 0 0.5 0.8 1 --temperature 1 2.5 --seed 1 2"
 # A command that needs no GPU -> the test that runs it (on tiny or reduced inputs), or the script of CI that does.
 RUN_BY = {
     "bash run_pipeline.sh": PIPELINE,
@@ -46,6 +55,25 @@ RUN_BY = {
     f"python scripts/run_improved_kd.py {EMBEDDED} --alpha 0": PIPELINE,
     f"python scripts/run_improved_kd.py {EMBEDDED}": PIPELINE,
     f"python scripts/evaluate_distillation.py {EMBEDDED}": PIPELINE,
+    f"python scripts/export_model.py {EMBEDDED}":
+        "tests/evaluation/test_export_model.py::test_a_finished_run_becomes_a_model_folder",
+    f"python scripts/export_model.py {EMBEDDED} --gguf --llama_cpp ../llama.cpp":
+        "tests/evaluation/test_export_model.py::test_a_gguf_file_lies_beside_the_weights",
+    "transformers serve outputs/export/RUN --device cpu --port 8000 &": SERVED,
+    "curl http://localhost:8000/v1/chat/completions -H Content-Type: application/json -d "
+    '{"model": "outputs/export/RUN", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}': SERVED,
+    f"python scripts/run_improved_kd.py {EMBEDDED} --report_to tensorboard":
+        "tests/distillation/test_tracking.py::test_tensorboard_holds_what_metrics_jsonl_holds",
+    f"{SWEEP} --dry_run": "tests/distillation/test_sweep.py::test_a_dry_run_writes_nothing",
+    SWEEP: "tests/distillation/test_sweep.py::test_a_killed_sweep_goes_on",
+    f"{PLAN} --hardware 1x80": PLANNED,
+    f"{PLAN} --hardware 1x80 --gpus 1xH100 --json": PLANNED_HERE,
+    f"{PLAN} --gpus 8x40": PLANNED_HERE,
+    f"python scripts/plan_hardware.py {EMBEDDED}":
+        "tests/planning/test_script.py::test_the_shipped_embedded_profile_on_this_machine",
+    "bash run_pipeline.sh --profile qwen3_30b_to_8b --hardware 1x80 --dry_run":
+        "tests/stages/test_launch.py::test_a_dry_run_ends_with_the_plan",
+    "python benchmarks/figures.py": "tests/test_figures.py::test_the_pictures_are_current",
     f"python scripts/evaluate_distillation.py {EMBEDDED} --mode medium --output_dir outputs/evaluation/medium":
         PIPELINE,
     "python scripts/evaluate_distillation.py --model_path R/final_model --output_dir outputs/evaluation/other":
@@ -78,13 +106,11 @@ RUN_BY = {
     "python benchmarks/sweep_generation.py --mode medium --output benchmarks/results/sweep_generation.json":
         f"{BENCHMARKS}::test_sweep_generation_asks_both_for_the_same_answers",
 }  # fmt: skip
-MARK = re.compile(r"^# needs (GPUs|the hub)", re.MULTILINE)  # a line of a block whose commands no test can run here
-PROGRAMS = ("lm_eval", "vllm", "until", "source")  # of others: their words are not ours to check
+MARK = re.compile(r"^# needs (GPUs|the hub|llama\.cpp)", re.MULTILINE)  # a line of a block whose commands no test can run here
+PROGRAMS = ("lm_eval", "vllm", "until", "source", "llama-server", "tensorboard", "transformers", "curl", "git")  # of others: their words are not ours to check
 FOREIGN_FLAGS = {"--help", "--debug", "--tasks", "--worker"}  # every script's own, or another program's
 MADE_UP = {"data/domains/printer_help.yaml", "printer_help"}  # examples of names a reader may choose
 FOREIGN_WORDS = {"get_offset", "enable_chunked_prefill", "tokenizer_config"}  # vLLM's, and a file of every model
-# PENDING: what other branches bring; delete this with the FILL marks
-PENDING = ("plan_hardware", "export_model", "--hardware", "--dry_run", "configs/hardware/")
 # Messages of Python, torch or the system, which are not in our code
 FOREIGN_MESSAGES = ("No module named", "cannot import name", "Killed", "torch sees no GPU")
 
@@ -149,8 +175,9 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]:
 
 
 def shell_flags(script: str) -> set[str]:
-    """The flags in a shell script's `case`: `--seed) ...` and `-h|--help) ...`."""
-    return set(re.findall(r"(?:^\s*|\|)(--[a-z_]+)\)", text_of(script), re.MULTILINE))
+    """The flags in a shell script's `case`: `--from|--to|--seed) ...` and `-h|--help) ...`."""
+    labels = re.findall(r"^\s*([^\s()]+)\)", text_of(script), re.MULTILINE)
+    return {flag for label in labels for flag in re.findall(r"--[a-z_]+", label)}
 
 
 def check_shell(script: str, arguments: list[str]) -> None:
@@ -162,6 +189,8 @@ def check_shell(script: str, arguments: list[str]) -> None:
             assert (ROOT / "configs" / f"{following}.yaml").is_file(), f"no profile {following}"
         if word == "--hardware":
             assert (ROOT / "configs" / "hardware" / f"{following}.yaml").is_file(), f"no overlay {following}"
+        if word in ("--from", "--to"):
+            assert stage_named(following, word)
         if word.startswith("tests/"):
             assert (ROOT / word).exists(), f"no {word}"
 
@@ -176,8 +205,6 @@ def check_pip(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.text[:60]}")
 def test_a_command_is_one_that_its_script_takes(command: Command, parse: Callable[[str, list[str]], None]) -> None:
-    if any(word in command.text for word in PENDING):
-        pytest.skip("another branch brings it")
     words = [word for word in shlex.split(command.text) if not re.match(r"[A-Z_]+=", word)]  # VENV=folder bash ...
     if words[:2] == ["accelerate", "launch"]:
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()
@@ -192,13 +219,14 @@ def test_a_command_is_one_that_its_script_takes(command: Command, parse: Callabl
         check_shell(words[0].removeprefix("./"), words[1:])
     elif words[:2] == ["pip", "install"]:
         check_pip(words[2:])
+    elif words[0] == "sbatch":
+        assert (ROOT / words[1]).is_file(), f"no {words[1]}"
     else:
         assert words[0] in PROGRAMS, f"{words[0]}: a program that no test knows"
 
 
 def test_a_command_is_run_by_a_test_or_marked() -> None:
     unknown = {command.text for command in COMMANDS if not command.marked} - RUN_BY.keys()
-    unknown = {text for text in unknown if not any(word in text for word in PENDING)}
     assert not unknown, "no test runs these: name one in RUN_BY, or put `# needs GPUs` into their block"
     assert not RUN_BY.keys() - {command.text for command in COMMANDS}, "no page has these any more"
 
@@ -229,9 +257,9 @@ def test_a_wrong_command_is_noticed(parse, capsys, script: str, arguments: list[
 
 
 def test_a_wrong_flag_of_a_shell_script_is_noticed() -> None:
-    check_shell("run_pipeline.sh", ["--profile", "embedded", "--seed", "7"])
-    for arguments in (["--sede", "7"], ["--profile", "none"]):
-        with pytest.raises(AssertionError):
+    check_shell("run_pipeline.sh", ["--profile", "embedded", "--hardware", "2x24", "--from", "distil", "--seed", "7"])
+    for arguments in (["--sede", "7"], ["--profile", "none"], ["--hardware", "9x99"], ["--to", "distill"]):
+        with pytest.raises((AssertionError, UserError)):
             check_shell("run_pipeline.sh", arguments)
 
 
@@ -306,6 +334,59 @@ def tables_of(page: str) -> list[tuple[int, int]]:
     return shapes
 
 
+def test_nothing_waits_to_be_filled_in() -> None:
+    assert not [page for page in PAGES if "FILL" in text_of(page)]
+
+
+# README.md -> what its table says for `yes`, `to` and the units of a plan
+WORDS = {
+    "README.md": {},
+    "README.zh-CN.md": {"yes": "能", " to ": " 到 ", " min": " 分钟", " s": " 秒", " h": " 小时"},
+}
+
+
+def planned_row(hardware: str, plan: dict[str, Any]) -> str:
+    """A line of README's table, from what `plan_hardware.py --json` says."""
+    stages = {stage["stage"]: stage for stage in plan["stages"]}
+    answers, training = stages["generate_sft_data"], stages["run_improved_kd (kd)"]
+    peaks = [stage["peak_gb"] for stage in (answers, stages["cache_teacher"], training, stages["evaluate_distillation"])]
+    times = [duration(hours) for hours in (answers["hours"], training["hours"], plan["hours"])]
+    device = plan["hardware"].partition(",")[0]
+    said = "yes" if plan["fits"] else "no"
+    return f"| `{hardware}` | {device} | {said} | {' / '.join(f'{gb:.1f}' for gb in peaks)} | {' / '.join(times)} |"
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys) -> Callable[..., str]:
+    """`plan(*arguments)`: what plan_hardware.py prints for the reference profile; nothing of it needs a network."""
+
+    def plan(*arguments: str) -> str:
+        words = ["--config", str(ROOT / "configs" / "qwen3_30b_to_8b.yaml"), *arguments]
+        monkeypatch.setattr(sys, "argv", ["plan_hardware.py", *words])
+        runpy.run_path(str(ROOT / "scripts" / "plan_hardware.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return plan
+
+
+def test_the_plans_in_the_readme_are_the_planners(plan) -> None:
+    for path in sorted((ROOT / "configs" / "hardware").glob("*.yaml")):
+        row = planned_row(path.stem, json.loads(plan("--hardware", path.stem, "--json")))
+        for page, words in WORDS.items():
+            for english, other in words.items():
+                row = row.replace(english, other)
+            assert row in text_of(page).splitlines(), f"{page}: {row}"
+
+
+def test_the_plans_in_the_hardware_page_are_the_planners(plan) -> None:
+    page = " ".join(text_of("docs/hardware.md").split())
+    lines = [" ".join(line.split()) for line in plan("--gpus", "8x40").splitlines() if not line.startswith("note:")]
+    assert len(lines) > 20
+    assert not [line for line in lines if line not in page]
+    hours = json.loads(plan("--hardware", "1x80", "--gpus", "1xH100", "--json"))["hours"]
+    assert f"`1x80` on an H100 (`--gpus 1xH100`) is planned at {duration(hours)}" in page
+
+
 def test_both_languages_say_the_same() -> None:
     english, chinese = "README.md", "README.zh-CN.md"
     assert [c.text for c in commands_of(english)] == [c.text for c in commands_of(chinese)]
@@ -364,7 +445,7 @@ def test_names_in_backticks_are_the_codes(page: str) -> None:
         path = re.fullmatch(r"(?:src|tests|scripts|configs|docs|benchmarks|examples|data/domains)/[\w./-]+", span)
         if path and span not in MADE_UP and not (ROOT / span).exists():
             wrong.append(span)
-    assert not [word for word in wrong if not any(pending in word for pending in PENDING)]
+    assert not wrong
 
 
 @cache
@@ -393,7 +474,7 @@ def test_flags_in_backticks_are_ours(page: str) -> None:
     """Ours have underscores; a word with a hyphen in it (`--tensor-parallel-size`) is another program's."""
     for span in spans_of(page):
         for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", span):
-            assert "-" in flag[2:] or flag in (*flags(), "--field", *PENDING), f"{page}: {flag}"
+            assert "-" in flag[2:] or flag in (*flags(), "--field"), f"{page}: {flag}"
 
 
 @cache
