@@ -267,18 +267,19 @@ def parent(arguments: argparse.Namespace) -> None:
     results: list[harness.Result] = []
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(arguments, Path(folder))
+        report = {
+            "results": results, "planned_for": str(hardware_here()), "overlay": arguments.hardware,
+            "rows": job["rows"], "steps": job["steps"], "random_weights": bool(arguments.random_weights),
+            "settings": job["settings"],
+        }  # fmt: skip
         for stage in STAGES[: last + 1]:
             found = harness.run_worker(sys.executable, stage, job, minutes=60)
             results.append(compared(stage, job["plans"][stage], found, job["steps"]))
+            harness.write_report(arguments.output, report, before)  # each at once: the next may not come to its end
             print(f"{stage}: {found.get('absent') or format(found['seconds'], '.1f') + ' s'}", file=sys.stderr)
             if "absent" in found:
                 break
-    report = {
-        "results": results, "planned_for": str(hardware_here()), "overlay": arguments.hardware, "rows": job["rows"],
-        "steps": job["steps"], "random_weights": bool(arguments.random_weights), "settings": job["settings"],
-    }  # fmt: skip
     table(results)
-    harness.write_report(arguments.output, report, before)
     if "absent" in results[-1]:
         raise UserError(f"{results[-1]['name']} failed: {results[-1]['absent']}; what was measured is in the record")
 
