@@ -86,6 +86,8 @@ def choose_rows(profile: dict[str, Any], count: int, folder: Path) -> list[Any]:
         rows[split] = sorted(found, key=lambda pair: (len(pair[0]), pair[0].id))
     if len(rows["train"]) < count:
         raise UserError(f"{source}: {len(rows['train'])} rows, {count} are needed; run the stages before training")
+    if not rows["eval"]:
+        raise UserError(f"{source}: no held-out row has at most {profile.get('max_length', 1024)} tokens (max_length)")
     chosen = [rows["train"][(2 * i + 1) * len(rows["train"]) // (2 * count)] for i in range(count)]
     write_jsonl(folder / "sft" / "sft_train_data_clean.jsonl", [row for _, row in chosen])
     write_jsonl(folder / "sft" / "sft_eval_data_clean.jsonl", [rows["eval"][0][1]])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import kd_loss, sweep_generation, teacher_cache, train_job, train_peers, train_step
+from benchmarks import harness, kd_loss, plan, sweep_generation, teacher_cache, train_job, train_peers, train_step
 from src.distillation import kd
 from src.distillation import teacher_cache as source_cache
 from src.utils.common import write_jsonl
@@ -157,3 +157,63 @@ def test_sweep_generation_asks_both_for_the_same_answers(job, tmp_path):
         for what in ("sweep", "stage_1"):
             measured = sweep_generation.measure(f"{what}_{arm}", job)
             assert measured["answers"] == 3 * 2 * 2, (what, arm)
+
+
+@pytest.fixture(scope="module")
+def planned_and_measured(tmp_path_factory, tiny_models):
+    """The record of all three stages, with random weights on folders without any."""
+    root = tmp_path_factory.mktemp("plan")
+    names = []
+    for name in (tiny_models.student, tiny_models.teacher):
+        folder = root / Path(name).name
+        shutil.copytree(name, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+        names.append(str(folder))
+    settings = {"teacher_signal": "hidden", "batch_size": 2, "gradient_accumulation_steps": 2, "lora_r": 4,
+                "alpha": 0.8, "max_length": 8192, "compile_loss": False, "warmup_steps": 0, "bf16": False}  # fmt: skip
+    overlay = {"cache_teacher": {"tokens_per_batch": 10_000}, "run_improved_kd": {"tokens_per_batch": 9000}}
+    caching = {"max_length": 8192, "bf16": False}
+    (root / "profile.yaml").write_text(yaml.safe_dump({"run_improved_kd": settings, "cache_teacher": caching}))
+    (root / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    arguments = argparse.Namespace(
+        config=root / "profile.yaml", hardware=str(root / "overlay.yaml"), stages=["export"], random_weights=names,
+        quick=True, steps=None, rows=20, output=root / "record.json",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:  # in this process: a fresh one imports for ten seconds
+        patch.setattr(harness, "run_worker", lambda _, stage, job, minutes: plan.measure(stage, job))
+        plan.parent(arguments)
+    return json.loads(arguments.output.read_text(encoding="utf-8"))
+
+
+def test_plan_measures_every_stage_as_the_overlay_says(planned_and_measured):
+    record = planned_and_measured
+    cache, train, export = record["results"]
+    assert [result["name"] for result in record["results"]] == ["cache", "train", "export"]
+    assert {"machine", "versions", "git_commit", "planned_for", "rows", "settings"} <= record.keys()
+    assert "passes of 10,000 tokens" in cache["planned"]["how"]
+    assert "2 steps of 4 rows" in train["planned"]["how"]
+    for stage, tokens in (("cache", 10_000), ("train", 9000)):  # what was run
+        assert record["settings"][stage]["tokens_per_batch"] == tokens
+    rows = record["rows"]
+    assert cache["planned"]["tokens"] == pytest.approx(21 * (rows["prompt_tokens"] + rows["answer_tokens"]))
+    assert len(train["step_seconds"]) == 1
+    assert export["check"]["error"] <= 1.5 * export["check"]["rounding"]
+    assert 0 < export["merge_gb"] <= export["measured_gb"]
+
+
+def test_plan_judges_by_what_it_records(planned_and_measured):
+    for result in planned_and_measured["results"]:
+        parts, (low, high) = result["planned"]["parts_gb"], result["planned"]["seconds"]
+        assert result["planned"]["planned_gb"] == pytest.approx(sum(parts.values()) - parts["overhead"])
+        assert result["ratio"] == pytest.approx(result["planned"]["planned_gb"] / result["measured_gb"])
+        assert result["close"] == (0.85 <= result["ratio"] <= 1.15)
+        assert result["in_range"] == (low <= result["seconds"] <= high)
+        assert result["made_seconds"] > 0
+        assert result["planned"]["work_seconds"][0] < low
+
+
+def test_plan_sees_a_wrong_plan():
+    made = {"planned_gb": 10.0, "seconds": [20.0, 60.0]}
+    for gb, seconds, close, in_range in ((9.0, 30, True, True), (8.0, 61, False, False), (12.0, 19, False, False)):
+        found = plan.compared("cache", made, {"measured_gb": gb, "seconds": seconds}, 3)
+        assert (found["close"], found["in_range"]) == (close, in_range), gb
+    assert "ratio" not in plan.compared("cache", made, {"absent": "no memory"}, 3)

@@ -105,6 +105,8 @@ RUN_BY = {
         f"{BENCHMARKS}::test_teacher_generation_writes_its_record",
     "python benchmarks/sweep_generation.py --mode medium --output benchmarks/results/sweep_generation.json":
         f"{BENCHMARKS}::test_sweep_generation_asks_both_for_the_same_answers",
+    "python benchmarks/plan.py --hardware none --output benchmarks/results/plan.json":
+        f"{BENCHMARKS}::test_plan_measures_every_stage_as_the_overlay_says",
 }  # fmt: skip
 MARK = re.compile(r"^# needs (GPUs|the hub|llama\.cpp)", re.MULTILINE)  # a line of a block whose commands no test can run here
 PROGRAMS = ("lm_eval", "vllm", "until", "source", "llama-server", "tensorboard", "transformers", "curl", "git")  # of others: their words are not ours to check
