@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from src.distillation import sweep
 from src.launch.commands import stage_named
 from src.planning.report import duration
 from src.utils import common
@@ -108,9 +109,11 @@ RUN_BY = {
     "python benchmarks/plan.py --hardware none --output benchmarks/results/plan.json":
         f"{BENCHMARKS}::test_plan_measures_every_stage_as_the_overlay_says",
 }  # fmt: skip
-MARK = re.compile(r"^# needs (GPUs|the hub|llama\.cpp)", re.MULTILINE)  # a line of a block whose commands no test can run here
-PROGRAMS = ("lm_eval", "vllm", "until", "source", "llama-server", "tensorboard", "transformers", "curl", "git")  # of others: their words are not ours to check
-FOREIGN_FLAGS = {"--help", "--debug", "--tasks", "--worker"}  # every script's own, or another program's
+# A line of a block whose commands no test can run here
+MARK = re.compile(r"^# needs (GPUs|the hub|llama\.cpp)", re.MULTILINE)
+# Of others: their words are not ours to check
+PROGRAMS = ("lm_eval", "vllm", "until", "source", "llama-server", "transformers", "curl", "git")
+FOREIGN_FLAGS = {"--help", "--debug", "--tasks", "--worker", "--logdir"}  # every script's own, or another program's
 MADE_UP = {"data/domains/printer_help.yaml", "printer_help"}  # examples of names a reader may choose
 FOREIGN_WORDS = {"get_offset", "enable_chunked_prefill", "tokenizer_config"}  # vLLM's, and a file of every model
 # Messages of Python, torch or the system, which are not in our code
@@ -160,11 +163,14 @@ def stopping(read: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]:
     """`parse(script, arguments)` has a Python script of ours read its command line, and no more."""
+    for path in (ROOT / "src").rglob("*.py"):  # a module imported later would keep what is laid over here for good
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])  # scripts put themselves there
     monkeypatch.setattr(common, "setup_logging", lambda: None)
     monkeypatch.setattr(settings, "load_config", stopping(settings.load_config))
-    monkeypatch.setattr(settings, "build_config", stopping(settings.build_config))
+    for module in (settings, sweep):  # scripts take it from the first, a sweep reads its grid by itself
+        monkeypatch.setattr(module, "build_config", stopping(module.build_config))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
 
     def parse(script: str, arguments: list[str]) -> None:
@@ -315,15 +321,27 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in anchors_of(str(place.resolve().relative_to(ROOT))), f"{page}: {target}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "figures").iterdir()), ids=lambda path: path.name)
+def luminance(colour: str) -> float:
+    """Relative luminance of a colour such as "#3d83cf" (https://www.w3.org/TR/WCAG22/#dfn-relative-luminance)."""
+    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "figures").glob("*.svg")), ids=lambda path: path.name)
 def test_a_figure_is_read_shown_and_fetches_nothing(path: Path) -> None:
     assert any(f"figures/{path.name})" in text_of(page) for page in PAGES), "no page shows it"
-    if path.suffix != ".svg":
-        return
     root = ElementTree.parse(path).getroot()
     assert root.find("{http://www.w3.org/2000/svg}title") is not None, "a reader who does not see it hears nothing"
     text = path.read_text(encoding="utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
-    assert "prefers-color-scheme" in text
+    if "prefers-color-scheme" not in text:  # one set of colours for GitHub's light and dark pages
+        colours = set(re.findall(r"#[0-9a-f]{6}", text))
+        assert all(contrast(colour, page) >= 3 for colour in colours for page in ("#ffffff", "#0d1117"))
     assert not re.search(r"https?://|<script|@import", text)
 
 
@@ -350,12 +368,13 @@ WORDS = {
 def planned_row(hardware: str, plan: dict[str, Any]) -> str:
     """A line of README's table, from what `plan_hardware.py --json` says."""
     stages = {stage["stage"]: stage for stage in plan["stages"]}
-    answers, training = stages["generate_sft_data"], stages["run_improved_kd (kd)"]
-    peaks = [stage["peak_gb"] for stage in (answers, stages["cache_teacher"], training, stages["evaluate_distillation"])]
+    names = ("generate_sft_data", "cache_teacher", "run_improved_kd (kd)", "evaluate_distillation")
+    answers, _, training, _ = shown = [stages[name] for name in names]
+    peaks = [f"{stage['peak_gb']:.1f}" for stage in shown]
     times = [duration(hours) for hours in (answers["hours"], training["hours"], plan["hours"])]
     device = plan["hardware"].partition(",")[0]
     said = "yes" if plan["fits"] else "no"
-    return f"| `{hardware}` | {device} | {said} | {' / '.join(f'{gb:.1f}' for gb in peaks)} | {' / '.join(times)} |"
+    return f"| `{hardware}` | {device} | {said} | {' / '.join(peaks)} | {' / '.join(times)} |"
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ def numbers() -> dict:
 
 def test_the_pictures_are_current(numbers):
     drawn = figures.figures(numbers)
-    assert {path.name for path in figures.FOLDER.glob("*.svg")} == drawn.keys()
+    by_hand = {"data_path.svg"}
+    assert {path.name for path in figures.FOLDER.glob("*.svg")} - by_hand == drawn.keys()
     for name, svg in drawn.items():
         assert (figures.FOLDER / name).read_text(encoding="utf-8") == svg, f"{name}: run benchmarks/figures.py"
 
