@@ -28,7 +28,7 @@ import yaml
 
 from src.distillation.batching import StepOrder, clean_files, is_validation, read_clean
 from src.distillation.kd import identify, read_config
-from src.distillation.kd_config import SECTION, KDConfig
+from src.distillation.kd_config import SECTION, Conduct, KDConfig
 from src.distillation.run_folder import complete_checkpoints
 from src.distillation.server import GUARD
 from src.utils.common import (
@@ -53,6 +53,12 @@ ONE_VALUE = {
     "teacher_signal": "it has one cache",
     "validation_fraction": "all cells are measured on the same rows",
     "max_length": "all cells are measured on the same rows",
+}
+# Settings of which every value learns the same: no axes. The rows of a step, and the student, are no such settings.
+UNLEARNED = {field.name for field in dataclasses.fields(Conduct)} - {
+    "model_name_or_path",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
 }
 SETTLED = ("output_dir", "resume", "overwrite")  # a run's own are the sweep's to say
 MEASURES = ("kl_to_teacher", "nll", "top1_agreement", "expected_acceptance")
@@ -138,6 +144,8 @@ def read_grid(words: Sequence[str], values: dict[str, Any]) -> Grid:
             continue
         if field in ONE_VALUE:
             raise UserError(f"{flag}: a sweep has one value of {field}, for {ONE_VALUE[field]}; make a sweep of each")
+        if field in UNLEARNED:
+            raise UserError(f"{flag}: {field} changes nothing that is learned; name one value for all runs")
         axes[field] = tuple(given)
     if not axes:
         raise UserError("no setting has several values; name some, for example --alpha 0 0.5 0.8 --seed 1 2")
@@ -168,6 +176,7 @@ def make_plan(grid: Grid, folder: Path) -> Plan:
     rows = _training_rows(base)
     order = sorted(grid.axes, key=lambda name: name not in REPEATED)  # seeds vary last
     runs: dict[str, PlannedRun] = {}
+    named: dict[str, str] = {}  # what identifies a run -> its name: points that learn the same share it
     members: dict[str, list[str]] = {}  # a cell's settings as JSON -> its runs
     typed: dict[str, set[Any]] = {name: set() for name in order}
     for words in itertools.product(*(grid.axes[name] for name in order)):
@@ -180,7 +189,8 @@ def make_plan(grid: Grid, folder: Path) -> Plan:
 
         # 2. the run that it takes: with the profile's values where it does not matter, so that equal runs look equal
         config = dataclasses.replace(config, **{name: getattr(base, name) for name in idle})
-        name = _run_name(config, settings, folder)
+        digest = _digest(config)
+        name = named.setdefault(digest, _run_name(digest, settings, folder))
         if name not in runs:
             config = dataclasses.replace(config, output_dir=str(folder / "runs" / name))
             runs[name] = PlannedRun(name, config, identify(config)[1], _steps(config, rows))
@@ -223,10 +233,14 @@ def idle_settings(config: KDConfig) -> set[str]:
     return idle
 
 
-def _run_name(config: KDConfig, settings: dict[str, Any], folder: Path) -> str:
-    """Readable, and with a hash of all that identifies the run, so that a run is found again under another grid."""
+def _digest(config: KDConfig) -> str:
+    """Of all that identifies a run among those of a sweep."""
     identity = config.identity() | {"student": config.model_name_or_path}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _run_name(digest: str, settings: dict[str, Any], folder: Path) -> str:
+    """Readable, and with the digest, so that a run is found again under another grid."""
     for there in sorted((folder / "runs").glob(f"*-{digest}")):
         if there.is_dir():
             return there.name
@@ -426,8 +440,9 @@ def results(plan: Plan, outcomes: dict[str, Outcome], profile: str = "", heldout
     for cell in plan.cells:
         finished = [runs[name] for name in cell.runs if runs[name]["status"] == "finished"]
         facts: dict[str, Any] = {"settings": cell.settings, "runs": list(cell.runs), "n": len(finished)}
-        for rows in ("validation", *(["heldout"] if heldout else [])):
-            facts[rows] = _over_seeds([run[rows] for run in finished])
+        facts["validation"] = _over_seeds([run["validation"] for run in finished])
+        if heldout:
+            facts["heldout"] = _over_seeds([run["heldout"] for run in finished])
         cells.append(facts)
     return {
         "profile": profile,
@@ -448,7 +463,9 @@ def _run_facts(run: PlannedRun, outcome: Outcome | None, heldout: bool) -> dict[
     if outcome:
         facts = {"status": outcome.status, "line": outcome.line}
     elif (folder / "kd_results.json").is_file():
-        facts["status"] = "finished"
+        # what --overwrite has not come to may be of other rows: it stays out of the table until it is made again
+        same = read_json(folder / "kd_config.json").get("fingerprint") == run.fingerprint
+        facts["status"] = "finished" if same else "open"
     facts["seed"] = run.config.seed
     if facts["status"] == "finished":
         stored = read_json(folder / "kd_results.json")
@@ -470,8 +487,11 @@ def _over_seeds(measured: Sequence[dict[str, float]]) -> dict[str, dict[str, flo
 
 
 def _lowest(cells: Sequence[dict[str, Any]], measure: str) -> dict[str, Any] | None:
-    """The cell with the lowest mean on the validation rows, and those whose ranges over seeds reach into its own."""
-    measured = [index for index, cell in enumerate(cells) if cell["n"]]
+    """The cell with the lowest mean on the validation rows, and those whose ranges over seeds reach into its own.
+
+    Cells that lack a seed take no part: a mean over those seeds that went well would be another thing.
+    """
+    measured = [index for index, cell in enumerate(cells) if cell["n"] == len(cell["runs"])]
     if not measured:
         return None
     best = min(measured, key=lambda index: cells[index]["validation"][measure]["mean"])

@@ -4,6 +4,7 @@ import csv
 import io
 from typing import Any
 
+from src.report.card import plain
 from src.report.charts import Chart, Curve, draw
 from src.report.plots import Point, Tick, ticks
 
@@ -29,6 +30,11 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def safe(value: Any) -> str:
+    """A value for Markdown: names of models and words of logs are text of others."""
+    return plain(shown(value))
+
+
 def _spread(found: dict[str, float] | None, n: int) -> str:
     """`0.6123 (0.6100 to 0.6150)`: mean and range over seeds; one seed has no range."""
     if not found:
@@ -52,7 +58,7 @@ def markdown(sweep: Sweep) -> str:
     lines = [f"# Sweep over {', '.join(sweep['axes'])}", "", *_made_of(sweep), ""]
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for cell in sweep["cells"]:
-        row = [shown(cell["settings"][name]) for name in names]
+        row = [safe(cell["settings"][name]) for name in names]
         row.append(str(cell["n"]) if cell["n"] == len(cell["runs"]) else f"{cell['n']} of {len(cell['runs'])}")
         for kind, _ in _kinds(sweep):
             row += [_spread(cell[kind].get(measure), cell["n"]) for measure in NAMES]
@@ -63,10 +69,10 @@ def markdown(sweep: Sweep) -> str:
 def _made_of(sweep: Sweep) -> list[str]:
     done = [run for run in sweep["runs"].values() if run["status"] == "finished"]
     rows = sorted({run["validation_rows"] for run in done})
-    fixed = f", all with `{sweep['fixed']}`" if sweep["fixed"] else ""
+    fixed = f", all with {plain(sweep['fixed'])}" if sweep["fixed"] else ""
     return [
         f"{len(done)} of {len(sweep['runs'])} runs finished, on the rows and the teacher cache of "
-        f"`{sweep['experiment_dir']}`{fixed}.",
+        f"{plain(sweep['experiment_dir'])}{fixed}.",
         f"Measured after the last step on {' or '.join(map(str, rows)) or 'no'} validation rows, in nats per answer "
         "token at temperature 1: mean over seeds, and the range where there are several.",
     ]
@@ -74,6 +80,9 @@ def _made_of(sweep: Sweep) -> list[str]:
 
 def _remarks(sweep: Sweep) -> list[str]:
     lines = [f"- {_lowest(sweep, measure)}" for measure in ("kl_to_teacher", "nll") if sweep["lowest"][measure]]
+    short = [_name(sweep, cell) for cell in sweep["cells"] if cell["n"] < len(cell["runs"])]
+    if short:
+        lines.append(f"- Not compared, for they lack a seed: {'; '.join(short)}.")
     if any(cell["n"] == 1 for cell in sweep["cells"]):
         lines.append("- Cells with one seed show no range: another seed may order them in another way.")
     free: dict[str, list[str]] = {}  # settings without effect -> the cells that have none of them
@@ -87,13 +96,13 @@ def _remarks(sweep: Sweep) -> list[str]:
         lines.append(f"- {HELDOUT}")
     for name, run in sweep["runs"].items():
         if run["status"] == "failed":
-            lines.append(f"- Failed: {name}: {run['line']}")
+            lines.append(f"- Failed: {plain(name)}: {plain(run['line'])}")
     return lines
 
 
 def _name(sweep: Sweep, cell: dict[str, Any]) -> str:
     """`alpha 0.5, temperature 2.5`"""
-    named = [f"{name} {shown(cell['settings'][name])}" for name in axes_of(sweep) if cell["settings"][name] is not None]
+    named = [f"{name} {safe(cell['settings'][name])}" for name in axes_of(sweep) if cell["settings"][name] is not None]
     return ", ".join(named) or "all"
 
 
