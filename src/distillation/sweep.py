@@ -55,12 +55,6 @@ ONE_VALUE = {
     "validation_fraction": "all cells are measured on the same rows",
     "max_length": "all cells are measured on the same rows",
 }
-# Settings of which every value learns the same: no axes. The rows of a step, and the student, are no such settings.
-UNLEARNED = {field.name for field in dataclasses.fields(Conduct)} - {
-    "model_name_or_path",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-}
 SETTLED = ("output_dir", "resume", "overwrite")  # a run's own are the sweep's to say
 MEASURES = ("kl_to_teacher", "nll", "top1_agreement", "expected_acceptance")
 # Settings that say how a run is computed, not what it learns, and may be axes all the same: the product of the two is
@@ -148,8 +142,6 @@ def read_grid(words: Sequence[str], values: dict[str, Any]) -> Grid:
             continue
         if field in ONE_VALUE:
             raise UserError(f"{flag}: a sweep has one value of {field}, for {ONE_VALUE[field]}; make a sweep of each")
-        if field in UNLEARNED:
-            raise UserError(f"{flag}: {field} changes nothing that is learned; name one value for all runs")
         axes[field] = tuple(given)
     if not axes:
         raise UserError("no setting has several values; name some, for example --alpha 0 0.5 0.8 --seed 1 2")

@@ -29,11 +29,6 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def safe(value: Any) -> str:
-    """A value for Markdown: names of models and words of logs are text of others."""
-    return plain(shown(value))
-
-
 def _spread(found: dict[str, float] | None, n: int) -> str:
     """`0.6123 (0.6100 to 0.6150)`: mean and range over seeds; one seed has no range."""
     if not found:

@@ -270,49 +270,9 @@ def test_runs_of_other_rows_are_not_taken_for_these(values, tmp_path, here, clea
     assert len(here) == 2
 
 
-def test_overwriting_shows_no_run_of_other_rows(values, tmp_path, here, clean_rows, write_sft, monkeypatch):
-    """Stopped half way, the table holds what was made again and nothing else."""
-    folder = tmp_path / "sweep"
-    run_plan(plan_of(values, folder, "--alpha 0 1"), folder)
-    write_sft(values["experiment_dir"], clean_rows(59), clean_rows(4, start=100))
-    plan = plan_of(values, folder, "--alpha 0 1")
-    stored = results(plan, {})
-    assert [run["status"] for run in stored["runs"].values()] == ["open", "open"]
-    assert [cell["n"] for cell in stored["cells"]] == [0, 0]
-
-
-def test_points_that_learn_the_same_are_one_run(values, tmp_path):
-    """Rows of a step identify a run, not how batch size and accumulation make them up."""
-    plan = plan_of(values, tmp_path / "sweep", "--batch_size 4 8 --gradient_accumulation_steps 1 2")
-    assert sorted(run.config.rows_per_step for run in plan.runs.values()) == [4, 8, 16]
-    assert len(plan.cells) == 4
-
-
-def test_a_cell_that_lacks_a_seed_is_not_compared():
-    def cell(alpha, n, mean):
-        measured = {"mean": mean, "min": mean, "max": mean}
-        return {"settings": {"alpha": alpha}, "runs": ["a", "b"], "n": n, "validation": {"nll": measured}}
-
-    assert sweep._lowest([cell(0.0, 1, 0.1), cell(0.5, 2, 0.9), cell(1.0, 2, 1.0)], "nll")["cell"] == 1
-    assert sweep._lowest([cell(0.0, 1, 0.1)], "nll") is None
-
-
-def test_words_of_others_stay_words_in_the_table(values, tmp_path, here):
-    folder = tmp_path / "sweep"
-    run_plan(plan_of(values, folder, "--alpha 0 1"), folder)
-    stored = read_json(folder / "sweep.json")
-    nasty = "a|b <img src=x> [x](javascript:1)\x1b[31m"
-    stored["experiment_dir"] = stored["fixed"] = nasty
-    next(iter(stored["runs"].values())).update(status="failed", line=nasty)
-    text = markdown(stored)
-    for words in (" <img", "a|b", " [x](", "\x1b"):
-        assert words not in text
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--tokens_per_batch 1024 2048", "tokens_per_batch changes nothing that is learned"),
         ("--alpha 0.5", "no setting has several values; name some"),
         ("--alhpa 0 1", "unknown setting --alhpa; did you mean alpha"),
         ("--alpha 0 1 --kd_ratio 0.5", "--kd_ratio: alpha is set twice"),
