@@ -38,6 +38,7 @@ from src.evaluation.answers import PRESETS
 from src.evaluation.arms import distilled_adapter, run_of_model
 from src.evaluation.verdict import headline_setting
 from src.report.card import CardFacts, Evaluation, find_evaluation, model_card, vllm_command
+from src.report.data_records import DataRecords, data_records
 from src.utils.common import (
     UserError,
     atomic_path,
@@ -80,6 +81,7 @@ class Origin:
     run: Path
     student: Student
     evaluation: Evaluation | None
+    records: DataRecords
     hashes: dict[str, str]
 
 
@@ -101,15 +103,38 @@ def find_origin(config: ExportModelConfig) -> Origin:
     if fingerprint != settings["fingerprint"]["student"]:
         raise UserError(f"{base} is not the model that {run} was trained on; name that with --base")
     evaluation = find_evaluation(Path(config.evaluation_dir), run)
-    hashes = {"base model": fingerprint}
-    sources = [adapter / "adapter_model.safetensors", adapter / "adapter_config.json", run / "kd_config.json",
-               Path(config.data_dir) / "manifest.json", Path(config.experiment_dir) / "sft" / "stats.json"]  # fmt: skip
-    for path in (*sources, *([evaluation.path] if evaluation else [])):
-        if path.is_file():
-            hashes[path.name] = sha256_file(path)
+    hashes = {"base model": fingerprint} | adapter_hashes(adapter, settings)
+    records = data_records(settings["fingerprint"], Path(config.data_dir), Path(config.experiment_dir) / "sft")
+    for name, why in records.missing.items():
+        logger.warning("%s is not on the card: %s", name, why)
+    for path in (run / "kd_config.json", *records.paths, *([evaluation.path] if evaluation else [])):
+        hashes[path.name] = sha256_file(path)
     dtype = getattr(torch, config.dtype)
     devices = place(base, config.student_devices, dtype, config.gpu_memory_gb)
-    return Origin(run, Student(base, str(adapter), dtype, devices), evaluation, hashes)
+    return Origin(run, Student(base, str(adapter), dtype, devices), evaluation, records, hashes)
+
+
+def adapter_hashes(adapter: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """File name -> sha256 of the adapter, which must be the one that the run's numbers were measured of.
+
+    Raises:
+        UserError: its weights are others than those measured, or its rank or alpha are not those of the run.
+    """
+    hashes = {name: sha256_file(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json")}
+    measured = read_json(adapter.parent / "kd_results.json").get("adapter_sha256")  # older runs did not record it
+    if measured is not None and hashes["adapter_model.safetensors"] != measured:
+        raise UserError(
+            f"{adapter}: adapter_model.safetensors was changed after it was measured (kd_results.json has another "
+            "sha256); bring the run's own file back, or train again"
+        )
+    found = read_json(adapter / "adapter_config.json")
+    for ours, theirs in (("r", "lora_r"), ("lora_alpha", "lora_alpha")):  # the update is scaled by alpha / r
+        if found.get(ours) != settings[theirs]:
+            raise UserError(
+                f"{adapter}: adapter_config.json has {ours} = {found.get(ours)!r}, the run {settings[theirs]!r}; "
+                "bring the run's own file back"
+            )
+    return hashes
 
 
 def chosen_sampling(evaluation: Evaluation | None) -> tuple[Sampling | None, str]:
@@ -117,15 +142,16 @@ def chosen_sampling(evaluation: Evaluation | None) -> tuple[Sampling | None, str
     setting = headline_setting(evaluation.results) if evaluation else None
     if setting is None:
         return None, "It has no sampling defaults, for none were evaluated: transformers decodes greedily."
+    if setting.temperature == 0:
+        return None, (
+            "It has no sampling defaults: the evaluation's first sentence is about greedy decoding (temperature 0). "
+            "transformers decodes so by itself; a server has defaults of its own, so send it temperature 0."
+        )
     sampling = Sampling(setting.temperature, **PRESETS[setting.preset])
     return sampling, (
         f"Its sampling defaults are those that the evaluation's first sentence is about: temperature "
         f"{sampling.temperature:g}, top-p {sampling.top_p:g}, top-k {sampling.top_k} (0 is off)."
     )
-
-
-def read_if_there(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
 
 
 def card_of(config: ExportModelConfig, origin: Origin, check: Check, said: str, name: str) -> str:
@@ -135,8 +161,7 @@ def card_of(config: ExportModelConfig, origin: Origin, check: Check, said: str, 
             name,
             read_json(origin.run / "kd_config.json") | {"model_name_or_path": origin.student.base},
             read_json(origin.run / "kd_results.json"),
-            read_if_there(Path(config.data_dir) / "manifest.json"),
-            read_if_there(Path(config.experiment_dir) / "sft" / "stats.json"),
+            origin.records,
             origin.evaluation,
             base_licence(origin.student.base),
             origin.hashes,
@@ -150,14 +175,49 @@ def card_of(config: ExportModelConfig, origin: Origin, check: Check, said: str, 
     )
 
 
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> size (bytes) and sha256 of every file in a folder."""
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())}
+
+
+def broken_file(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """The first file that is not as it was written, or None. Sizes are compared before anything is read."""
+    for name, written in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != written["size"]:
+            return name
+    for name, written in files.items():
+        if sha256_file(folder / name) != written["sha256"]:
+            return name
+    return None
+
+
+def is_complete(marker: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether this very export is there, every byte of it.
+
+    Raises:
+        UserError: another export is there.
+    """
+    if stage_state(marker, fingerprint, False) != "done":
+        return False
+    files = read_json(marker)["files"]
+    if not isinstance(files, dict):
+        logger.warning("%s: an older version wrote it and kept no hashes; it is made again", marker.parent)
+        return False
+    logger.info("%s is there; its files are compared with what was written", marker.parent)
+    if name := broken_file(marker.parent, files):
+        logger.warning("%s is not as it was written; the export is made again", marker.parent / name)
+        return False
+    return True
+
+
 def export(config: ExportModelConfig, origin: Origin, target: Path, converter: Path | None) -> None:
     """Write the folder, unless this very export is there."""
     marker = target / MARKER
     if target.is_dir() and any(target.iterdir()) and not marker.is_file():
         raise UserError(f"{target} holds files but no {MARKER}, so it is no export; name another --output_dir")
     fingerprint = origin.hashes | {"dtype": config.dtype, "gguf": config.gguf}
-    files = read_json(marker).get("files", []) if marker.is_file() else []
-    if not config.overwrite and stage_state(marker, fingerprint, False, [target / name for name in files]) == "done":
+    if not config.overwrite and is_complete(marker, fingerprint):
         logger.info("%s is complete; nothing to do", target)
         return
     require_room(origin.student.base, origin.student.dtype, target.parent, 2 if converter else 1)
@@ -175,8 +235,8 @@ def export(config: ExportModelConfig, origin: Origin, target: Path, converter: P
         write_text(made / "README.md", card_of(config, origin, check, said, target.name))
         if converter:
             write_gguf(converter, made, target.name, origin.student.dtype)
-        names = sorted(path.name for path in made.iterdir())
-        finish_stage(made / MARKER, fingerprint, files=names, check=vars(check), provenance=provenance())
+        made_by = {name: value for name, value in provenance().items() if name != "command"}  # it names local paths
+        finish_stage(made / MARKER, fingerprint, files=describe_files(made), check=vars(check), provenance=made_by)
         if target.is_dir():  # aside in one step: a kill leaves all of the folder that is replaced, or nothing
             target.rename(aside)
     if aside.is_dir():

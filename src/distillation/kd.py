@@ -78,6 +78,7 @@ from src.utils.common import (
     provenance,
     read_json,
     require_disk,
+    sha256_file,
     write_json,
     write_jsonl,
     write_text,
@@ -346,6 +347,8 @@ def _run(
             **training_facts(folder),
             "trainable_parameters": count_parameters(run.model, trainable=True),
             "total_parameters": count_parameters(run.model),
+            # an export merges whatever lies in final_model by then: the numbers above are of these very weights
+            "adapter_sha256": sha256_file(folder / "final_model" / "adapter_model.safetensors"),
         }
         log_heldout(run, results)
         if accelerator.is_main_process:

@@ -3,23 +3,29 @@
 Numbers come from files of this very run and of an evaluation of it; a number that is not there is not written.
 """
 
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from src.evaluation.results_schema import Arm, Results, check_results
 from src.evaluation.verdict import NAMES, against_sft, closeness, headline, particulars
+from src.report.data_records import DataRecords
 from src.report.tables import Section, sections
-from src.utils.common import read_json, read_jsonl
+from src.utils.common import UserError, logger, read_json, read_jsonl
 
-# What Markdown and HTML take for more than text inside a line; CommonMark lets all of them be escaped.
-SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|~$&!]")  # "a_b <i>" is "a\_b \<i\>"
+# What Markdown and HTML take for more than text inside a line; CommonMark lets all of them be escaped. GitHub and the
+# hub make links of bare addresses and names, too (https://github.github.com/gfm/#autolinks-extension-): these break at
+# the colon, the point after www, and the at sign.
+SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|~$&!@]|:(?=//)|(?<=www)\.", re.IGNORECASE)  # "a_b <i>" is "a\_b \<i\>"
+FILE_ORIGIN = re.compile(r"file .*?([^/\\]+) (\(sha256 [0-9a-f]+\))")  # "file /home/me/own.csv (sha256 0f3a)"
+PLACE = "PATH_OR_HUB_ID"  # on the card: a folder's name here is no address anywhere else
 HUB_ORIGIN = re.compile(r"model hub, ([\w.-]+/[\w.-]+)")  # "model hub, openai/gsm8k main train at revision 740312a"
 SHOWN = ("heldout", "heldout_differences", "scores", "comparisons")  # sections of the report
 GRADERS = {
@@ -34,12 +40,14 @@ class Evaluation:
     """An evaluation of the exported run.
 
     arm: what the run is called in it. graders: (domain, grader) of the graded answers.
+    passed_over: the other evaluations of the run, in words.
     """
 
     path: Path
     results: Results
     arm: Arm
     graders: Sequence[tuple[str, str]]
+    passed_over: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class CardFacts:
     """What the card is written from.
 
     config, measured: kd_config.json and kd_results.json of the run.
-    manifest, stats: manifest.json of the data and stats.json of the cleaning; None where they are missing.
+    records: what is known of its data.
     licence: of the base model, the fields that its own card has.
     hashes: of the adapter and of all that the card was made from, by name.
     end: the token that ends a turn. sampling: what generation_config.json has, in words.
@@ -56,8 +64,7 @@ class CardFacts:
     name: str
     config: Mapping[str, Any]
     measured: Mapping[str, Any]
-    manifest: Mapping[str, Any] | None
-    stats: Mapping[str, Any] | None
+    records: DataRecords
     evaluation: Evaluation | None
     licence: Mapping[str, str]
     hashes: Mapping[str, str]
@@ -75,31 +82,76 @@ def plain(text: Any) -> str:
     return SPECIAL.sub(r"\\\g<0>", " ".join(printable.split()))
 
 
-def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
-    """The newest evaluation in or below a folder that results.json records to be of this very run.
+@dataclass(frozen=True, order=True)
+class _Size:
+    """How much an evaluation tells: the one that asked more tells more, and of two alike the newer is taken."""
 
-    A run is known by its whole kd_results.json, times included: a folder's name may be used again by another run.
+    prompts: int
+    samples: int  # a prompt
+    time: datetime
+
+
+def _size(results: Results, path: Path) -> _Size:
+    """How large and how old an evaluation is; times are compared as moments, whatever their offset from UTC.
 
     Raises:
-        UserError: that results.json is of another version of this code, or broken.
+        UserError: it does not say when it was made.
+    """
+    settings = results["settings"]
+    try:
+        time = datetime.strptime(results["provenance"]["time"], "%Y-%m-%dT%H:%M:%S%z")  # as `common.provenance` has it
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: no provenance.time such as 2026-11-27T09:00:00+0000; make it again") from None
+    return _Size(settings.get("prompts", 0), settings.get("num_samples", 1), time)
+
+
+def _arm_of(results: Any, measured: Any) -> Arm | None:
+    """What a run with this kd_results.json is called in an evaluation; None if it took no part."""
+    training = results.get("training") if isinstance(results, dict) else None
+    for arm in ("kd", "sft"):
+        if isinstance(training, dict) and training.get(arm) == measured:
+            return arm
+    return None
+
+
+def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
+    """The evaluation with most prompts, in or below a folder, that results.json records to be of this very run.
+
+    Of those with as many prompts it is the one with most samples, and of these the newest. A run is known by its whole
+    kd_results.json, times included: a folder's name may be used again by another run.
+
+    Raises:
+        UserError: all that there are of this run are of another version of this code, or broken.
     """
     measured = read_json(run / "kd_results.json")
-    # only the one that is taken is checked: what others left in the folder is no reason to stop
-    found: list[tuple[str, Path, Arm]] = []
+    found: list[tuple[_Size, Path, Arm, Results]] = []
+    passed_over: list[str] = []
+    refused: UserError | None = None
     for path in sorted(folder.rglob("results.json")):
-        results = read_json(path)
-        training = results.get("training") if isinstance(results, dict) else None
-        for arm in ("kd", "sft"):
-            if isinstance(training, dict) and training.get(arm) == measured:
-                found.append((results["provenance"]["time"], path, arm))
+        arm = None
+        try:
+            results = read_json(path)
+            if arm := _arm_of(results, measured):  # what is of other runs is not checked: it is no reason to speak
+                check_results(results, path)
+                found.append((_size(results, path), path, arm, results))
+        except UserError as error:
+            logger.warning("%s; passed over", error)
+            if arm:
+                refused = error
+                passed_over.append(f"{path.parent.name} (not readable by this version)")
+    if not found and refused:
+        raise refused
     if not found:
         return None
-    _, path, arm = max(found)
-    results = read_json(path)
-    check_results(results, path)
+    ordered = sorted(found, key=lambda entry: entry[:2])
+    _, path, arm, results = ordered.pop()
+    for size, other, _, _ in ordered:
+        asked = f"{size.prompts} prompts, {size.samples} samples of each"
+        passed_over.append(f"{other.parent.name} ({asked}, {size.time:%Y-%m-%d %H:%M %z})")
     samples = path.with_name("samples.jsonl")
     rows = read_jsonl(samples) if samples.is_file() else []
-    return Evaluation(path, results, arm, sorted({(row["domain"], row["grader"]) for row in rows}))
+    graders = sorted({(row["domain"], row["grader"]) for row in rows})
+    return Evaluation(path, results, arm, graders, passed_over)
 
 
 def _is_hub_id(model: str) -> bool:
@@ -126,14 +178,30 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
     base = facts.config["model_name_or_path"].partition("@")[0]
     if _is_hub_id(base):  # the hub refuses a card that names a path
         data |= {"base_model": base, "base_model_relation": "finetune"}
-    origins = [entry["origin"] for entry in _trained_on(facts)]
-    if ids := sorted({found[1] for origin in origins if (found := HUB_ORIGIN.match(origin))}):
+    if ids := sorted({found for entry in _trained_on(facts) if (found := _hub_data_set(entry["origin"]))}):
         data["datasets"] = ids
     return data | dict(facts.licence) | {"tags": ["knowledge-distillation", "lora"]}
 
 
+def _hub_data_set(origin: str) -> str | None:
+    """The hub's id of a data set that comes from there; what is no id (a/..) would have the hub refuse the card."""
+    found = HUB_ORIGIN.match(origin)
+    if found is None:
+        return None
+    try:
+        validate_repo_id(found[1])
+    except HFValidationError:
+        return None
+    return found[1]
+
+
+def _public(origin: str) -> str:
+    """An origin without the way to a local file, which is nobody else's business: its name and hash say enough."""
+    return FILE_ORIGIN.sub(r"file \1 \2", origin)
+
+
 def _trained_on(facts: CardFacts) -> list[Mapping[str, Any]]:
-    sources = facts.manifest["sources"] if facts.manifest else []
+    sources = facts.records.manifest["sources"] if facts.records.manifest else []
     return [entry for entry in sources if entry["split"] == "train"]
 
 
@@ -179,22 +247,46 @@ def _section(section: Section) -> list[str]:
     return lines
 
 
+IN_4_BITS = (
+    "measured with the base model's weights in 4 bits (NF4), as in training. The weights here are the adapter added to "
+    "unquantised ones, of which nothing is measured so."
+)
+
+
+def _not_evaluated(facts: CardFacts) -> list[str]:
+    measured = facts.measured
+    before, after = measured["before"], measured["after"]
+    kl_is = measured.get("kl_is", "exact")  # a run of the version before does not say
+    least = "" if kl_is == "exact" else "at least "
+    bound = f" The KL is a {kl_is}: the teacher's server says no more." if least else ""
+    return [
+        "**Not evaluated.** There is no results.json of an evaluation of this run: nothing is known of the quality "
+        "of its answers.",
+        "",
+        f"All that was measured is how close it came to its teacher on {measured['heldout_rows']} held-out answers "
+        f"({measured['heldout_tokens']} tokens), without intervals: KL to the teacher {least}"
+        f"{after['kl_to_teacher']:.4f} nats per token ({least}{before['kl_to_teacher']:.4f} before training), the "
+        f"teacher's most likely token is its own at {after['top1_agreement']:.1%} ({before['top1_agreement']:.1%} "
+        f"before).{plain(bound)}",
+        "",
+    ]
+
+
+def _merged_where(engine: str) -> str:
+    """How the weights that were evaluated relate to these; the words begin after "it"."""
+    if engine == "transformers":
+        return "it merged the adapter by itself, so that these weights may differ by rounding"
+    return (
+        "a server answered there, with the adapter beside the base model's weights rather than merged into them, so "
+        "that these weights may differ by rounding"
+    )
+
+
 def _results(facts: CardFacts) -> list[str]:
     lines = ["## Results", ""]
     if facts.evaluation is None:
-        measured = facts.measured
-        before, after = measured["before"], measured["after"]
-        return [
-            *lines,
-            "**Not evaluated.** There is no results.json of an evaluation of this run: nothing is known of the quality "
-            "of its answers.",
-            "",
-            f"All that was measured is how close it came to its teacher on {measured['heldout_rows']} held-out answers "
-            f"({measured['heldout_tokens']} tokens), without intervals: KL to the teacher {after['kl_to_teacher']:.4f} "
-            f"nats per token ({before['kl_to_teacher']:.4f} before training), the teacher's most likely token is its "
-            f"own at {after['top1_agreement']:.1%} ({before['top1_agreement']:.1%} before).",
-            "",
-        ]
+        lines += _not_evaluated(facts)
+        return lines + ([f"That was {IN_4_BITS}", ""] if facts.config.get("load_in_4bit") else [])
     results, arm = facts.evaluation.results, facts.evaluation.arm
     if arm == "kd":  # these sentences are about the distilled student, which a control is not
         for sentence in (headline(results), closeness(results), against_sft(results)):
@@ -204,9 +296,14 @@ def _results(facts: CardFacts) -> list[str]:
     asked = [f"{name} {settings[name]}" for name in named if name in settings]
     lines += [
         f"This model is the arm {NAMES[arm]}. The evaluation is of {plain(results['provenance']['time'])} "
-        f"({plain(', '.join(asked))}); it merged the adapter by itself, so that these weights may differ by rounding.",
+        f"({plain(', '.join(asked))}); {_merged_where(settings.get('engine', 'transformers'))}.",
         "",
     ]
+    if facts.evaluation.passed_over:
+        others = "; ".join(facts.evaluation.passed_over)
+        lines += [f"Other evaluations of this run are smaller, older or unreadable: {plain(others)}.", ""]
+    if facts.config.get("load_in_4bit") and "heldout" in results:
+        lines += [f"KL, NLL, agreement and acceptance on held-out text were {IN_4_BITS}", ""]
     for section in sections(results):
         if section.name in SHOWN:
             lines += _section(section)
@@ -224,16 +321,18 @@ def _use(facts: CardFacts) -> list[str]:
     lines = [
         "## How to use it",
         "",
+        f"{plain(PLACE)} is this folder, or the id it has on the hub.",
+        "",
         "```python",
         "from transformers import pipeline",
         "",
-        f'generate = pipeline("text-generation", model={json.dumps(facts.name)})',
+        f'generate = pipeline("text-generation", model="{PLACE}")',
         'question = [{"role": "user", "content": "What is 17 + 25?"}]',
         f'print(generate(question, max_new_tokens=256{off})[0]["generated_text"][-1]["content"])',
         "```",
         "",
         "```bash",
-        vllm_command(facts.name, facts.hybrid),
+        vllm_command(PLACE, facts.hybrid),
         "```",
         "",
         f"It ends its turn with {plain(facts.end)}; generation\\_config.json stops there. {facts.sampling}",
@@ -251,9 +350,12 @@ def _use(facts: CardFacts) -> list[str]:
 
 def _data(facts: CardFacts) -> list[str]:
     lines = ["## Training data", ""]
-    if facts.manifest is None:
-        return [*lines, "There is no manifest.json: where the prompts come from is not recorded.", ""]
-    rows = [[entry["source"], entry["rows"], entry["licence"], entry["origin"]] for entry in _trained_on(facts)]
+    if facts.records.manifest is None:
+        why = plain(facts.records.missing["manifest.json"])
+        return [*lines, f"Where the prompts come from is not recorded: {why}.", ""]
+    rows = [
+        [entry["source"], entry["rows"], entry["licence"], _public(entry["origin"])] for entry in _trained_on(facts)
+    ]
     said = "Prompts, which the teacher answered; its answers were cleaned before training."
     return [*lines, said, "", *_table(["source", "prompts", "licence", "origin"], rows)]
 
@@ -262,13 +364,25 @@ def _limits(facts: CardFacts) -> list[str]:
     lines = [f"One training seed ({facts.config['seed']}): how much another would differ is not known."]
     if sources := [entry["source"] for entry in _trained_on(facts)]:
         lines.append(f"Trained for {', '.join(sources)} alone; nothing is known of it elsewhere, nor of its safety.")
-    if facts.stats:
-        split = facts.stats["train"]
+    if "adapter_sha256" not in facts.measured:
+        lines.append(
+            "The run did not record the hash of its adapter: that these are the weights that it measured is not shown."
+        )
+    if facts.config.get("load_in_4bit"):
+        lines.append(
+            "Trained with the base model's weights in 4 bits (NF4), merged into unquantised ones: the two differ by "
+            "the error of the quantisation."
+        )
+    if facts.records.stats:
+        split = facts.records.stats["train"]
         cut = split["by_reason"]["truncated"]
         lines.append(
             f"{cut} of the teacher's {split['answers']} answers ({cut / split['answers']:.1%}) were cut at the token "
             "limit and not trained on: long answers are underrepresented."
         )
+    else:
+        why = facts.records.missing["stats.json"]
+        lines.append(f"How many of the teacher's answers were cut or left out is not recorded: {why}.")
     if facts.evaluation is None:
         lines.append("No graded answers: no gain over the base model is shown, nor over training without the teacher.")
     else:

@@ -20,7 +20,7 @@ from src.distillation.kd_config import SECTION
 from src.distillation.lora import add_lora
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.utils import stages
-from src.utils.common import ROOT, UserError, read_json, read_jsonl, write_json
+from src.utils.common import ROOT, UserError, read_json, read_jsonl, sha256_file, write_json
 from src.utils.config import build_config, load_config
 
 
@@ -82,6 +82,7 @@ def test_a_run_leaves_the_promised_artifacts(settings):
         assert stored[arm].keys() == {"kl_to_teacher", "nll", "top1_agreement", "expected_acceptance"}
     assert stored["after"]["kl_to_teacher"] < stored["before"]["kl_to_teacher"]
     assert stored["heldout_rows"] == 8
+    assert stored["adapter_sha256"] == sha256_file(folder / "final_model" / "adapter_model.safetensors")
     assert stored["trainable_parameters"] == sum(tensor.numel() for tensor in weights(results).values())
     assert (folder / "final_model" / "README.md").is_file()
 

@@ -1,5 +1,6 @@
 """scripts/export_model.py on a finished run: what it writes, what it refuses, and what a kill leaves."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,12 +15,13 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from src.distillation import engines, export
 from src.distillation.base import load_tokenizer
 from src.evaluation.evaluator import run_evaluation
-from src.utils.common import read_json
+from src.utils.common import read_json, write_json
 from src.utils.stages import hold
 from tests.evaluation.test_evaluation_scripts import load_script
 from tests.evaluation.tiny import config_for, run_of, stored
@@ -115,7 +117,13 @@ def test_it_answers_the_evaluations_greedy_text(succeeds, profile, target, train
     assert f"(prompts {results['settings']['prompts']}, mode quick" in card
     [example] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(target.parent)
-    exec(compile(example.replace("max_new_tokens=256", "max_new_tokens=4"), "README.md", "exec"), {})
+    example = example.replace("max_new_tokens=256", "max_new_tokens=4").replace("PATH_OR_HUB_ID", target.name)
+    exec(compile(example, "README.md", "exec"), {})
+
+    # greedy decoding is no sampling default of the folder, and the card does not say that it is
+    assert "temperature" not in read_json(target / "generation_config.json")
+    assert "Its sampling defaults are" not in card
+    assert "It has no sampling defaults: the evaluation's first sentence is about greedy decoding" in card
 
 
 def test_sampling_defaults_are_those_of_the_evaluation(succeeds, profile, target, evaluation):  # noqa: F811
@@ -158,6 +166,55 @@ def test_what_was_lost_is_made_again(succeeds, profile, target, exported):  # no
     assert {name: data for name, data in content(target).items() if name != "export.json"} == {
         name: data for name, data in before.items() if name != "export.json"
     }
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped"])
+def test_an_export_that_is_not_as_it_was_written_is_made_again(succeeds, profile, target, exported, harm):  # noqa: F811
+    shutil.copytree(exported["bfloat16"], target)
+    path = target / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] if harm == "cut" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    succeeds("export_model", *profile)
+    assert path.read_bytes() == whole
+    written = read_json(target / "export.json")["files"][path.name]
+    assert written == {"size": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+
+
+def test_the_export_names_no_place_of_this_machine(exported, trained):
+    for name in ("export.json", "README.md"):
+        assert str(trained) not in (exported["bfloat16"] / name).read_text()
+
+
+def test_an_adapter_changed_after_it_was_measured_is_refused(succeeds, fails, profile, target, copied):  # noqa: F811
+    adapter, results = run_of(copied) / "final_model", run_of(copied) / "kd_results.json"
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: 3 * weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    flags = [*profile, "--model_path", adapter]
+    assert "was changed after it was measured" in fails("export_model", *flags)
+    assert left(target.parent) == []
+    write_json(results, {name: value for name, value in read_json(results).items() if name != "adapter_sha256"})
+    succeeds("export_model", *flags)
+    assert "The run did not record the hash of its adapter" in (target / "README.md").read_text()
+
+
+def test_an_adapter_of_another_scale_is_refused(fails, profile, copied):  # noqa: F811
+    path = run_of(copied) / "final_model" / "adapter_config.json"
+    own = read_json(path)
+    write_json(path, own | {"lora_alpha": 3 * own["lora_alpha"]})
+    line = fails("export_model", *profile, "--model_path", path.parent)
+    assert f"has lora_alpha = {3 * own['lora_alpha']}, the run {own['lora_alpha']}" in line
+
+
+def test_a_manifest_of_other_prompts_is_not_on_the_card(succeeds, profile, target, tmp_path):  # noqa: F811
+    """It lies in the data folder now; nothing says that this run was trained on what it lists."""
+    origin = "model hub, openai/gsm8k main train at revision 740312a"
+    entry = {"source": "gsm8k", "split": "train", "rows": 2, "licence": "MIT", "origin": origin, "sha256": "0" * 64}
+    write_json(tmp_path / "foreign" / "manifest.json", {"sources": [entry]})
+    succeeds("export_model", *profile, "--data_dir", tmp_path / "foreign")
+    card = ModelCard.load(target / "README.md")
+    assert "gsm8k" not in str(card)
+    assert "Where the prompts come from is not recorded: there is no fix\\_sft\\_data.json" in card.text
+    assert "manifest.json" not in read_json(target / "export.json")["fingerprint"]
 
 
 def test_a_folder_of_other_things_is_never_replaced(fails, profile, target):  # noqa: F811

@@ -1,6 +1,7 @@
 """The model card: numbers of this very run or none, metadata that the hub takes, and text of others as text."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,11 @@ from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
 
 from src.evaluation.results import make_results
-from src.evaluation.results_schema import write_results
+from src.evaluation.results_schema import SCHEMA_VERSION, write_results
 from src.evaluation.verdict import against_sft, closeness, headline
 from src.report.card import CardFacts, Evaluation, find_evaluation, model_card, plain
-from src.utils.common import UserError, write_json, write_jsonl
+from src.report.data_records import DataRecords, data_records
+from src.utils.common import UserError, read_json, sha256_file, sha256_text, write_json, write_jsonl
 
 NASTY = (
     "<img src=x onerror=alert(1)>| **b** [x](javascript:y) `c` ![i](//e) <!--\n# no\n---\nlicense: mit\u202e $$x$$ &lt;"
@@ -41,8 +43,9 @@ def facts(tmp_path) -> CardFacts:
         {"source": "aiops", "split": "train", "rows": 1000, "licence": "Apache-2.0", "origin": "synthetic"},
     ]
     stats = {"train": {"answers": 3164, "by_reason": {"truncated": 79}}}
+    measured["adapter_sha256"] = "f" * 64
     return CardFacts(
-        "student", config, measured, {"sources": sources}, stats, None, {"license": "apache-2.0"},
+        "student", config, measured, DataRecords({"sources": sources}, stats, {}), None, {"license": "apache-2.0"},
         {"base model": "Qwen/Qwen3-8B@b968826d", "adapter_model.safetensors": "f" * 64}, "bfloat16", "as it should be",
         "<|im_end|>", "No sampling defaults.", False, own,
     )  # fmt: skip
@@ -151,7 +154,7 @@ def test_a_control_does_not_speak_of_the_distilled_student(facts, results):
 def test_a_hybrid_student_is_asked_without_a_thought(facts):
     card = model_card(replace(facts, hybrid=True))
     assert 'tokenizer_encode_kwargs={"enable_thinking": False}' in card
-    assert "vllm serve student --default-chat-template-kwargs '{\"enable_thinking\": false}'\n" in card
+    assert "vllm serve PATH_OR_HUB_ID --default-chat-template-kwargs '{\"enable_thinking\": false}'\n" in card
     assert "With thinking on it was neither trained nor evaluated." in words(card)
 
 
@@ -166,17 +169,25 @@ def test_licences(facts, licence, said):
 
 
 def test_without_manifest_and_statistics(facts):
-    said = words(model_card(replace(facts, manifest=None, stats=None)))
-    assert "There is no manifest.json: where the prompts come from is not recorded." in said
+    records = DataRecords(None, None, {"manifest.json": "it is another's", "stats.json": "it is lost"})
+    said = words(model_card(replace(facts, records=records)))
+    assert "Where the prompts come from is not recorded: it is another's." in said
+    assert "How many of the teacher's answers were cut or left out is not recorded: it is lost." in said
     assert "the data's (not recorded)" in said
 
 
 def test_text_of_others_stays_text(facts, results):
     assert plain(NASTY).count("\n") == 0
     hostile = json.loads(json.dumps(results).replace('"ops"', json.dumps(NASTY)))
-    sources = [facts.manifest["sources"][0] | {"source": NASTY, "licence": NASTY, "origin": NASTY}]
+    sources = [facts.records.manifest["sources"][0] | {"source": NASTY, "licence": NASTY, "origin": NASTY}]
     config = facts.config | {"teacher_model_name_or_path": NASTY}
-    nasty = replace(facts, config=config, manifest={"sources": sources}, licence={"license": NASTY}, check=NASTY)
+    nasty = replace(
+        facts,
+        config=config,
+        records=replace(facts.records, manifest={"sources": sources}),
+        licence={"license": NASTY},
+        check=NASTY,
+    )
     card = evaluated(nasty, hostile, graders=((NASTY, NASTY),))
     assert ModelCard(card).data.license == NASTY
     tokens = RENDERER.parse(card.partition("---\n\n")[2])
@@ -188,14 +199,131 @@ def test_text_of_others_stays_text(facts, results):
     assert words(card).count(shown) >= 8
 
 
+@pytest.mark.parametrize("text", ["see https://a.b/c", "ftp://a.b", "WWW.a.b", "ask a@b.co", "thanks @somebody"])
+def test_bare_addresses_and_names_are_no_links(text):
+    """What makes a link of them anywhere (GFM, autolinks) needs one of these sequences whole."""
+    assert not re.search(r"(?<!\\)://|www\.|(?<!\\)@", plain(text), re.IGNORECASE)
+    assert words(f"---\n\n{plain(text)}").strip() == text
+
+
+def with_source(facts, **entry) -> str:
+    sources = [facts.records.manifest["sources"][0] | entry]
+    return model_card(replace(facts, records=replace(facts.records, manifest={"sources": sources})))
+
+
+def test_the_way_to_a_local_file_is_not_published(facts):
+    card = with_source(facts, origin="file /home/some body/secret (old)/own.jsonl (sha256 0f3a5b), 10% by question")
+    assert "file own.jsonl (sha256 0f3a5b), 10% by question" in words(card)
+    assert "some" + " body" not in card
+    assert "secret" not in card
+
+
+@pytest.mark.parametrize("name", ["../..", "a--b/c", "-a/b"])
+def test_what_is_no_id_is_no_data_set_of_the_hub(facts, name):
+    card = with_source(facts, origin=f"model hub, {name} main train at revision 740312a")
+    assert "datasets" not in ModelCard(card).data.to_dict()
+
+
+def test_a_lower_bound_is_no_exact_kl(facts):
+    bound = "lower bound over the top 20 and the rest"
+    said = words(model_card(replace(facts, measured=facts.measured | {"kl_is": bound})))
+    assert "KL to the teacher at least 0.9877 nats per token (at least 1.2346 before training)" in said
+    assert f"The KL is a {bound}: the teacher's server says no more." in said
+    assert "at least" not in words(model_card(replace(facts, measured=facts.measured | {"kl_is": "exact"})))
+
+
+def test_a_4_bit_student_says_what_was_measured(facts, results):
+    bits = replace(facts, config=facts.config | {"load_in_4bit": True})
+    for said in (words(model_card(bits)), words(evaluated(bits, results))):
+        assert "measured with the base model's weights in 4 bits (NF4), as in training." in said
+        assert "merged into unquantised ones: the two differ by the error of the quantisation." in said
+    assert "4 bits" not in words(model_card(facts)) + words(evaluated(facts, results))
+
+
+@pytest.mark.parametrize(("engine", "merged"), [("transformers", True), ("openai", False)])
+def test_how_the_evaluated_weights_relate_to_these(facts, results, engine, merged):
+    own = results | {"settings": results["settings"] | {"engine": engine}}
+    said = words(evaluated(facts, own))
+    assert ("it merged the adapter by itself" in said) == merged
+    assert ("with the adapter beside the base model's weights rather than merged" in said) != merged
+
+
+def test_a_run_that_did_not_record_its_adapter_says_so(facts):
+    older = {name: value for name, value in facts.measured.items() if name != "adapter_sha256"}
+    sentence = "The run did not record the hash of its adapter"
+    assert sentence in words(model_card(replace(facts, measured=older)))
+    assert sentence not in words(model_card(facts))
+
+
+def test_the_card_names_no_folder_of_this_machine_to_load(facts):
+    card = model_card(replace(facts, name="exp"))
+    assert 'model="PATH_OR_HUB_ID"' in card
+    assert "vllm serve PATH_OR_HUB_ID\n" in card
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Prompts with their manifest, clean rows with their statistics, and the fingerprint of a run on them."""
+    prompts = [{"id": str(i), "source": "gsm8k" if i < 3 else "ops"} for i in range(5)]
+    write_jsonl(tmp_path / "data" / "train_dataset.jsonl", prompts)
+    sources = []
+    for name, split, rows in (("gsm8k", "train", prompts[:3]), ("gsm8k", "eval", []), ("ops", "train", prompts[3:])):
+        text = "".join(json.dumps(row, sort_keys=True) for row in rows)
+        sources.append({"source": name, "split": split, "rows": len(rows), "sha256": sha256_text(text)})
+    write_json(tmp_path / "data" / "manifest.json", {"sources": sources})
+    sft, fingerprint = tmp_path / "sft", {}
+    for split, count in (("train", 4), ("eval", 2)):
+        path = sft / f"sft_{split}_data_clean.jsonl"
+        write_jsonl(path, [{"id": str(i)} for i in range(count)])
+        fingerprint[path.name] = sha256_file(path)
+    write_json(sft / "stats.json", {"train": {"kept": 4}, "eval": {"kept": 2}})
+    read = {"train_dataset.jsonl": sha256_file(tmp_path / "data" / "train_dataset.jsonl")}
+    write_json(sft / "fix_sft_data.json", {"finished": True, "fingerprint": read})
+    return tmp_path, fingerprint
+
+
+def test_records_of_the_very_data_are_taken(data):
+    root, fingerprint = data
+    records = data_records(fingerprint, root / "data", root / "sft")
+    assert records.missing == {}
+    assert records.manifest == read_json(root / "data" / "manifest.json")
+    assert records.stats == read_json(root / "sft" / "stats.json")
+    assert {path.name for path in records.paths} == {"manifest.json", "stats.json"}
+
+
+def change(path, key, value):
+    write_json(path, read_json(path) | {key: value})
+
+
+@pytest.mark.parametrize(("foreign", "stats", "why"), [
+    (lambda root: change(root / "data" / "manifest.json", "sources", []), True, "describes 0 rows"),
+    (lambda root: change(root / "data" / "manifest.json", "sources", [
+        {"source": "mbpp", "split": "train", "rows": 5, "sha256": "0" * 64}]), True, "other rows of mbpp"),
+    (lambda root: (root / "data" / "manifest.json").unlink(), True, "there is no manifest.json"),
+    (lambda root: write_jsonl(root / "data" / "train_dataset.jsonl", [{"id": "9"}]), True, "is not the file whose"),
+    (lambda root: write_jsonl(root / "sft" / "sft_train_data_clean.jsonl", [{"id": "9"}]), False, "no longer the file"),
+    (lambda root: change(root / "sft" / "stats.json", "train", {"kept": 9}), False, "counts other rows"),
+    (lambda root: change(root / "sft" / "fix_sft_data.json", "finished", False), False, "is not finished"),
+    (lambda root: (root / "sft" / "fix_sft_data.json").unlink(), False, "there is no fix_sft_data.json"),
+])  # fmt: skip
+def test_records_of_other_data_are_left_out(data, foreign, stats, why):
+    root, fingerprint = data
+    foreign(root)
+    records = data_records(fingerprint, root / "data", root / "sft")
+    assert records.manifest is None
+    assert why in records.missing["manifest.json"]
+    assert (records.stats is not None) == stats
+
+
 @pytest.fixture
 def evaluations(tmp_path, results, made_up):
     """`evaluations(name, time, **training)`: a results.json below the folder of evaluations."""
 
-    def write(name, time, **training):
+    def write(name, time, asked=None, **training):
         path = tmp_path / "evaluation" / name / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_results(path, results | {"training": training, "provenance": {"time": time}})
+        own = results | {"settings": results["settings"] | (asked or {})}
+        write_results(path, own | {"training": training, "provenance": {"time": time}})
         write_jsonl(path.with_name("samples.jsonl"), [{"domain": "maths", "grader": "numeric"}] * 2)
         return path
 
@@ -223,10 +351,42 @@ def test_the_newest_evaluation_of_this_very_run_is_found(evaluations, run, tmp_p
     assert (found.path, found.arm, found.graders) == (newest, "sft", [("maths", "numeric")])
 
 
+def test_the_evaluation_that_asked_most_is_taken(evaluations, run, tmp_path):
+    """Then the one with most samples, then the newest by the moment, not by the letters of its time."""
+    small, large = {"prompts": 10, "num_samples": 9}, {"prompts": 500, "num_samples": 1}
+    evaluations("small", "2026-11-27T09:00:00+0000", small, kd=OWN)
+    evaluations("earlier", "2026-11-26T09:00:00+0800", large | {"num_samples": 4}, kd=OWN)
+    later = evaluations("later", "2026-11-26T08:00:00+0000", large | {"num_samples": 4}, kd=OWN)
+    evaluations("one sample", "2026-11-28T09:00:00+0000", large, kd=OWN)
+    found = find_evaluation(tmp_path / "evaluation", run)
+    assert found.path == later
+    assert [other.partition(" (")[0] for other in found.passed_over] == ["small", "one sample", "earlier"]
+    assert "small (10 prompts, 9 samples of each, 2026-11-27 09:00 +0000)" in found.passed_over
+
+
+def test_evaluations_passed_over_are_on_the_card(facts, results):
+    other = Evaluation("results.json", results, "kd", (), ("small (10 prompts, 1 samples of each)",))
+    said = words(model_card(replace(facts, evaluation=other)))
+    assert "Other evaluations of this run are smaller, older or unreadable: small (10 prompts" in said
+    assert "Other evaluations" not in words(evaluated(facts, results))
+
+
+def test_broken_results_are_passed_over_with_a_warning(evaluations, run, tmp_path, caplog):
+    (tmp_path / "evaluation" / "broken").mkdir(parents=True)
+    (tmp_path / "evaluation" / "broken" / "results.json").write_text('{"training": ')
+    whole = evaluations("whole", "2026-11-27T09:00:00+0000", kd=OWN)
+    old = evaluations("old", "2026-11-28T09:00:00+0000", {"prompts": 10**6}, kd=OWN)
+    old.write_text(old.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 3'))
+    found = find_evaluation(tmp_path / "evaluation", run)
+    assert found.path == whole
+    assert found.passed_over == ["old (not readable by this version)"]
+    assert "broken/results.json" in caplog.text
+
+
 def test_results_of_another_version_are_refused_only_where_they_matter(evaluations, run, tmp_path):
     for name, training in (("other", {"kd": OTHER}), ("own", {"kd": OWN})):
         path = evaluations(name, "2026-11-28T15:00:00+0000", **training)
-        path.write_text(path.read_text().replace('"schema_version": 4', '"schema_version": 3'))
+        path.write_text(path.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 3'))
         if name == "other":
             assert find_evaluation(tmp_path / "evaluation", run) is None
     with pytest.raises(UserError, match="schema_version is 3"):
