@@ -54,7 +54,13 @@ def main() -> None:
     parser.add_argument("--hardware", help="a hardware overlay (default: the profile's own)")
     parser.add_argument("--output_dir", help="the sweep's folder (default: outputs/sweep/EXPERIMENT)")
     parser.add_argument("--dry_run", action="store_true", help="show the runs and their commands; write nothing")
-    parser.add_argument("--heldout", action="store_true", help="show held-out numbers too, for the cell once chosen")
+    parser.add_argument(
+        "--heldout",
+        choices=("kl_to_teacher", "nll"),
+        default="",
+        help="choose the cell with the lowest of this on the validation rows, and show its held-out rows, once all "
+        "runs are made",
+    )
     parser.add_argument("--stop_on_failure", action="store_true", help="end with the first run that fails")
     parser.add_argument("--overwrite", action="store_true", help="train finished runs again")
     asked, words = parser.parse_known_args()

@@ -141,14 +141,20 @@ def stage_serve(settings: EngineSettings) -> Serve | None:
     """
     engine_name(settings)
     serve = read_serve(settings.serve)
-    if serve is not None and settings.base_url != ELSEWHERE:
+    if serve is not None:
+        refuse_second_server(settings)
+    if serve is None or serve.gpu_memory_gb:
+        return serve
+    return dataclasses.replace(serve, gpu_memory_gb=settings.gpu_memory_gb)
+
+
+def refuse_second_server(settings: ServerSettings) -> None:
+    """Raise a UserError where a stage that starts a server is told of another that runs."""
+    if settings.base_url != ELSEWHERE:
         raise UserError(
             f"serve starts a server of its own, base_url {settings.base_url} names another; keep one: --serve '' "
             "leaves the profile's server out"
         )
-    if serve is None or serve.gpu_memory_gb:
-        return serve
-    return dataclasses.replace(serve, gpu_memory_gb=settings.gpu_memory_gb)
 
 
 def server_kind(settings: ServerSettings, serve: Serve | None) -> str:

@@ -27,8 +27,9 @@ from typing import Any, get_origin, get_type_hints
 import yaml
 
 from src.distillation.batching import StepOrder, clean_files, is_validation, read_clean
+from src.distillation.heldout import EXACT
 from src.distillation.kd import identify, read_config
-from src.distillation.kd_config import SECTION, KDConfig
+from src.distillation.kd_config import CUT, SECTION, KDConfig
 from src.distillation.run_folder import complete_checkpoints
 from src.distillation.server import GUARD
 from src.utils.common import (
@@ -56,6 +57,9 @@ ONE_VALUE = {
 }
 SETTLED = ("output_dir", "resume", "overwrite")  # a run's own are the sweep's to say
 MEASURES = ("kl_to_teacher", "nll", "top1_agreement", "expected_acceptance")
+# Settings that say how a run is computed, not what it learns, and may be axes all the same: the product of the two is
+# the rows of a step, and another student is another run.
+AXES_OF_CONDUCT = ("model_name_or_path", "per_device_train_batch_size", "gradient_accumulation_steps")
 POLL = 1.0  # seconds between two looks at how far a run is
 FAREWELL = 30.0  # seconds a run has to end by itself when the sweep is interrupted
 
@@ -162,12 +166,15 @@ def make_plan(grid: Grid, folder: Path) -> Plan:
     """The runs that a grid needs, in the order in which they are to be made: all cells with the first seed first.
 
     Raises:
-        UserError: a value is of the wrong type or out of range, or stands twice; or a run has nothing to be judged by.
+        UserError: a value is of the wrong type or out of range, or stands twice; an axis cannot change what is learned;
+            or a run has nothing to be judged by.
     """
     base = _build(grid, {})
     rows = _training_rows(base)
     order = sorted(grid.axes, key=lambda name: name not in REPEATED)  # seeds vary last
     runs: dict[str, PlannedRun] = {}
+    named: dict[str, str] = {}  # a run's digest -> its name
+    telling: set[str] = set(AXES_OF_CONDUCT)  # settings that tell one run from another
     members: dict[str, list[str]] = {}  # a cell's settings as JSON -> its runs
     typed: dict[str, set[Any]] = {name: set() for name in order}
     for words in itertools.product(*(grid.axes[name] for name in order)):
@@ -177,10 +184,12 @@ def make_plan(grid: Grid, folder: Path) -> Plan:
         settings = {name: None if name in idle else getattr(config, name) for name in grid.axes}
         for name in order:
             typed[name].add(getattr(config, name))
+        telling |= config.identity().keys()
 
         # 2. the run that it takes: with the profile's values where it does not matter, so that equal runs look equal
         config = dataclasses.replace(config, **{name: getattr(base, name) for name in idle})
-        name = _run_name(config, settings, folder)
+        digest = _digest(config)
+        name = named.setdefault(digest, _run_name(digest, settings, folder))
         if name not in runs:
             config = dataclasses.replace(config, output_dir=str(folder / "runs" / name))
             runs[name] = PlannedRun(name, config, identify(config)[1], _steps(config, rows))
@@ -190,6 +199,8 @@ def make_plan(grid: Grid, folder: Path) -> Plan:
         if name not in members.setdefault(cell, []):
             members[cell].append(name)
     for name, found in typed.items():
+        if name not in telling:
+            raise UserError(f"--{name}: it does not change what is learned and makes no other run; give it one value")
         if len(found) < len(grid.axes[name]):
             raise UserError(f"--{name} {' '.join(grid.axes[name])}: a value stands twice; name each once")
     cells = [Cell(json.loads(cell), tuple(names)) for cell, names in members.items()]
@@ -220,13 +231,19 @@ def idle_settings(config: KDConfig) -> set[str]:
         idle.add("num_train_epochs")
     if config.optim == "sgd":
         idle |= {"adam_beta1", "adam_beta2", "adam_epsilon"}
+    if not config.lora_dropout:  # with it, how the rows are cut into passes decides what is dropped
+        idle |= set(CUT) - set(AXES_OF_CONDUCT)
     return idle
 
 
-def _run_name(config: KDConfig, settings: dict[str, Any], folder: Path) -> str:
-    """Readable, and with a hash of all that identifies the run, so that a run is found again under another grid."""
+def _digest(config: KDConfig) -> str:
+    """A hash of all that identifies a run."""
     identity = config.identity() | {"student": config.model_name_or_path}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _run_name(digest: str, settings: dict[str, Any], folder: Path) -> str:
+    """Readable, and with the digest, so that a run is found again under another grid."""
     for there in sorted((folder / "runs").glob(f"*-{digest}")):
         if there.is_dir():
             return there.name
@@ -288,7 +305,7 @@ def run_plan(
     folder: Path,
     *,
     profile: str = "",
-    heldout: bool = False,
+    heldout: str = "",
     overwrite: bool = False,
     stop_on_failure: bool = False,
 ) -> None:
@@ -313,10 +330,10 @@ def run_plan(
             said = _said(run) if outcomes[name].status == "finished" else f"failed: {outcomes[name].line}"
             # after every run: a sweep that is killed leaves the table of what it has
             logger.info("run %d of %d, %s: %s", number, len(plan.runs), name, said)
-            write_json(folder / "sweep.json", results(plan, outcomes, profile, heldout))
+            write_json(folder / "sweep.json", results(plan, statuses, outcomes, profile, heldout))
             if outcomes[name].status == "failed" and stop_on_failure:
                 break
-    write_json(folder / "sweep.json", results(plan, outcomes, profile, heldout))
+    write_json(folder / "sweep.json", results(plan, statuses, outcomes, profile, heldout))
     failed = [name for name, outcome in outcomes.items() if outcome.status == "failed"]
     if failed:
         raise UserError(
@@ -394,6 +411,7 @@ def _outcome(run: PlannedRun, code: int, log: Path, begin: int) -> Outcome:
         # a user's mistake is one such line (run_cli); anything else ends with a traceback, whose last line says most
         errors = [line for line in said if line.startswith("error: ")]
         line = errors[-1].removeprefix("error: ") if errors else f"exit code {code}: {said[-1]}"
+        line = "".join(letter if letter.isprintable() else " " for letter in line)  # it goes to a terminal: no escapes
         return Outcome("failed", line)
     for checkpoint in complete_checkpoints(folder):
         shutil.rmtree(checkpoint)  # of use to an unfinished run only; a grid of them would fill the disk
@@ -413,51 +431,88 @@ def _said(run: PlannedRun) -> str:
     return f"validation KL to the teacher {found['kl_to_teacher']:.4f}, NLL {found['nll']:.4f}"
 
 
-def results(plan: Plan, outcomes: dict[str, Outcome], profile: str = "", heldout: bool = False) -> dict[str, Any]:
+def results(
+    plan: Plan, statuses: dict[str, str], outcomes: dict[str, Outcome], profile: str = "", heldout: str = ""
+) -> dict[str, Any]:
     """What sweep.json holds: the grid, every run, and every cell with its mean and range over seeds.
 
     Args:
-        outcomes: of runs made in this session; what others are is read off their folders.
+        statuses: what runs were when the session began, see `status_of`; all are new if they are trained again.
+        outcomes: of runs made in this session.
         profile: the path of the profile, to be named.
-        heldout: whether cells also show the held-out rows, which are not for choosing.
+        heldout: kl_to_teacher or nll: the cell whose validation rows have the lowest also shows its held-out rows, once
+            no run is open. No other cell does: they are not for choosing.
+
+    Raises:
+        UserError: a finished run is of other rows or another cache than the others.
     """
-    runs = {name: _run_facts(run, outcomes.get(name), heldout) for name, run in plan.runs.items()}
+    first = next(iter(plan.runs.values()))
+    runs = {}
+    for name, run in plan.runs.items():
+        outcome = outcomes.get(name) or Outcome("finished" if statuses[name] == "finished" else "open")
+        runs[name] = _run_facts(run, outcome, _shared(first.fingerprint))
     cells = []
     for cell in plan.cells:
-        finished = [runs[name] for name in cell.runs if runs[name]["status"] == "finished"]
-        facts: dict[str, Any] = {"settings": cell.settings, "runs": list(cell.runs), "n": len(finished)}
-        for rows in ("validation", *(["heldout"] if heldout else [])):
-            facts[rows] = _over_seeds([run[rows] for run in finished])
-        cells.append(facts)
+        finished = [runs[name]["validation"] for name in cell.runs if runs[name]["status"] == "finished"]
+        facts = {"settings": cell.settings, "runs": list(cell.runs), "n": len(finished)}
+        cells.append(facts | {"validation": _over_seeds(finished)})
+    bounds = {run["kl_is"] for run in runs.values() if run["status"] == "finished"}
+    lowest = {name: _lowest(cells, name) for name in ("kl_to_teacher", "nll")}
+    settled = heldout and lowest[heldout] and all(run["status"] != "open" for run in runs.values())
     return {
         "profile": profile,
-        "experiment_dir": next(iter(plan.runs.values())).config.experiment_dir,
+        "experiment_dir": first.config.experiment_dir,
+        "models": _models(plan),
         "axes": {name: list(words) for name, words in plan.grid.axes.items()},
         "fixed": shlex.join(plan.grid.fixed),
-        "heldout_shown": heldout,
+        "kl_is": next(iter(bounds), EXACT),  # one: all read one teacher's signal
         "cells": cells,
-        "lowest": {name: _lowest(cells, name) for name in ("kl_to_teacher", "nll")},
+        "lowest": lowest,
+        "heldout": _heldout(plan, heldout, lowest[heldout]["cell"]) if settled else None,
         "runs": runs,
         "provenance": provenance(),
     }
 
 
-def _run_facts(run: PlannedRun, outcome: Outcome | None, heldout: bool) -> dict[str, Any]:
+def _models(plan: Plan) -> dict[str, str]:
+    """Names of the teacher and, unless it is an axis, of the student."""
+    config = next(iter(plan.runs.values())).config
+    names = {"teacher": Path(config.teacher_model_name_or_path).name}
+    if "model_name_or_path" not in plan.grid.axes:
+        names["student"] = Path(config.model_name_or_path).name
+    return names
+
+
+def _shared(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's fingerprint that all runs of a table have in common: the rows, the teacher and its cache."""
+    return {
+        name: value
+        for name, value in fingerprint.items()
+        if name in ("teacher", "teacher_cache") or name.endswith(".jsonl")  # a file of rows, by its hash
+    }
+
+
+def _run_facts(run: PlannedRun, outcome: Outcome, shared: dict[str, Any]) -> dict[str, Any]:
     folder = Path(run.config.output_dir)
-    facts: dict[str, Any] = {"status": "open", "line": ""}
-    if outcome:
-        facts = {"status": outcome.status, "line": outcome.line}
-    elif (folder / "kd_results.json").is_file():
-        facts["status"] = "finished"
-    facts["seed"] = run.config.seed
-    if facts["status"] == "finished":
-        stored = read_json(folder / "kd_results.json")
+    facts: dict[str, Any] = {"status": outcome.status, "line": outcome.line, "seed": run.config.seed}
+    if outcome.status == "finished":
+        stored, config = read_json(folder / "kd_results.json"), read_json(folder / "kd_config.json")
+        refuse_mismatch(folder, _shared(config["fingerprint"]), shared)
         facts |= {name: stored[name] for name in ("steps", "train_seconds", "peak_memory_mb")}
-        facts["validation_rows"] = read_json(folder / "kd_config.json")["rows"]["validation"]
+        # of the held-out rows, and so of the validation rows; runs that do not say it read whole distributions
+        facts["kl_is"] = stored.get("kl_is", EXACT)
+        facts["validation_rows"] = config["rows"]["validation"]
         facts["validation"] = _validation(folder)
-        if heldout:
-            facts["heldout"] = {name: stored["after"][name] for name in MEASURES}
     return facts
+
+
+def _heldout(plan: Plan, chosen_by: str, index: int) -> dict[str, Any]:
+    """Of the chosen cell: mean and range over seeds on the held-out rows."""
+    measured = []
+    for name in plan.cells[index].runs:
+        after = read_json(Path(plan.runs[name].config.output_dir) / "kd_results.json")["after"]
+        measured.append({measure: after[measure] for measure in MEASURES})
+    return {"chosen_by": chosen_by, "cell": index, **_over_seeds(measured)}
 
 
 def _over_seeds(measured: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -470,8 +525,11 @@ def _over_seeds(measured: Sequence[dict[str, float]]) -> dict[str, dict[str, flo
 
 
 def _lowest(cells: Sequence[dict[str, Any]], measure: str) -> dict[str, Any] | None:
-    """The cell with the lowest mean on the validation rows, and those whose ranges over seeds reach into its own."""
-    measured = [index for index, cell in enumerate(cells) if cell["n"]]
+    """The cell with the lowest mean on the validation rows, and those whose ranges over seeds reach into its own.
+
+    Of cells whose seeds have all finished: the mean of fewer seeds is of other seeds.
+    """
+    measured = [index for index, cell in enumerate(cells) if cell["n"] == len(cell["runs"])]
     if not measured:
         return None
     best = min(measured, key=lambda index: cells[index]["validation"][measure]["mean"])

@@ -44,13 +44,13 @@ from src.distillation.base import (
     served_fingerprint,
 )
 from src.distillation.batching import TrainingData, clean_files, consecutive, is_validation, read_clean
-from src.distillation.engines import ServerSettings, server_kind, started
+from src.distillation.engines import ServerSettings, refuse_second_server, server_kind, started
 from src.distillation.gpu import memory_of, tokens_that_fit
 from src.distillation.losses import IDENTITY, LogitMap, Stated, TopK, chunk_tokens, product
 from src.distillation.openai_engine import Server
 from src.distillation.packing import check_packing
 from src.distillation.served_teacher import KINDS, ask_rows, check_served
-from src.distillation.serving import Serve, read_serve, teacher_server, with_open_port
+from src.distillation.serving import Serve, answering, read_serve, teacher_server, with_open_port
 from src.distillation.teacher import Reader, Rows, model_reader
 from src.utils.common import (
     Progress,
@@ -81,7 +81,6 @@ NOT_IN_FINGERPRINT = (
     "overwrite",
     "teacher_devices",
     "gpu_memory_gb",
-    "cpu_offload",
     "tokens_per_batch",
     "cpu_offload",
     "engine",
@@ -143,6 +142,7 @@ class CacheTeacherConfig(ServerSettings):
         serve = read_serve(self.serve) if self.engine == "openai" else None
         if serve is None:
             return None
+        refuse_second_server(self)
         asked = {"max-logprobs": self.top_k} if serve.program == "vllm" else {}  # it gives 20 otherwise, and no more
         return replace(
             serve,
@@ -368,6 +368,9 @@ def _made_of(
     if config.engine == "openai":
         teacher = served_fingerprint(_served_name(config), server_kind(config, config.started_server))
         settings |= {"bf16": None, "packing": None}  # the server's affair
+        flags = answering(config.started_server) if config.started_server else {}
+        if flags:  # with another quantisation it believes another thing
+            settings["server_arguments"] = flags
     else:
         teacher = model_fingerprint(config.teacher_model_name_or_path)
     made_of = {"format": FORMAT, "teacher": teacher, **_template_hashes(tokenizer), "data": hashes, **settings}

@@ -384,6 +384,10 @@ def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
             why = "there is no heldout.jsonl"
         else:
             run_config = read_json(run / "kd_config.json")
+            if run_config.get("load_in_4bit"):  # the answers here are those of the student in bf16
+                why = (
+                    "it was measured on the student in 4 bits, which is another model (kd_results.json has the numbers)"
+                )
             for own, name in (("base", "student"), ("teacher", "teacher")):
                 if own in facts["arms"] and not _same_model(facts, own, run_config, name):
                     why = f"it was measured with another {name}"

@@ -76,7 +76,11 @@ def device_list(value: Any) -> list[int]:
     """GPUs as YAML may name them: a list, one number or nothing."""
     if value is None:
         return []
-    return list(value) if isinstance(value, list) else [value]
+    devices = list(value) if isinstance(value, list) else [value]
+    for device in devices:
+        if not isinstance(device, int):
+            raise UserError(f"devices are numbers of GPUs, found {device!r}")
+    return devices
 
 
 def serve_of(stage: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +102,8 @@ def read_launch(values: dict[str, Any]) -> Launch:
         UserError: they do not, or `launch` says something else than processes and accelerate.
     """
     asked = values.get("launch") or {}
+    if not isinstance(asked, dict):
+        raise UserError(f"launch: a mapping such as {{processes: 8, accelerate: ddp}} is wanted, found {asked!r}")
     known = list(Launch.__dataclass_fields__)
     for name in asked:
         if name not in known:
@@ -174,7 +180,7 @@ def command_of(stage: str, profile: Profile) -> Command:
     Raises:
         UserError: what the profile says of GPUs or processes does not fit together.
     """
-    launch, visible = read_launch(profile.values), visible_gpus(profile.values)
+    launch = read_launch(profile.values)
     script = [f"scripts/{STAGES[stage]}.py", "--config", shown(profile.path)]
     if stage == "sft_control":
         script += ["--alpha", "0"]
@@ -183,6 +189,7 @@ def command_of(stage: str, profile: Profile) -> Command:
         launcher, config = Path(sys.executable).with_name("accelerate"), f"configs/accelerate/{launch.accelerate}.yaml"
         program = [shown(launcher), "launch", "--config_file", config, "--num_processes", str(launch.processes)]
     gpus = gpus_of(stage, profile.values, launch)
+    visible = visible_gpus(profile.values) if gpus else []
     if visible and gpus and gpus[-1] >= len(visible):
         raise UserError(f"{stage} wants GPU {gpus[-1]}, and gpus: {profile.values['gpus']} are numbered from 0")
     env = {"CUDA_VISIBLE_DEVICES": ",".join(visible)} if visible and gpus else {}

@@ -176,8 +176,9 @@ def dry_run_lines(profile: Profile, commands: list[Command], again: str) -> list
     lines = [f"profile {shown(profile.path)}, hardware {profile.values.get('hardware', 'none')}, "
              f"GPUs {profile.values.get('gpus', 'as the stages find them')}"]  # fmt: skip
     if profile.text:
+        folder = shown(profile.path.parent)
         state = "exists, and is written again" if profile.path.is_file() else "to be made"
-        lines.append(f"  {state}; by hand: {again} --print_config > {shown(profile.path)}")
+        lines.append(f"  {state}; by hand: mkdir -p {folder} && {again} --print_config > {shown(profile.path)}")
     made: set[str] = set()
     experiment = Path(profile.values.get("experiment_dir", "")).name
     for number, command in enumerate(commands, start=1):

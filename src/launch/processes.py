@@ -23,7 +23,9 @@ PATIENCE = 60.0  # seconds in which a driver has taken back the memory of a proc
 def _caught(numbers: Sequence[int]) -> Iterator[list[int]]:
     """The signals that arrive until the block ends, in a list instead of at this process."""
     arrived: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in numbers}
+    # what is ignored stays so, here and in what is started: nohup makes SIGHUP so, that a lost terminal ends nothing
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in heard}
     try:
         yield arrived
     finally:

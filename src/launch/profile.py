@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from src.utils.common import ROOT, UserError
-from src.utils.config import NO_OVERLAY, read_merged, read_yaml, to_yaml
+from src.utils.config import NO_OVERLAY, SECTIONS, read_merged, read_yaml, to_yaml
 
 RESOLVED = ROOT / "outputs" / "profiles"
 
@@ -38,14 +38,25 @@ def find_profile(name: str) -> Path:
 
 def reseeded(values: dict[str, Any], seed: int) -> dict[str, Any]:
     """The profile with another seed, and folders of its own; the models stay the same."""
-    changed = dict(values)
+    changed = {"data_dir": "data/processed", "experiment_dir": "outputs/experiment/default"} | values | {"seed": seed}
     changed["prepare_models"] = {"seed": values.get("seed", 42)} | (values.get("prepare_models") or {})
-    evaluation = dict(values.get("evaluate_distillation") or {})
-    for section in (changed, evaluation):
-        for name in ("data_dir", "experiment_dir", "output_dir"):
-            if name in section:
-                section[name] = f"{section[name]}_seed_{seed}"
-    return changed | {"evaluate_distillation": evaluation, "seed": seed}
+    changed["evaluate_distillation"] = {"output_dir": "outputs/evaluation"} | (
+        values.get("evaluate_distillation") or {}
+    )
+    for name in SECTIONS:
+        if name in changed and name != "prepare_models":
+            section = dict(changed[name] or {})
+            section |= {key: seed for key in ("seed", "data_seed") if key in section}
+            changed[name] = _with_own_folders(section, seed)
+    return _with_own_folders(changed, seed)
+
+
+def _with_own_folders(said: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What it says of folders, with the seed in their names."""
+    folders = {
+        name: f"{said[name]}_seed_{seed}" for name in ("data_dir", "experiment_dir", "output_dir") if name in said
+    }
+    return said | folders
 
 
 def resolve(path: Path, hardware: str | None, seed: int | None) -> Profile:

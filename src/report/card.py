@@ -91,6 +91,14 @@ class _Size:
     time: datetime
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    size: _Size
+    path: Path
+    arm: Arm
+    results: Results
+
+
 def _size(results: Results, path: Path) -> _Size:
     """How large and how old an evaluation is; times are compared as moments, whatever their offset from UTC.
 
@@ -124,7 +132,7 @@ def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
         UserError: all that there are of this run are of another version of this code, or broken.
     """
     measured = read_json(run / "kd_results.json")
-    found: list[tuple[_Size, Path, Arm, Results]] = []
+    found: list[_Candidate] = []
     passed_over: list[str] = []
     refused: UserError | None = None
     for path in sorted(folder.rglob("results.json")):
@@ -133,7 +141,7 @@ def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
             results = read_json(path)
             if arm := _arm_of(results, measured):  # what is of other runs is not checked: it is no reason to speak
                 check_results(results, path)
-                found.append((_size(results, path), path, arm, results))
+                found.append(_Candidate(_size(results, path), path, arm, results))
         except UserError as error:
             logger.warning("%s; passed over", error)
             if arm:
@@ -143,15 +151,14 @@ def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
         raise refused
     if not found:
         return None
-    ordered = sorted(found, key=lambda entry: entry[:2])
-    _, path, arm, results = ordered.pop()
-    for size, other, _, _ in ordered:
-        asked = f"{size.prompts} prompts, {size.samples} samples of each"
-        passed_over.append(f"{other.parent.name} ({asked}, {size.time:%Y-%m-%d %H:%M %z})")
-    samples = path.with_name("samples.jsonl")
+    *others, taken = sorted(found, key=lambda candidate: candidate.size)
+    for other in others:
+        asked = f"{other.size.prompts} prompts, {other.size.samples} samples of each"
+        passed_over.append(f"{other.path.parent.name} ({asked}, {other.size.time:%Y-%m-%d %H:%M %z})")
+    samples = taken.path.with_name("samples.jsonl")
     rows = read_jsonl(samples) if samples.is_file() else []
     graders = sorted({(row["domain"], row["grader"]) for row in rows})
-    return Evaluation(path, results, arm, graders, passed_over)
+    return Evaluation(taken.path, taken.results, taken.arm, graders, passed_over)
 
 
 def _is_hub_id(model: str) -> bool:
@@ -273,7 +280,7 @@ def _not_evaluated(facts: CardFacts) -> list[str]:
 
 
 def _merged_where(engine: str) -> str:
-    """How the weights that were evaluated relate to these; the words begin after "it"."""
+    """How the weights that were evaluated relate to these, by what answered."""
     if engine == "transformers":
         return "it merged the adapter by itself, so that these weights may differ by rounding"
     return (

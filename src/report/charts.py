@@ -39,7 +39,7 @@ class Chart:
     """One chart. Axes are labelled with their unit; `y_ticks` must enclose the values, and are found if not given.
 
     marks: draw the points; False for curves of a formula.
-    log: the y axis is logarithmic, and needs `y_ticks`.
+    log: the y axis is logarithmic, and needs `y_ticks`. log_x: the x axis is.
     """
 
     title: str
@@ -50,13 +50,19 @@ class Chart:
     y_ticks: Sequence[Tick] = ()
     marks: bool = True
     log: bool = False
+    log_x: bool = False
+
+
+def said(words: str) -> str:
+    """Words as text of an XML file, in which control characters have no place, escaped or not (XML 1.0, 2.2)."""
+    return escape("".join(letter if letter.isprintable() else " " for letter in words))
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "", turned: bool = False) -> str:
     """A line of text; `turned` is read from below."""
     marked = f' class="{kind}"' if kind else ""
     turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{marked}{turn}>{escape(words)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{marked}{turn}>{said(words)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -75,19 +81,25 @@ def document(width: float, height: float, title: str, description: str, parts: S
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}" role="img" aria-labelledby="t d">'
     )
-    named = f'<title id="t">{escape(title)}</title><desc id="d">{escape(description)}</desc>'
+    named = f'<title id="t">{said(title)}</title><desc id="d">{said(description)}</desc>'
     drawn = [text(8, 20, title, kind="title"), *parts]
     return "\n".join([head, named, f"<style>{STYLE}</style>", *drawn, "</svg>"]) + "\n"
 
 
-def draw(charts: Sequence[Chart], title: str, description: str) -> str:
-    """Charts side by side over one legend; curves of one name look alike in all of them."""
+def draw(charts: Sequence[Chart], title: str, description: str, notes: Sequence[str] = ()) -> str:
+    """Charts side by side over one legend; curves of one name look alike in all of them.
+
+    notes: lines of text under the legend, such as what was measured.
+    """
     names = list(dict.fromkeys(curve.name for chart in charts for curve in chart.curves))
     width = PANEL_WIDTH * len(charts)
     legend, rows = _legend(names, width)
     parts = [f'<g transform="translate(0 {TITLE + PANEL_HEIGHT + 4})">', *legend, "</g>"]
     for index, chart in enumerate(charts):
         parts += [f'<g transform="translate({index * PANEL_WIDTH} {TITLE})">', *_chart(chart, names), "</g>"]
+    for note in notes:
+        parts.append(text(8, TITLE + PANEL_HEIGHT + 16 + rows * LEGEND_ROW, note))
+        rows += 1
     return document(width, TITLE + PANEL_HEIGHT + 8 + rows * LEGEND_ROW, title, description, parts)
 
 
@@ -114,7 +126,7 @@ def _legend(names: Sequence[str], width: float) -> tuple[list[str], int]:
 def _chart(chart: Chart, names: Sequence[str]) -> list[str]:
     y_ticks = chart.y_ticks or _found_ticks(chart)
     # points at either end stand 8 px inside, clear of the labels
-    x = _scale(chart.x_ticks, LEFT + 8, PANEL_WIDTH - RIGHT - 8)
+    x = _scale(chart.x_ticks, LEFT + 8, PANEL_WIDTH - RIGHT - 8, chart.log_x)
     y = _scale(y_ticks, PANEL_HEIGHT - BOTTOM, TOP, chart.log)
     right, bottom = PANEL_WIDTH - RIGHT, PANEL_HEIGHT - BOTTOM
     parts = [text(LEFT, TOP - 14, chart.title, kind="panel")]
@@ -152,11 +164,11 @@ def _curve(
 ) -> list[str]:
     colour = COLOURS[index % len(COLOURS)]
     path = "M" + "L".join(f"{x(p.x):.1f} {y(p.y):.1f}" for p in curve.points)
-    parts = [f'<path d="{path}" fill="none" {_stroke(index)}><title>{escape(curve.name)}</title></path>']
+    parts = [f'<path d="{path}" fill="none" {_stroke(index)}><title>{said(curve.name)}</title></path>']
     for p in curve.points if marks else ():
         if p.interval:
             low, high = y(p.interval[0]), y(p.interval[1])
             parts.append(f'<path d="M{x(p.x):.1f} {low:.1f}V{high:.1f}" stroke="{colour}" stroke-width="1.5"/>')
-        said = f"<title>{escape(f'{curve.name}: {p.y:.4g} at {p.x:g}')}</title>"
-        parts.append(f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="3.5" fill="{colour}">{said}</circle>')
+        label = f"<title>{said(f'{curve.name}: {p.y:.4g} at {p.x:g}')}</title>"
+        parts.append(f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="3.5" fill="{colour}">{label}</circle>')
     return parts

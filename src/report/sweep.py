@@ -2,8 +2,10 @@
 
 import csv
 import io
+from math import ceil, floor, log10
 from typing import Any
 
+from src.report.card import plain
 from src.report.charts import Chart, Curve, draw
 from src.report.plots import Point, Tick, ticks
 
@@ -11,10 +13,8 @@ Sweep = dict[str, Any]
 NAMES = {"kl_to_teacher": "KL to the teacher", "nll": "NLL", "top1_agreement": "top-1 agreement"}
 UNITS = {"kl_to_teacher": "nats per token", "nll": "nats per token", "top1_agreement": "share of tokens"}
 REPEATED = ("seed", "data_seed")
-HELDOUT = (
-    "Held-out columns were asked for. They tell how the chosen cell does on rows that nothing was chosen on; "
-    "a cell chosen by them would have no such rows left."
-)
+EXACT = "exact"  # what `kl_is` says where the teacher's whole distribution is known
+WIDE = 10  # the largest value over the smallest from which on an axis is logarithmic
 
 
 def axes_of(sweep: Sweep) -> list[str]:
@@ -38,35 +38,39 @@ def _spread(found: dict[str, float] | None, n: int) -> str:
     return f"{found['mean']:.4f} ({found['min']:.4f} to {found['max']:.4f})"
 
 
-def _kinds(sweep: Sweep) -> list[tuple[str, str]]:
-    """Key in a cell and word for it, of the groups of columns."""
-    return [("validation", "validation"), *([("heldout", "held-out")] if sweep["heldout_shown"] else [])]
+def named(sweep: Sweep, measure: str) -> str:
+    """A measure's name; of a KL that is known from below only, that it is."""
+    bound = measure == "kl_to_teacher" and sweep["kl_is"] != EXACT
+    return f"{NAMES[measure]} (at least)" if bound else NAMES[measure]
 
 
 def markdown(sweep: Sweep) -> str:
-    """The table, what it was made of, and what can be said of it."""
+    """The table, what it was made of, and what can be said of it. Values and lines of logs are text of others."""
     names = axes_of(sweep)
-    head = [*names, "seeds"]
-    for _, word in _kinds(sweep):
-        head += [f"{word} {NAMES[measure]}" for measure in NAMES]
-    lines = [f"# Sweep over {', '.join(sweep['axes'])}", "", *_made_of(sweep), ""]
+    head = [plain(name) for name in names] + ["seeds"] + [f"validation {named(sweep, measure)}" for measure in NAMES]
+    axes = ", ".join(plain(name) for name in sweep["axes"])
+    lines = [f"# Sweep over {axes}", "", *_made_of(sweep), ""]
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for cell in sweep["cells"]:
-        row = [shown(cell["settings"][name]) for name in names]
-        row.append(str(cell["n"]) if cell["n"] == len(cell["runs"]) else f"{cell['n']} of {len(cell['runs'])}")
-        for kind, _ in _kinds(sweep):
-            row += [_spread(cell[kind].get(measure), cell["n"]) for measure in NAMES]
+        row = [plain(shown(cell["settings"][name])) for name in names]
+        row.append(_seeds(cell))
+        row += [_spread(cell["validation"].get(measure), cell["n"]) for measure in NAMES]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join([*lines, "", *_remarks(sweep)]) + "\n"
+
+
+def _seeds(cell: dict[str, Any]) -> str:
+    """`2`, or `1 of 2` while one is missing."""
+    return f"{cell['n']}" if cell["n"] == len(cell["runs"]) else f"{cell['n']} of {len(cell['runs'])}"
 
 
 def _made_of(sweep: Sweep) -> list[str]:
     done = [run for run in sweep["runs"].values() if run["status"] == "finished"]
     rows = sorted({run["validation_rows"] for run in done})
-    fixed = f", all with `{sweep['fixed']}`" if sweep["fixed"] else ""
+    fixed = f", all with {plain(sweep['fixed'])}" if sweep["fixed"] else ""
     return [
         f"{len(done)} of {len(sweep['runs'])} runs finished, on the rows and the teacher cache of "
-        f"`{sweep['experiment_dir']}`{fixed}.",
+        f"{plain(sweep['experiment_dir'])}{fixed}.",
         f"Measured after the last step on {' or '.join(map(str, rows)) or 'no'} validation rows, in nats per answer "
         "token at temperature 1: mean over seeds, and the range where there are several.",
     ]
@@ -74,33 +78,56 @@ def _made_of(sweep: Sweep) -> list[str]:
 
 def _remarks(sweep: Sweep) -> list[str]:
     lines = [f"- {_lowest(sweep, measure)}" for measure in ("kl_to_teacher", "nll") if sweep["lowest"][measure]]
+    unfinished = [f"{_name(sweep, c)} ({_seeds(c)})" for c in sweep["cells"] if c["n"] < len(c["runs"])]
+    if unfinished:
+        lines.append(f"- Not ranked, for not all of their seeds have finished: {'; '.join(unfinished)}.")
+    if sweep["kl_is"] != EXACT:
+        lines.append(f"- KL is a {plain(sweep['kl_is'])}: cells may stand in another order by the whole KL.")
     if any(cell["n"] == 1 for cell in sweep["cells"]):
         lines.append("- Cells with one seed show no range: another seed may order them in another way.")
+    lines += _free(sweep)
+    if sweep["heldout"]:
+        lines.append(f"- {_heldout(sweep)}")
+    for name, run in sweep["runs"].items():
+        if run["status"] == "failed":
+            lines.append(f"- Failed: {plain(name)}: {plain(run['line'])}")
+    return lines
+
+
+def _free(sweep: Sweep) -> list[str]:
+    """What `any` means in this table."""
     free: dict[str, list[str]] = {}  # settings without effect -> the cells that have none of them
     for cell in sweep["cells"]:
         idle = ", ".join(name for name, value in cell["settings"].items() if value is None)
         if idle:
             free.setdefault(idle, []).append(_name(sweep, cell))
-    for idle, cells in free.items():
-        lines.append(f"- any: does not depend on {idle}; one run a seed serves all ({'; '.join(cells)}).")
-    if sweep["heldout_shown"]:
-        lines.append(f"- {HELDOUT}")
-    for name, run in sweep["runs"].items():
-        if run["status"] == "failed":
-            lines.append(f"- Failed: {name}: {run['line']}")
-    return lines
+    return [
+        f"- any: does not depend on {plain(idle)}; one run a seed serves all ({'; '.join(cells)})."
+        for idle, cells in free.items()
+    ]
+
+
+def _heldout(sweep: Sweep) -> str:
+    found = sweep["heldout"]
+    cell = sweep["cells"][found["cell"]]
+    values = [f"{named(sweep, measure)} {_spread(found[measure], cell['n'])}" for measure in NAMES]
+    return (
+        f"Chosen by the lowest validation {named(sweep, found['chosen_by'])}: {_name(sweep, cell)}. On the held-out "
+        f"rows, on which nothing was chosen: {', '.join(values)}."
+    )
 
 
 def _name(sweep: Sweep, cell: dict[str, Any]) -> str:
-    """`alpha 0.5, temperature 2.5`"""
-    named = [f"{name} {shown(cell['settings'][name])}" for name in axes_of(sweep) if cell["settings"][name] is not None]
-    return ", ".join(named) or "all"
+    """`alpha 0.5, temperature 2.5`, as Markdown"""
+    settings = cell["settings"]
+    words = [f"{name} {shown(settings[name])}" for name in axes_of(sweep) if settings[name] is not None]
+    return plain(", ".join(words) or "all")
 
 
 def _lowest(sweep: Sweep, measure: str) -> str:
     found, cells = sweep["lowest"][measure], sweep["cells"]
     best = cells[found["cell"]]
-    said = f"Lowest validation {NAMES[measure]}: {_name(sweep, best)}."
+    said = f"Lowest validation {named(sweep, measure)}: {_name(sweep, best)}."
     if found["overlapping"]:
         others = "; ".join(_name(sweep, cells[index]) for index in found["overlapping"])
         said += f" Ranges over seeds overlap with: {others}."
@@ -110,17 +137,14 @@ def _lowest(sweep: Sweep, measure: str) -> str:
 def csv_text(sweep: Sweep) -> str:
     """One line a cell, with mean, min and max of every measure."""
     names = axes_of(sweep)
-    head = [*names, "seeds"]
-    for kind, _ in _kinds(sweep):
-        head += [f"{kind}_{measure}_{part}" for measure in NAMES for part in ("mean", "min", "max")]
+    head = [*names, "seeds", *(f"validation_{measure}_{part}" for measure in NAMES for part in ("mean", "min", "max"))]
     made = io.StringIO()
     writer = csv.writer(made, lineterminator="\n")
     writer.writerow(head)
     for cell in sweep["cells"]:
         row = [shown(cell["settings"][name]) for name in names] + [cell["n"]]
-        for kind, _ in _kinds(sweep):
-            for measure in NAMES:
-                row += [cell[kind].get(measure, {}).get(part, "") for part in ("mean", "min", "max")]
+        for measure in NAMES:
+            row += [cell["validation"].get(measure, {}).get(part, "") for part in ("mean", "min", "max")]
         writer.writerow(row)
     return made.getvalue()
 
@@ -139,7 +163,13 @@ def plot(sweep: Sweep) -> str | None:
     title = f"Validation rows over {along}, " + (
         "one seed" if seeds == [1] else f"{said} seeds a point, with their range"
     )
-    return draw(charts, title, f"KL to the teacher and NLL after the last step, over {along}.")
+    return draw(charts, title, f"KL to the teacher and NLL after the last step, over {along}.", _notes(sweep))
+
+
+def _notes(sweep: Sweep) -> list[str]:
+    """Of what models the plot is, and with what settings."""
+    models = ", ".join(f"{role} {name}" for role, name in sorted(sweep["models"].items()))
+    return [f"Models: {models}", *([f"All with {sweep['fixed']}"] if sweep["fixed"] else [])]
 
 
 def _numeric_axis(sweep: Sweep) -> str | None:
@@ -164,8 +194,16 @@ def _chart(sweep: Sweep, along: str, measure: str) -> Chart:
             curves.append(Curve(name, points))
     # from the points that are there: while a sweep is under way, a curve may be shorter than its axis
     at = sorted({point.x for curve in curves for point in curve.points})
-    x_ticks = [Tick(value, f"{value:g}") for value in ticks(at[0], at[-1])] if at else []
-    return Chart(NAMES[measure], along, UNITS[measure], curves, x_ticks)
+    wide = bool(at) and at[0] > 0 and at[-1] > WIDE * at[0]
+    found = (log_ticks(at[0], at[-1]) if wide else ticks(at[0], at[-1])) if at else []
+    x_ticks = [Tick(value, f"{value:g}") for value in found]
+    label = f"{along} (log scale)" if wide else along
+    return Chart(named(sweep, measure), label, UNITS[measure], curves, x_ticks, log_x=wide)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten that enclose [low, high], both above 0."""
+    return [10.0**power for power in range(floor(log10(low) + 1e-9), ceil(log10(high) - 1e-9) + 1)]
 
 
 def _points(sweep: Sweep, along: str, measure: str, settings: dict[str, Any]) -> list[Point]:

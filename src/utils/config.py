@@ -248,7 +248,7 @@ def _laid_over(profile: dict[str, Any], overlay: dict[str, Any], where: Path) ->
 
 
 def read_merged(path: str | Path, hardware: str | None = None) -> dict[str, Any]:
-    """A whole profile, with a hardware overlay laid over it: section by section, key by key.
+    """A whole profile, with a hardware overlay laid over it, or under it where it names it: key by key.
 
     Args:
         path: of the profile.
@@ -268,13 +268,17 @@ def read_merged(path: str | Path, hardware: str | None = None) -> dict[str, Any]
     if hardware is None or str(hardware) in NO_OVERLAY:
         return profile
     file = overlay_path(hardware)
+    # what a profile says beside the overlay that it names itself, it means; an overlay asked for by a flag wins
+    profile_wins = own is not None and str(hardware) == str(own)
     merged = profile | {"hardware": str(hardware)}
     for key, value in _read_overlay(file).items():
+        said = profile.get(key)
         if key == "run_improved_kd":
-            merged[key] = _laid_over(profile.get(key) or {}, value or {}, file)
-        elif key in SECTIONS:
-            merged[key] = (profile.get(key) or {}) | (value or {})
-        else:
+            laid = _laid_over(said or {}, value or {}, file)
+            merged[key] = laid | (said or {}) if profile_wins else laid
+        elif key in SECTIONS or (isinstance(value, dict) and isinstance(said, dict)):
+            merged[key] = (value or {}) | (said or {}) if profile_wins else (said or {}) | (value or {})
+        elif not (profile_wins and key in profile):
             merged[key] = value
     return merged
 

@@ -32,10 +32,11 @@ from src.distillation.export import (
 )
 from src.distillation.lora import add_lora
 from src.distillation.openai_engine import Server
+from src.distillation.server import running
 from src.distillation.sft import Sampling, make_requests
 from src.utils.common import UserError, read_json
 from tests.distillation.test_engines import ROWS as QUESTIONS
-from tests.distillation.test_engines import VLLM, free_port, running
+from tests.distillation.test_engines import VLLM, free_port
 from tests.reading import tensors
 
 TEXT_END, TURN_END = 256, 258  # <|endoftext|>, <|im_end|>
@@ -330,11 +331,12 @@ def test_transformers_serve_answers_as_the_evaluation_does(base, adapter, asked_
     folder = str(tmp_path / "out")
     write_merged(Student(base, adapter, torch.float32), Path(folder), None)
     port = free_port()
+    url = f"http://127.0.0.1:{port}/v1"
     program = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", program, "serve", folder, "--port", str(port), "--host", "127.0.0.1",
                "--device", "cpu", "--dtype", "float32"]  # fmt: skip
     requests, local = asked_and_local
-    with running(command, port, tmp_path / "server.log") as url:
+    with running(command, url, tmp_path / "server.log"):
         place = Server(url, folder, "plain", concurrency=4, timeout=60)
         with opened(Engine("openai", folder, server=place)) as ask:
             served = texts(ask(requests, frozenset()))
@@ -349,11 +351,12 @@ def test_vllm_serves_the_folder(base, adapter, asked_and_local, tmp_path):
     folder = str(tmp_path / "out")
     write_merged(Student(base, adapter, torch.float32), Path(folder), None)
     port = free_port()
+    url = f"http://127.0.0.1:{port}/v1"
     command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port),
                "--host", "127.0.0.1", "--max-model-len", "512", "--dtype", "float32",
                "--gpu-memory-utilization", "0.3"]  # fmt: skip
     requests, local = asked_and_local
-    with running(command, port, tmp_path / "server.log") as url:
+    with running(command, url, tmp_path / "server.log"):
         place = Server(url, folder, "plain", concurrency=8, timeout=120)
         with opened(Engine("openai", folder, server=place)) as ask:
             served = texts(ask(requests, frozenset()))

@@ -213,6 +213,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, mon
     resumed = run_kd_pipeline(long | {"output_dir": str(tmp_path / "cut")})
     assert_same(weights(whole), weights(resumed), atol=0, rtol=0)
     assert losses(whole) == losses(resumed)
+    assert whole["adapter_sha256"] == resumed["adapter_sha256"]
     for arm in ("before", "after"):
         assert whole[arm] == resumed[arm]
 

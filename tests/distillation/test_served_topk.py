@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from src.distillation import openai_engine, teacher_cache
 from src.distillation.base import load_tokenizer
 from src.distillation.batching import Pair, TrainingData, is_validation
+from src.distillation.engines import ELSEWHERE
 from src.distillation.heldout import EXACT
 from src.distillation.kd import run_kd_pipeline
 from src.distillation.openai_engine import Server
@@ -548,14 +549,14 @@ def test_a_server_that_is_started_here_is_told_k(config, monkeypatch, tmp_path, 
         yield
 
     monkeypatch.setattr(teacher_cache, "started", started)
-    own = config("http://127.0.0.1:9/v1", serve=json.dumps(serve) if serve else "")
+    own = config(ELSEWHERE, serve=json.dumps(serve) if serve else "")
     with teacher_cache._running(own, tmp_path) as server:
         assert (server.model, server.kind) == (NAME, kind)
     [(planned, log)] = seen
     assert log == tmp_path / "server.log"
     if serve is None:
         assert planned is None
-        assert server.base_url == "http://127.0.0.1:9/v1"
+        assert server.base_url == ELSEWHERE
         return
     line = " ".join(planned.words)
     assert flag in line if flag else "--max-logprobs" not in line
@@ -566,9 +567,14 @@ def test_a_profiles_server_is_asked_only_if_the_cache_is_to_be_served(config):
     assert config("http://127.0.0.1:9/v1", engine="transformers", serve='{"command": "vllm"}').started_server is None
 
 
+def test_a_server_that_runs_is_not_passed_over_for_one_that_is_started(config):
+    with pytest.raises(UserError, match=r"base_url http://127.0.0.1:9/v1 names another; keep one: --serve ''"):
+        config("http://127.0.0.1:9/v1", serve='{"command": "vllm"}')
+
+
 def test_what_stands_in_for_the_teacher_is_what_was_cached(config):
     serve = {"command": "vllm", "model": "owner/teacher-FP8"}
-    own = config("http://127.0.0.1:9/v1", served_model_name="", serve=json.dumps(serve))
+    own = config(ELSEWHERE, served_model_name="", serve=json.dumps(serve))
     assert teacher_cache._served_name(own) == "owner/teacher-FP8"
 
 

@@ -111,7 +111,10 @@ def test_an_idle_setting_changes_nothing(values, tmp_path, change, one, other):
 
 
 def test_a_setting_that_matters_is_not_idle(values):
-    assert idle_settings(build_config(KDConfig, values | {"alpha": 0.5, "divergence": "jsd"})) == {"num_train_epochs"}
+    assert idle_settings(build_config(KDConfig, values | {"alpha": 0.5, "divergence": "jsd"})) == {
+        "num_train_epochs", "packing", "tokens_per_batch"
+    }  # fmt: skip
+    assert "packing" not in idle_settings(build_config(KDConfig, values | {"lora_dropout": 0.1}))
 
 
 def test_cells_are_means_and_ranges_of_what_runs_measured(values, tmp_path, here):
@@ -136,13 +139,85 @@ def test_cells_are_means_and_ranges_of_what_runs_measured(values, tmp_path, here
     best = min(stored["cells"], key=lambda cell: cell["validation"]["nll"]["mean"])
     assert stored["cells"][stored["lowest"]["nll"]["cell"]] == best
     assert "heldout" not in str([run.keys() for run in stored["runs"].values()])
-
-    shown = results(plan, {}, heldout=True)
-    name = shown["cells"][0]["runs"][0]
-    after = read_json(folder / "runs" / name / "kd_results.json")["after"]
-    assert shown["runs"][name]["heldout"]["nll"] == after["nll"]
-    assert "nothing was chosen on" in markdown(shown)
+    assert stored["heldout"] is None
     assert "held-out" not in markdown(stored)
+
+
+def test_held_out_rows_are_shown_of_the_chosen_cell_once_no_run_is_open(values, tmp_path, here):
+    folder = tmp_path / "sweep"
+    plan = plan_of(values, folder, "--seed 1 2 --alpha 0 1")
+    run_plan(plan, folder, heldout="nll")
+    stored = read_json(folder / "sweep.json")
+    chosen = stored["lowest"]["nll"]["cell"]
+    after = [read_json(folder / "runs" / name / "kd_results.json")["after"] for name in plan.cells[chosen].runs]
+    assert (stored["heldout"]["cell"], stored["heldout"]["chosen_by"]) == (chosen, "nll")
+    assert stored["heldout"]["nll"]["mean"] == pytest.approx(statistics.mean(one["nll"] for one in after))
+    assert not [name for cell in stored["cells"] for name in cell if name == "heldout"]
+    assert "on which nothing was chosen" in markdown(stored)
+
+    statuses = dict.fromkeys(plan.runs, "finished") | {plan.cells[1 - chosen].runs[1]: "new"}
+    under_way = results(plan, statuses, {}, heldout="nll")
+    assert under_way["heldout"] is None  # what is chosen may yet change
+    assert under_way["lowest"]["nll"] == {"cell": chosen, "overlapping": []}
+
+
+def test_a_cell_is_ranked_when_all_of_its_seeds_are_there():
+    def cell(n: int, nll: float) -> dict:
+        return {"n": n, "runs": ["a", "b"], "validation": {"nll": {"mean": nll, "min": nll, "max": nll}} if n else {}}
+
+    assert sweep._lowest([cell(1, 0.1), cell(2, 0.5), cell(2, 0.4), cell(0, 0)], "nll")["cell"] == 2
+    assert sweep._lowest([cell(1, 0.1), cell(0, 0)], "nll") is None
+
+
+def test_training_again_tells_its_own_runs_from_those_of_other_rows(
+    values, tmp_path, here, monkeypatch, clean_rows, write_sft
+):
+    """--overwrite after the rows changed, and its first run fails: the others' old runs are no part of the table."""
+    folder = tmp_path / "sweep"
+    run_plan(plan_of(values, folder, "--alpha 0 0.5 1"), folder)
+    write_sft(values["experiment_dir"], clean_rows(59), clean_rows(4, start=100))
+    plan = plan_of(values, folder, "--alpha 0 0.5 1")
+    monkeypatch.setattr(sweep, "_make", lambda *_: Outcome("failed", "no memory"))
+    with pytest.raises(UserError, match="no memory"):
+        run_plan(plan, folder, overwrite=True, stop_on_failure=True)
+    stored = read_json(folder / "sweep.json")
+    assert [run["status"] for run in stored["runs"].values()] == ["failed", "open", "open"]
+    with pytest.raises(UserError, match=r"was made with .*--overwrite"):  # a table of both
+        results(plan, dict.fromkeys(plan.runs, "finished"), {})
+
+
+def test_one_identity_has_one_run_whatever_is_on_disk(values, tmp_path):
+    """4 x 1 and 2 x 2 rows make the same step."""
+    words = "--batch_size 2 4 --gradient_accumulation_steps 1 2"
+    plan = plan_of(values, tmp_path / "sweep", words)
+    rows = {tuple(cell.settings.values()): cell.runs for cell in plan.cells}
+    assert len(plan.runs) == 3
+    assert len(rows) == 4
+    assert rows[2, 2] == rows[4, 1]
+    for name in plan.runs:
+        (tmp_path / "sweep" / "runs" / name).mkdir(parents=True)
+    again = plan_of(values, tmp_path / "sweep", words)
+    assert list(again.runs) == list(plan.runs)
+    assert again.cells == plan.cells
+
+
+def test_a_bound_is_called_one(values, tmp_path, here):
+    folder = tmp_path / "sweep"
+    plan = plan_of(values, folder, "--alpha 0 1")
+    run_plan(plan, folder)
+    assert read_json(folder / "sweep.json")["kl_is"] == "exact"
+    for name in plan.runs:
+        path = folder / "runs" / name / "kd_results.json"
+        path.write_text(path.read_text().replace('"kl_is": "exact"', '"kl_is": "lower bound over the top 4"'))
+    assert results(plan, dict.fromkeys(plan.runs, "finished"), {})["kl_is"] == "lower bound over the top 4"
+
+
+def test_a_failed_run_s_line_has_no_escapes(values, tmp_path):
+    """Logs go to a terminal: what a library printed must not recolour or retitle it."""
+    run = next(iter(plan_of(values, tmp_path / "sweep", "--alpha 0 1").runs.values()))
+    log = tmp_path / "it.log"
+    log.write_bytes(b"error: \x1b[31mred\x1b]0;title\x07 end\n")
+    assert sweep._outcome(run, 1, log, 0).line == " [31mred ]0;title  end"
 
 
 def test_a_larger_grid_keeps_the_runs_that_are_there(values, tmp_path, here):
@@ -207,6 +282,8 @@ def test_runs_of_other_rows_are_not_taken_for_these(values, tmp_path, here, clea
         ("--divergence forward_kl kl", "invalid choice: 'kl'"),
         ("--teacher_signal hidden topk", "one value of teacher_signal, for it has one cache"),
         ("--validation_fraction 0.1 0.2", "all cells are measured on the same rows"),
+        ("--alpha 0 1 --save_steps 1 2", "--save_steps: it does not change what is learned"),
+        ("--tokens_per_batch 0 64", "--tokens_per_batch: it does not change what is learned"),
         ("--alpha 0 1 --output_dir here", "a sweep names its runs' folders"),
         ("--alpha 0 1 --no_resume --resume", "a sweep names its runs' folders"),
         ("--alpha 0 1 --eval_steps 0", "set --eval_steps and --validation_fraction above 0"),

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ from src.distillation.base import load_tokenizer
 from src.evaluation.evaluator import run_evaluation
 from src.utils.common import read_json, write_json
 from src.utils.stages import hold
+from tests.distillation.test_export import CONVERTER, TURN_END
 from tests.evaluation.test_evaluation_scripts import load_script
 from tests.evaluation.tiny import config_for, run_of, stored
 from tests.reading import content, tensors
@@ -320,16 +322,14 @@ def test_killed_at_any_step_and_run_again(succeeds, profile, target, exported, s
     assert {name for name in whole if found[name] != whole[name]} == {"export.json"}  # it says when
 
 
-def test_a_gguf_file_lies_beside_the_weights(succeeds, profile, target, tmp_path, monkeypatch):  # noqa: F811
-    (tmp_path / "convert_hf_to_gguf.py").write_text("")
-    asked = []
-
-    def convert(converter, folder, name, dtype):
-        asked.append((converter, (folder / "README.md").is_file(), name, dtype))
-        (folder / f"{name}.gguf").write_bytes(b"GGUF")
-
-    monkeypatch.setattr(sys.modules["script_export_model"], "write_gguf", convert)
+def test_a_gguf_file_lies_beside_the_weights(succeeds, profile, target, tmp_path):  # noqa: F811
+    """By a converter that writes the words of the file alone; the real one is llama.cpp's."""
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    (tmp_path / "wanted.json").write_text(json.dumps({"eos": TURN_END}))
     said = succeeds("export_model", *profile, "--gguf", "--llama_cpp", tmp_path)
-    assert asked == [(tmp_path / "convert_hf_to_gguf.py", True, "student", torch.bfloat16)]
-    assert "student.gguf" in json.loads((target / "export.json").read_text())["files"]
+    fields = gguf.GGUFReader(target / "student.gguf").fields
+    assert fields["general.name"].contents() == "student bf16"
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == TURN_END
+    assert fields["tokenizer.chat_template"].contents() == (target / "chat_template.jinja").read_text()
+    assert "student.gguf" in read_json(target / "export.json")["files"]
     assert f"llama-server -m {target / 'student'}.gguf" in said

@@ -3,10 +3,15 @@
 import csv
 import io
 import re
+import xml.etree.ElementTree as ElementTree
 
 import pytest
+from markdown_it import MarkdownIt
 
-from src.report.sweep import csv_text, markdown, plot
+from src.report.sweep import csv_text, log_ticks, markdown, plot
+
+NASTY = "<img src=x onerror=alert(1)>| **b** [x](javascript:y) `c`\x1b[31m\n# no\n---\n<script>alert(2)</script> $$x$$"
+RENDERER = MarkdownIt("commonmark", {"html": True}).enable("table")
 
 
 def measures(mean: float, spread: float = 0.0) -> dict:
@@ -24,7 +29,8 @@ def stored() -> dict:
     cells = [cell(0.0, None, 0.9), cell(0.5, 1.0, 0.6), cell(0.5, 2.5, 0.7), cell(1.0, 1.0, 0.605), cell(1.0, 2.5, 0.8)]
     run = {"status": "finished", "line": "", "validation_rows": 44, "steps": 20}
     return {"axes": {"alpha": ["0", "0.5", "1"], "temperature": ["1", "2.5"], "seed": ["1", "2"]}, "fixed": "",
-            "experiment_dir": "outputs/experiment/tiny", "heldout_shown": False, "cells": cells,
+            "experiment_dir": "outputs/experiment/tiny", "heldout": None, "kl_is": "exact",
+            "models": {"student": "s", "teacher": "t"}, "cells": cells,
             "lowest": {"kl_to_teacher": {"cell": 1, "overlapping": [3]}, "nll": {"cell": 1, "overlapping": []}},
             "runs": {"a": run, "b": run}}  # fmt: skip
 
@@ -70,13 +76,68 @@ def test_csv_holds_every_number(stored):
     assert {len(row) for row in rows} == {len(head)}
 
 
-def test_held_out_numbers_come_with_a_warning(stored):
-    stored["heldout_shown"] = True
+def test_held_out_numbers_are_of_the_chosen_cell(stored):
+    stored["heldout"] = {"chosen_by": "nll", "cell": 1, **measures(0.123)}
+    text = markdown(stored)
+    assert "Chosen by the lowest validation NLL: alpha 0.5, temperature 1. On the held-out rows" in text
+    assert text.count("0.1230") == 9  # mean, min and max of three measures
+    assert "heldout" not in csv_text(stored)
+
+
+def test_cells_that_are_not_ranked_are_named(stored):
+    stored["cells"][2] |= {"n": 1}
+    assert "not all of their seeds have finished: alpha 0.5, temperature 2.5 (1 of 2)." in markdown(stored)
+
+
+def test_a_lower_bound_is_not_called_a_kl(stored):
+    assert "at least" not in markdown(stored) + plot(stored)
+    stored["kl_is"] = "lower bound over the top 20 and the rest"
+    text = markdown(stored)
+    assert "| validation KL to the teacher (at least) | validation NLL |" in text
+    assert "Lowest validation KL to the teacher (at least): alpha 0.5" in text
+    assert "KL is a lower bound over the top 20 and the rest:" in text
+    assert "KL to the teacher (at least)" in plot(stored)
+
+
+def test_words_of_others_are_text(stored):
+    """A model's path, a setting and a failed run's line: no markup, no further cell, no control characters."""
+    stored["axes"]["model_name_or_path"] = [NASTY]
+    stored["fixed"] = stored["experiment_dir"] = stored["models"]["student"] = NASTY
     for each in stored["cells"]:
-        each["heldout"] = measures(0.123)
-    assert "0.1230 (0.1230 to 0.1230)" in markdown(stored)
-    assert "a cell chosen by them would have no such rows left" in markdown(stored)
-    assert "heldout_nll_mean" in csv_text(stored)
+        each["settings"]["model_name_or_path"] = NASTY
+    stored["runs"][NASTY] = {"status": "failed", "line": NASTY}
+    text = markdown(stored)
+    assert text.replace("\n", "").isprintable()
+    tokens = RENDERER.parse(text)
+    parts = [token for token in tokens if token.type == "inline"]
+    inner = {child.type for token in parts for child in token.children}
+    assert inner <= {"text", "text_special", "softbreak"}
+    assert {token.type for token in tokens} & {"html_block", "fence", "hr"} == set()
+    assert sum(token.type == "td_open" for token in tokens) == 5 * 7
+    assert sum(token.type == "heading_open" for token in tokens) == 1
+    root = ElementTree.fromstring(plot(stored))  # a control character is no XML, escaped or not
+    assert [element for element in root.iter() if element.tag.endswith(("img", "script"))] == []
+
+
+def test_values_over_decades_stand_at_even_factors(stored):
+    """Learning rates: 1e-5, 1e-4 and 1e-3 are as far from each other; a narrow axis, or one with 0, stays linear."""
+    assert "log scale" not in plot(stored)
+    stored["axes"] = {"learning_rate": ["1e-5", "1e-4", "1e-3"]}
+    stored["cells"] = stored["cells"][:3]
+    for each, rate in zip(stored["cells"], (1e-5, 1e-4, 1e-3), strict=True):
+        each["settings"] = {"learning_rate": rate}
+    svg = plot(stored)
+    assert "learning_rate (log scale)" in svg
+    first, second, third = [float(x) for x in re.findall(r'<circle cx="([0-9.]+)"', svg)[:3]]
+    assert second - first == pytest.approx(third - second, abs=0.2)
+    assert log_ticks(2e-5, 1e-3) == pytest.approx([1e-5, 1e-4, 1e-3])
+    assert log_ticks(1.0, 20.0) == pytest.approx([1, 10, 100])
+
+
+def test_a_plot_says_what_is_fixed_and_of_which_models(stored):
+    stored["fixed"] = "--max_steps 50"
+    assert ">All with --max_steps 50<" in plot(stored)
+    assert ">Models: student s, teacher t<" in plot(stored)
 
 
 def test_a_cell_without_temperature_is_on_every_curve(stored):

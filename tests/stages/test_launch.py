@@ -179,7 +179,7 @@ def test_a_dry_run_line_by_line(dry, name, hardware):
         config = f"outputs/profiles/{name}_{hardware}.yaml"
         state = "exists, and is written again" if (ROOT / config).is_file() else "to be made"
         asked = f"bash run_pipeline.sh --profile {name} --hardware {hardware}"
-        head = [f"  {state}; by hand: {asked} --print_config > {config}"]
+        head = [f"  {state}; by hand: mkdir -p outputs/profiles && {asked} --print_config > {config}"]
     gpus = "as the stages find them" if hardware == "none" else hardware
     lines = dry("--profile", name, "--hardware", hardware)
     assert lines[: 1 + len(head)] == [f"profile {config}, hardware {hardware}, GPUs {gpus}", *head]
