@@ -52,6 +52,9 @@ SAID_ELSEWHERE = {
     "port": "say serve: {port: ...}",
     "model": "say serve: {model: ...}",
     "model-path": "say serve: {model: ...}",
+    "host": "it is asked on this machine",
+    "tp": "say serve: {tensor_parallel: ...}",
+    "dp": "say serve: {data_parallel: ...}",
     "tensor-parallel-size": "say serve: {tensor_parallel: ...}",
     "tp-size": "say serve: {tensor_parallel: ...}",
     "data-parallel-size": "say serve: {data_parallel: ...}",
@@ -363,6 +366,11 @@ def typed_command(serve: Serve, places: Mapping[str, str]) -> list[str]:
     for arm in sorted(named_arms(serve)):
         if not places.get(arm):
             raise UserError(f"serve: the command line names {{{arm}}}, which there is not here; take it out")
+        if model_name(places[arm]).revision:  # no server reads it behind a name, and each has a flag of its own for it
+            raise UserError(
+                f"serve: a whole command line cannot say {{{arm}}} of {places[arm]}; write the model and its revision "
+                "into it, or name the server's program alone"
+            )
     words = []
     for word in split_command(serve.command):
         word = word.replace("{port}", str(serve.port))

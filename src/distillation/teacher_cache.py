@@ -40,6 +40,7 @@ from src.distillation.base import (
     load_model,
     load_tokenizer,
     model_fingerprint,
+    model_name,
     place,
     served_fingerprint,
 )
@@ -657,9 +658,10 @@ def _is_served(index: dict[str, Any]) -> bool:
 
 def is_teacher(name: str, index: dict[str, Any]) -> bool:
     """Whether `name`, a folder or hub id, is the teacher that a cache was made of; of a served one its tokenizer's."""
-    if Path(name).is_dir() and not _is_served(index):
-        return model_fingerprint(name) == index["teacher"]
-    return name in (index["teacher_model_name_or_path"], index["teacher"])  # the latter is id@commit
+    if name in (index["teacher_model_name_or_path"], index["teacher"]):  # the latter is id@commit, or a folder's hash
+        return not Path(name).is_dir() or _is_served(index) or model_fingerprint(name) == index["teacher"]
+    can_be_told = Path(name).is_dir() or model_name(name).revision is not None  # the same by another name
+    return can_be_told and not _is_served(index) and model_fingerprint(name) == index["teacher"]
 
 
 def _check_index(folder: Path, index: dict[str, Any], signal: str, temperature: float, data: TrainingData) -> None:

@@ -1,5 +1,7 @@
 """The stages of a pipeline, and the command of each: its program, its environment and its GPUs."""
 
+import contextlib
+import json
 import os
 import re
 import shlex
@@ -90,6 +92,9 @@ def serve_of(stage: str, values: dict[str, Any]) -> dict[str, Any]:
         UserError: it is no mapping.
     """
     serve = said(values, stage, "serve") or {}
+    if isinstance(serve, str):  # as --print_config of a stage shows it
+        with contextlib.suppress(json.JSONDecodeError):
+            serve = json.loads(serve)
     if not isinstance(serve, dict):
         raise UserError(f"serve: a mapping such as {{command: vllm}} is wanted, found {serve!r}")
     return serve

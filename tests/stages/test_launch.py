@@ -202,6 +202,17 @@ def test_a_dry_run_ends_with_the_plan(succeeds, hardware):
     assert any(line.startswith("together: disk ") for line in plan)
 
 
+def test_no_overlay_leaves_anything_of_another():
+    """All state the same keys, so that one laid over what another has left is as if it stood alone."""
+    said = {}
+    for name in MACHINES:
+        overlay = yaml.safe_load((ROOT / "configs" / "hardware" / f"{name}.yaml").read_text())
+        said[name] = {
+            key: sorted(value) for key, value in overlay.items() if isinstance(value, dict) and key != "launch"
+        }
+    assert all(keys == said["8x40"] for keys in said.values())
+
+
 def stages_of(lines: list[str]) -> list[str]:
     return [line.split(". ")[1] for line in lines if line[:1].isdigit()]
 
