@@ -367,7 +367,7 @@ def test_the_commands_for_several_processes_are_accepted(monkeypatch):
         config = load_config(KDConfig, SECTION, command.split())
         assert config.rows_per_step == 32
         kd._open_accelerator(config)
-        config.teacher_signal = "online"
+        config.teacher_signal, config.teacher_devices = "online", [0]
         with pytest.raises(UserError, match="are for one process; with several pass --student_devices"):
             kd._open_accelerator(config)
 
