@@ -275,3 +275,37 @@ def majority(votes: Sequence[tuple[str, bool]]) -> float:
     counts = Counter(value(text) for text, _ in votes)
     winners = [number for number, count in counts.items() if count == max(counts.values())]
     return sum(right[number] for number in winners) / len(winners)
+
+
+def crossed(values_SP: np.ndarray, families: Sequence[str], weights_SP: np.ndarray | None = None) -> Estimate:
+    """A mean over training seeds and prompts with its 95 % interval, where every seed has answered every prompt.
+
+    Both are samples: another seed gives another model, another family of prompts other questions. The variance of a
+    mean over two crossed clusterings is that between seeds, plus that between families, less that of single cells,
+    which the first two count twice (Cameron, Gelbach and Miller 2011, equation 2.4; not below the larger of the two).
+    The quantile is Student's with Satterthwaite's degrees of freedom (1946): near the number of seeds less one where
+    seeds decide, near that of families where these do. One seed alone leaves the interval open.
+
+    Args:
+        values_SP: `[seeds, prompts]`, such as the difference of two arms' scores.
+        families: of each prompt, its family.
+        weights_SP: the mean is that of `values * weights`, over their weights: with sums per answer as values divided
+            by tokens, and tokens as weights, a mean per token. Default: all equal.
+    """
+    values = np.asarray(values_SP, float)
+    weights = np.ones_like(values) if weights_SP is None else np.asarray(weights_SP, float)
+    mean = float((values * weights).sum() / weights.sum())
+    # what every seed and family adds to the mean's deviation (delta method, for a ratio)
+    residuals_SF = by_family((weights * (values - mean)).T, families).T / weights.sum()
+    seeds, count = residuals_SF.shape
+    if seeds < 2 or count < 2:
+        return Estimate(mean, None, None)
+    of_seeds = float((residuals_SF.sum(1) ** 2).sum()) * seeds / (seeds - 1)
+    of_families = float((residuals_SF.sum(0) ** 2).sum()) * count / (count - 1)
+    of_cells = float((residuals_SF**2).sum()) * seeds * count / (seeds * count - 1)
+    variance = max(of_seeds + of_families - of_cells, of_seeds, of_families)
+    if variance == 0:
+        return Estimate(mean, mean, mean)
+    freedom = (of_seeds + of_families) ** 2 / (of_seeds**2 / (seeds - 1) + of_families**2 / (count - 1))
+    half = float(t.ppf(1 - ALPHA / 2, freedom)) * sqrt(variance)
+    return Estimate(mean, mean - half, mean + half)
