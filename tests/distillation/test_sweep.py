@@ -93,6 +93,7 @@ def test_one_run_serves_all_cells_that_differ_in_nothing(values, tmp_path):
     [
         ({"alpha": 0.0}, {"temperature": 1.0}, {"temperature": 3.0}),
         ({"alpha": 0.0}, {"divergence": "jsd", "beta": 0.2}, {"divergence": "reverse_kl"}),
+        ({"alpha": 0.0}, {"teacher_top_k": 20}, {"teacher_top_p": 0.9}),
         ({}, {"beta": 0.2}, {"beta": 0.7}),
         ({"lr_scheduler_type": "constant"}, {"warmup_steps": 0}, {"warmup_steps": 2}),
         ({"optim": "sgd"}, {"adam_beta1": 0.5}, {"adam_beta1": 0.9}),
