@@ -222,7 +222,7 @@ def idle_settings(config: KDConfig) -> set[str]:
     """Settings that have no effect on what this run learns, because of others."""
     idle = set()
     if config.alpha == 0:  # the teacher is not asked
-        idle |= {"temperature", "teacher_temperature", "divergence", "beta"}
+        idle |= {"temperature", "teacher_temperature", "teacher_top_k", "teacher_top_p", "divergence", "beta"}
     if config.divergence != "jsd":
         idle.add("beta")
     if config.lr_scheduler_type == "constant":

@@ -249,6 +249,8 @@ def pass_loss(run: Run, rows: list[Pair]) -> LossSums:
                 teacher_map=run.teacher.logit_map,
                 compiled=run.compiled,
                 teacher_temperature=config.teacher_temperature,
+                teacher_top_k=config.teacher_top_k,
+                teacher_top_p=config.teacher_top_p,
                 vocab_size=run.student.vocab_size,
             )
 
