@@ -36,7 +36,9 @@ def _difference(run: dict[str, Any], control: dict[str, Any]) -> str | None:
         return f"it was trained with alpha = {control['fingerprint'].get('alpha')}, a control has 0"
     objective = {"alpha", "temperature", "teacher_temperature", "divergence", "beta", "teacher_signal", "teacher_cache"}
     ours, theirs = run["fingerprint"], control["fingerprint"]
-    for name in sorted((ours.keys() | theirs.keys()) - objective):
+    names = ours.keys() | theirs.keys()
+    objective |= {name for name in names if name.startswith("on_policy_")}  # answers of its own teach a control nothing
+    for name in sorted(names - objective):
         if ours.get(name) != theirs.get(name):
             return f"its {name} is {theirs.get(name)!r}, the distilled student's {ours.get(name)!r}"
     return None
