@@ -52,6 +52,7 @@ from src.utils.common import (
     run_cli,
     sha256_file,
     write_json,
+    write_jsonl,
 )
 from src.utils.config import read_merged, read_profile
 from src.utils.stages import locked
@@ -71,8 +72,20 @@ PHASES = {"choose": CANDIDATES, "table": ARMS}
 def prepare(arguments: argparse.Namespace) -> None:
     """The stages before training, with the profile."""
     for stage in STAGES:
+        if stage == "cache_teacher":
+            keep_heldout(Path(read_merged(PROFILE)["experiment_dir"]) / "sft")
         command = [sys.executable, str(ROOT / "scripts" / f"{stage}.py"), "--config", str(PROFILE)]
         subprocess.run(command, cwd=ROOT, check=True)
+
+
+def keep_heldout(folder: Path) -> None:
+    """Measure KL and NLL on a part of the evaluation rows: every run does, and all of them would take it minutes."""
+    path = folder / "sft_eval_data_clean.jsonl"
+    rows = read_jsonl(path)
+    chosen = []
+    for domain in sorted({row["domain"] for row in rows}):
+        chosen += sorted((row for row in rows if row["domain"] == domain), key=lambda row: row["id"])[:OWN_PROMPTS]
+    write_jsonl(path, chosen)
 
 
 def asked_rows(phase: str, profile: dict[str, Any]) -> list[Row]:
@@ -185,8 +198,9 @@ def own_samples(
     tokenizer = load_tokenizer(model)
     chosen = [answer for answer in answers if answer["sampling"] == asdict(OWN)]
     rows = encoded(chosen, tokenizer)
-    loaded = load_model(model, torch.float32)
-    student = merge_adapter(loaded, adapter) if adapter else loaded
+    student = load_model(model, torch.float32)
+    if adapter:
+        student = merge_adapter(student, adapter)
     size = max(tokenizer.get_vocab().values()) + 1
     readers = [
         model_reader(m, tokenizer.pad_token_id, False).cut(size) for m in (student, load_model(teacher, torch.float32))
@@ -206,8 +220,9 @@ def cost_of(arm: Arm, results: dict[str, Any], run: Path) -> dict[str, Any]:
         "train_steps": results["steps"],
         "train_seconds": results["train_seconds"],
         "student_tokens_trained": results["train_tokens"],
-        "student_tokens_written": sum(facts["tokens"] for facts in rounds),
-        "round_seconds": sum(facts["seconds_answering"] + facts["seconds_caching"] for facts in rounds),
+        "student_tokens_written": sum(facts["sampled_tokens"] for facts in rounds),
+        "teacher_tokens_read_of_own": sum(facts["tokens_read"] for facts in rounds),
+        "round_seconds": sum(facts["answering_seconds"] + facts["caching_seconds"] for facts in rounds),
     }
 
 

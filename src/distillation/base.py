@@ -693,7 +693,8 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], end_id: 
     """One clean row (`id`, `messages` ending with the assistant's) -> token ids.
 
     Prompt ids and response ids together are what the model reads where its own template renders the conversation, up to
-    and with the end of the turn.
+    and with the end of the turn. An answer that was cut off (`finish_reason` is "length") goes up to its cut: an end
+    there would teach to stop in the middle of a sentence.
 
     Raises:
         UserError: the template cannot be answered, see `answer_turn`.
@@ -701,13 +702,16 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], end_id: 
     turn = answer_turn(tokenizer, row["messages"][:-1])
     text = _as_rendered(tokenizer, turn, row["messages"])
     [start] = prompt_ids(tokenizer, [turn.prompt])
+    is_cut = row.get("finish_reason") == "length"
+    text, end = (text, []) if is_cut else (text + turn.gap, [end_id])
     if any(word in text for word in _control_words(tokenizer)):
-        response = response_ids(tokenizer, text + turn.gap)
+        response = response_ids(tokenizer, text)
     else:
-        *whole, _ = tokenizer(turn.prompt + text + turn.gap + turn.end, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(turn.prompt + text + ("" if is_cut else turn.end), add_special_tokens=False)["input_ids"]
+        whole = whole[: len(whole) - len(end)]
         start = _common_start(start, whole)  # an answer that begins with a line break may take the prompt's along
         response = whole[len(start) :]
-    return EncodedRow(row["id"], tuple(start), (*response, end_id), row.get("sample_index", 0))
+    return EncodedRow(row["id"], tuple(start), (*response, *end), row.get("sample_index", 0))
 
 
 def _as_rendered(tokenizer: PreTrainedTokenizerBase, turn: Turn, messages: list[dict[str, str]]) -> str:

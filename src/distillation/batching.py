@@ -1,5 +1,6 @@
 """Rows for training: a pair of encodings each, ordered into steps, and steps cut into passes that waste little."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,22 @@ ROLES = ("system", "developer", "user", "assistant", "tool")  # whose words a ch
 
 @dataclass(frozen=True)
 class Pair:
-    """One row as each model reads it; the response ids are the same."""
+    """One row as each model reads it; the response ids are the same.
+
+    own: the answer is the student's own: it has no cross-entropy, which would teach the student what it says already.
+    """
 
     student: EncodedRow
     teacher: EncodedRow
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Of both models; the teacher's out of its cache, where there is one."""
+
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase
 
 
 def shared_end_of_turn(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> int:
@@ -78,7 +91,7 @@ def is_validation(row_id: str, fraction: float) -> bool:
     return int(sha256_text(f"validation/{row_id}")[:8], 16) < fraction * 2**32
 
 
-def _conversation(row: dict[str, Any]) -> str | None:
+def _conversation(row: dict[str, Any], may_be_empty: bool) -> str | None:
     """What is wrong with a clean row's messages, or None."""
     messages = row["messages"]
     good = isinstance(messages, list) and all(
@@ -94,24 +107,27 @@ def _conversation(row: dict[str, Any]) -> str | None:
         return f"a system message stands first and once, the roles are {', '.join(roles)}; join or delete the others"
     if "user" not in roles:
         return f"nobody asks anything in messages, the roles are {', '.join(roles)}"
-    return None if messages[-1]["content"].strip() else "the assistant's answer is empty"
+    return None if may_be_empty or messages[-1]["content"].strip() else "the assistant's answer is empty"
 
 
-def _clean_fault(row: dict[str, Any]) -> str | None:
+def _clean_fault(row: dict[str, Any], may_be_empty: bool = False) -> str | None:
     """What is wrong with a clean row, or None."""
     row_id, index = row["id"], row.get("sample_index", 0)
     if not isinstance(row_id, str):
         return f"id must be text, found {type(row_id).__name__}; put it in quotes"
     if not isinstance(index, int) or isinstance(index, bool):
         return f"sample_index must be a whole number, found {type(index).__name__}; leave it out for 0"
-    return _conversation(row)
+    return _conversation(row, may_be_empty)
 
 
 BRING = "run scripts/fix_sft_data.py first, or bring the file"
 
 
-def read_clean(path: Path) -> list[dict[str, Any]]:
+def read_clean(path: Path, own_answers: bool = False) -> list[dict[str, Any]]:
     """The rows of a clean file.
+
+    Args:
+        own_answers: they are a student's as it gave them: one that ended its turn at once has said nothing.
 
     Raises:
         UserError: it is missing or broken, or a row is no conversation with an answer, or has another's id and
@@ -121,7 +137,7 @@ def read_clean(path: Path) -> list[dict[str, Any]]:
         path,
         ("id", "messages"),
         BRING,
-        _clean_fault,
+        functools.partial(_clean_fault, may_be_empty=own_answers),
         unique=("id", "sample_index"),
         twice="two clean rows share an id and a sample_index; remove one",
     )

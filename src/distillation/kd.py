@@ -37,13 +37,22 @@ from src.distillation.base import (
     refuse_quantised_student,
     shared_vocabulary,
 )
-from src.distillation.batching import Cutting, StepOrder, TrainingData, clean_hashes, load_training_data, waste
+from src.distillation.batching import (
+    Cutting,
+    StepOrder,
+    Tokenizers,
+    TrainingData,
+    clean_hashes,
+    load_training_data,
+    waste,
+)
 from src.distillation.gpu import use_liger
 from src.distillation.heldout import gap_recovered, summarise, summarise_teacher, what_acceptance_is
 from src.distillation.kd_config import SECTION, KDConfig
 from src.distillation.lora import add_lora
 from src.distillation.losses import compiler_works
 from src.distillation.packing import ATTENTION, check_packing
+from src.distillation.rounds import check_rounds, open_round, read_prompts, rounds_of
 from src.distillation.run_folder import (
     claim_folder,
     cut_metrics,
@@ -58,6 +67,7 @@ from src.distillation.teacher_cache import cached_tokenizer, is_teacher, open_ca
 from src.distillation.tracking import check_tracker, log_heldout, tracked
 from src.distillation.training import (
     STATE,
+    OwnRows,
     Run,
     asked_cutting,
     load_adapter,
@@ -90,16 +100,10 @@ CPU_TOKENS = 2048  # in one pass on a CPU, whose products gain nothing from more
 STEPS_THAT_PAY = 200  # compiling the layers takes half a minute, a step with AMX is 0.2 to 0.4 s shorter then
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokenizers:
-    """Of both models; the teacher's out of its cache, where there is one."""
-
-    student: PreTrainedTokenizerBase
-    teacher: PreTrainedTokenizerBase
-
-
 def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str, Any]:
     """One training run, from clean rows to `final_model/`; with alpha = 0 it is the SFT control.
+
+    With `on_policy_rounds` the student learns from answers of its own too, see rounds.py.
 
     Reads sft/sft_{train,eval}_data_clean.jsonl of `experiment_dir` and, for a cached signal, its teacher_cache/. A
     finished run with the same fingerprint is returned as it is, an unfinished one is gone on with from its newest
@@ -127,6 +131,7 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
             return read_json(folder / "kd_results.json") | paths
 
         # 3. rows, training, measures
+        check_rounds(config)
         data = load_training_data(
             Path(config.experiment_dir) / "sft",
             tokenizers.student,
@@ -328,17 +333,81 @@ def _write_kd_config(folder: Path, config: KDConfig, fingerprint: dict[str, Any]
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Steps that are taken in one go, by one loaded student: all of a run's, or a round's.
+
+    checkpoint: where it begins; None for the first step.
+    end: the steps that are taken once it is over, out of `steps`.
+    cache: the teacher's; None for a resident teacher.
+    own: the student's own answers, in a round.
+    is_first: of this process, which then says what it does.
+    """
+
+    checkpoint: Path | None
+    end: int
+    steps: int
+    cache: Reader | None
+    own: OwnRows | None
+    is_first: bool
+
+
 def _run(
     config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path
 ) -> dict[str, Any]:
     """Train in `folder`, save the model, measure it once; what kd_results.json then holds."""
-    run = _prepare(config, accelerator, data, tokenizers, folder)
+    results: dict[str, Any] = {}
+    for part in _parts(config, accelerator, data, tokenizers, folder):
+        results = _run_part(config, accelerator, data, tokenizers, folder, part)
+        accelerator.free_memory()  # for the engine that answers next, and for the teacher
+    return results
+
+
+def _parts(
+    config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path
+) -> Iterator[Part]:
+    """What is left of the run: all of it at once, or a round after the other, each answered when its turn comes."""
+    order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
+    rounds, cache = rounds_of(config, steps), None
+    prompts = read_prompts(config, data) if rounds else None
+    if config.teacher_signal != "online":
+        temperature = config.teacher_temperature or config.temperature
+        cache = open_cache(Path(config.experiment_dir) / "teacher_cache", config.teacher_signal, temperature, data)
+    end, is_first = 0, True
+    while end < steps:
+        checkpoint = newest_complete_checkpoint(folder)
+        taken = read_json(checkpoint / STATE)["step"] if checkpoint else 0
+        if (folder / "final_model").is_dir():
+            taken = steps
+        end, own = steps, None
+        following = [part for part in rounds if taken < part.end]
+        if following:
+            part = following[0]
+            # the student before training has no adapter
+            own = open_round(
+                config, accelerator, part, prompts, data, tokenizers, folder,
+                adapter=checkpoint, has_begun=taken > part.first_step,
+            )  # fmt: skip
+            end = part.end
+        yield Part(checkpoint, end, steps, cache, own, is_first)
+        is_first = False
+
+
+def _run_part(
+    config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path, part: Part
+) -> dict[str, Any]:
+    """Train a part in `folder`; after the last one save the model and measure it, what kd_results.json then holds."""
+    run = _prepare(config, accelerator, data, tokenizers, folder, part)
     if accelerator.is_main_process:
         path = folder / "kd_config.json"
         write_json(path, read_json(path) | {"took_effect": run.took_effect})
     with tracked(run, folder):
         if not (folder / "final_model").is_dir():
             train(run, folder)
+            if run.step < run.steps:
+                accelerator.wait_for_everyone()  # the checkpoint is marked complete by one of them
+                return {}
             _save_final(run, folder, tokenizers.student)
         results = {
             "experiment": Path(config.experiment_dir).name,
@@ -367,22 +436,20 @@ class Models:
 
 
 def _prepare(
-    config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path
+    config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path, part: Part
 ) -> Run:
     """Load both models, say what follows from the settings, and go to where the run was left."""
-    # 1. the models, the adapters, the number of steps
+    # 1. the models and the adapters
     set_seed(config.seed)
-    models = _load_models(config, accelerator, data, tokenizers)
+    models = _load_models(config, accelerator, data, tokenizers, part)
     model = _add_adapters(config, models.student, folder)
-    order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
-    layers_compiled = _layers_compiled(config, accelerator, steps)
+    # they are compiled again in every round
+    layers_compiled = _layers_compiled(config, accelerator, part.steps // max(1, config.on_policy_rounds))
     if layers_compiled:
         compile_layers(model)
 
     # 2. where it was left: adapters before the model is wrapped, the rest after
-    final = folder / "final_model"
-    checkpoint = newest_complete_checkpoint(folder)
+    final, checkpoint = folder / "final_model", part.checkpoint
     if checkpoint or final.is_dir():
         load_adapter(model, final if final.is_dir() else checkpoint)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model), device_placement=[False, False])
@@ -394,15 +461,17 @@ def _prepare(
         model,
         wrapped,
         optimizer,
-        make_learning_rate(config, steps),
+        make_learning_rate(config, part.steps),
         student=model_reader(model, models.pad_id, config.packing).cut(models.vocab_size),
         teacher=models.teacher.cut(models.vocab_size),
         pad_id=models.pad_id,
         compiled=compiled,
         took_effect={"compile_loss": compiled},
-        order=order,
+        order=StepOrder(len(data.train), config.rows_per_step, config.data_seed),
         cutting=_cutting(config, accelerator, checkpoint),
-        steps=steps,
+        steps=part.steps,
+        end=part.end,
+        own=part.own,
     )
 
     # 3. what only trying tells
@@ -412,7 +481,8 @@ def _prepare(
         run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
     set_seed(config.seed)  # whatever was tried before, training draws the same
     run.took_effect |= {"compile_layers": layers_compiled, "liger": liger, "tokens_per_batch": run.cutting.tokens}
-    _say_sizes(run, count_parameters(model, trainable=True))
+    if part.is_first:
+        _say_sizes(run, count_parameters(model, trainable=True))
     if not final.is_dir():
         _go_on(run, folder, checkpoint)
     return run
@@ -430,10 +500,12 @@ def _go_on(run: Run, folder: Path, checkpoint: Path | None) -> None:
         cut_metrics(folder / "metrics.jsonl", run.step)
 
 
-def _load_models(config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers) -> Models:
+def _load_models(
+    config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, part: Part
+) -> Models:
     student, pad_id = _load_student(config, accelerator), tokenizers.student.pad_token_id
-    teacher = _open_teacher(config, accelerator, data, pad_id)
-    pairs = data.all()
+    teacher = part.cache or _load_teacher(config, accelerator, data, pad_id)
+    pairs = data.all() + (part.own.all() if part.own else [])
     vocab_size = shared_vocabulary(
         tokenizers.student,
         tokenizers.teacher,
@@ -511,11 +583,8 @@ def _load_student(config: KDConfig, accelerator: Accelerator) -> PreTrainedModel
     return student
 
 
-def _open_teacher(config: KDConfig, accelerator: Accelerator, data: TrainingData, pad_id: int) -> Reader:
-    """The teacher's cache, or the model itself, loaded here."""
-    if config.teacher_signal != "online":
-        temperature = config.teacher_temperature or config.temperature
-        return open_cache(Path(config.experiment_dir) / "teacher_cache", config.teacher_signal, temperature, data)
+def _load_teacher(config: KDConfig, accelerator: Accelerator, data: TrainingData, pad_id: int) -> Reader:
+    """The resident teacher."""
     name, devices, dtype = config.teacher_model_name_or_path, config.teacher_devices, config.dtype
     teacher = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
     teacher.requires_grad_(False)
@@ -564,6 +633,17 @@ def _say_sizes(run: Run, trainable: int) -> None:
         100 * padding,
     )
     reason = f"max_steps wins over {config.num_train_epochs:g} epochs" if config.max_steps > 0 else "from epochs"
+    if config.on_policy:
+        logger.info(
+            "on-policy: %d rounds of about %d steps; %d rows of a step are the student's own answers, drawn at T = %g, "
+            "top_p %g, top_k %d",
+            config.on_policy_rounds,
+            round(run.steps / config.on_policy_rounds),
+            config.own_rows_per_step,
+            config.on_policy_temperature,
+            config.on_policy_top_p,
+            config.on_policy_top_k,
+        )
     logger.info("%d steps (%s), %.2f epochs", run.steps, reason, run.steps / run.order.steps_per_epoch)
     signals = {"online": "model", "hidden": "cached hidden states", "topk": "cached top k"}
     logger.info(

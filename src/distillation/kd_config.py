@@ -9,6 +9,7 @@ import torch
 
 from src.distillation.base import LORA_TARGETS, compute_dtype
 from src.distillation.losses import DIVERGENCES
+from src.distillation.sft import Sampling
 from src.utils.common import UserError
 from src.utils.config import setting
 
@@ -25,6 +26,11 @@ CHOICES = {
 }
 CUT = ("packing", "tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps")
 ADDED_LATER = ("load_in_4bit", "teacher_top_k", "teacher_top_p")  # at its default each is left out of a run's identity
+# settings of on-policy rounds that make a run; idle where there are none
+ON_POLICY = (
+    "on_policy_rounds", "on_policy_fraction", "on_policy_temperature", "on_policy_top_p", "on_policy_top_k",
+    "on_policy_max_new_tokens",
+)  # fmt: skip
 
 
 @dataclass
@@ -68,9 +74,15 @@ class Conduct:
     )
     liger: bool | None = setting(None, "Liger's kernels for norms, RoPE and SwiGLU (default: on a GPU that has them)")
     use_cpu: bool = setting(False, "leave GPUs alone")
-    teacher_devices: list[int] = setting([], "GPUs the teacher is spread over (one process)")
+    teacher_devices: list[int] = setting(
+        [], "GPUs the teacher is spread over: online (one process), or to read the answers of a round"
+    )
     student_devices: list[int] = setting([], "GPUs the student is spread over (one process)")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    on_policy_batch_size: int = setting(32, "rows in one forward pass of the student that answers for a round")
+    on_policy_serve: str = setting(
+        "", "the server that a round starts for its answers and stops: {command: vllm} or sglang, as `serve` elsewhere"
+    )
 
     # what is written down
     logging_steps: int = setting(
@@ -106,6 +118,18 @@ class KDConfig(Conduct):
     beta: float = setting(0.5, "the teacher's weight in the mixture of jsd, from 1e-6 to 1 - 1e-6")
     teacher_signal: Literal[SIGNALS] = setting(  # type: ignore[valid-type]
         "hidden", "the teacher's beliefs: hidden or topk from scripts/cache_teacher.py, online from a resident teacher"
+    )
+
+    # rounds of the student's own answers: GKD (Agarwal et al. 2024, algorithm 1) with lambda = on_policy_fraction
+    on_policy_rounds: int = setting(
+        0, "parts of the run, before each of which the student answers prompts of the training rows; 0: none"
+    )
+    on_policy_fraction: float = setting(0.5, "share of a step's rows that are the student's own answers; 0: none")
+    on_policy_temperature: float = setting(1.0, "sampling temperature of the student's answers; 0 is greedy")
+    on_policy_top_p: float = setting(1.0, "nucleus of the student's answers; 1 is off")
+    on_policy_top_k: int = setting(0, "candidates a token of the student's answers; 0 is off")
+    on_policy_max_new_tokens: int = setting(
+        768, "longest answer of the student, end of turn included; max_length may lower it"
     )
 
     # rows and steps; batch_size x gradient_accumulation_steps rows make a step, whatever its passes are
@@ -159,6 +183,16 @@ class KDConfig(Conduct):
     def arm(self) -> str:
         return "kd" if self.alpha > 0 else "sft"
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student learns from answers of its own too; with alpha = 0 they would teach nothing."""
+        return self.on_policy_rounds > 0 and self.on_policy_fraction > 0 and self.alpha > 0
+
+    @property
+    def own_rows_per_step(self) -> int:
+        """Rows of a step that are the student's own answers."""
+        return max(1, round(self.on_policy_fraction * self.rows_per_step)) if self.on_policy else 0
+
     def identity(self) -> dict[str, Any]:
         """What makes it this run and no other: every setting that can change what is learned."""
         conduct = {field.name for field in dataclasses.fields(Conduct)}
@@ -167,6 +201,8 @@ class KDConfig(Conduct):
         for field in dataclasses.fields(self):  # runs from before there was the choice are the same runs
             if field.name in ADDED_LATER and getattr(self, field.name) == field.default:
                 conduct.add(field.name)
+        if not self.on_policy:
+            conduct |= set(ON_POLICY)
         settings = dataclasses.asdict(self) | {"rows_per_step": self.rows_per_step}
         return {name: value for name, value in settings.items() if name not in conduct}
 
@@ -198,6 +234,7 @@ class KDConfig(Conduct):
             "teacher_top_k and teacher_top_p cut the teacher's whole distribution, which a top-k cache does not have; "
             "take --teacher_signal hidden or online, or leave both out",
         )
+        self._check_on_policy()
         _need(0 <= self.validation_fraction < 0.5, "validation_fraction must be at least 0 and below 0.5")
         _need(self.per_device_train_batch_size >= 1, "batch_size must be at least 1")
         for name in ("gradient_accumulation_steps", "lora_r", "logging_steps"):
@@ -215,6 +252,20 @@ class KDConfig(Conduct):
         _need(
             self.save_total_limit == 0 or self.save_total_limit >= 2, "save_total_limit must be at least 2, or 0: all"
         )
+
+    def _check_on_policy(self) -> None:
+        _need(self.on_policy_rounds >= 0, "on_policy_rounds must not be below 0")
+        fraction = self.on_policy_fraction
+        _need(0 <= fraction <= 1, f"on_policy_fraction must be between 0 and 1, got {fraction}")
+        _need(self.on_policy_batch_size >= 1, "on_policy_batch_size must be at least 1")
+        try:
+            self.own_sampling(self.on_policy_max_new_tokens)
+        except UserError as error:
+            raise UserError(f"on_policy_{error}") from None
+
+    def own_sampling(self, max_new_tokens: int) -> Sampling:
+        """How the student's own answers are drawn."""
+        return Sampling(self.on_policy_temperature, self.on_policy_top_p, self.on_policy_top_k, max_new_tokens)
 
 
 def _need(good: bool, message: str) -> None:

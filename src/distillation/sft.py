@@ -82,10 +82,15 @@ def make_requests(
     requests = []
     for row in rows:
         for index in range(num_samples):
-            digest = hashlib.sha256(f"{seed}/{salt}/{row['id']}/{index}".encode()).digest()
-            own = int.from_bytes(digest[:6], "big")  # 48 bits, exact in any JSON reader
-            requests.append(Request(row["id"], index, row.get("system", ""), row["prompt"], own, sampling))
+            requests.append(make_request(row, index, seed, sampling, salt))
     return requests
+
+
+def make_request(row: dict[str, Any], index: int, seed: int, sampling: Sampling, salt: str = "") -> Request:
+    """The request for answer `index` to a dataset row, see `make_requests`."""
+    digest = hashlib.sha256(f"{seed}/{salt}/{row['id']}/{index}".encode()).digest()
+    own = int.from_bytes(digest[:6], "big")  # 48 bits, exact in any JSON reader
+    return Request(row["id"], index, row.get("system", ""), row["prompt"], own, sampling)
 
 
 def answer_row(

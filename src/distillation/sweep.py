@@ -29,7 +29,7 @@ import yaml
 from src.distillation.batching import StepOrder, clean_files, is_validation, read_clean
 from src.distillation.heldout import EXACT
 from src.distillation.kd import identify, read_config
-from src.distillation.kd_config import CUT, SECTION, KDConfig
+from src.distillation.kd_config import CUT, ON_POLICY, SECTION, KDConfig
 from src.distillation.run_folder import complete_checkpoints
 from src.distillation.server import GUARD
 from src.utils.common import (
@@ -222,7 +222,17 @@ def idle_settings(config: KDConfig) -> set[str]:
     """Settings that have no effect on what this run learns, because of others."""
     idle = set()
     if config.alpha == 0:  # the teacher is not asked
-        idle |= {"temperature", "teacher_temperature", "teacher_top_k", "teacher_top_p", "divergence", "beta"}
+        idle |= {
+            "temperature",
+            "teacher_temperature",
+            "teacher_top_k",
+            "teacher_top_p",
+            "divergence",
+            "beta",
+            *ON_POLICY,
+        }
+    elif not config.on_policy:  # all but the one that is 0, which must stay so
+        idle |= set(ON_POLICY) - {"on_policy_fraction" if config.on_policy_rounds else "on_policy_rounds"}
     if config.divergence != "jsd":
         idle.add("beta")
     if config.lr_scheduler_type == "constant":

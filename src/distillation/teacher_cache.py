@@ -287,24 +287,31 @@ def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> Tensor:
 
 
 def _read_rows(
-    config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase
+    config: CacheTeacherConfig, tokenizer: PreTrainedTokenizerBase, own_answers: bool
 ) -> tuple[list[EncodedRow], set[str], dict]:
     """The clean rows that fit, the keys of those that measure (validation, held out), and the hashes of their files."""
     folder, end_id = Path(config.experiment_dir) / "sft", end_of_turn_id(tokenizer)
     rows, measuring, hashes = [], set(), {}
-    for split, path in clean_files(folder).items():
+    files = clean_files(folder)
+    if own_answers:
+        del files["eval"]
+    for split, path in files.items():
         hashes[path.name] = sha256_file(path) if path.is_file() else None
-        for row in read_clean(path):
+        for row in read_clean(path, own_answers):
             rows.append(encode_row(tokenizer, row, end_id))
             if split == "eval" or is_validation(row["id"], config.validation_fraction):
                 measuring.add(_key(rows[-1]))
     if len({_key(row) for row in rows}) < len(rows):  # `read_clean` has looked at each file by itself
         raise UserError(f"{folder}: two clean rows share an id and a sample_index, one in each split; remove one")
-    return [row for row in rows if len(row) <= config.max_length], measuring, hashes
+    # an answer that was cut before it said anything has no position
+    return [row for row in rows if len(row) <= config.max_length and row.response_ids], measuring, hashes
 
 
-def make_cache(config: CacheTeacherConfig) -> dict[str, Any]:
+def make_cache(config: CacheTeacherConfig, own_answers: bool = False) -> dict[str, Any]:
     """Write `experiment_dir`/teacher_cache; killed and called again, it goes on with the first missing file.
+
+    Args:
+        own_answers: `experiment_dir` is the folder of an on-policy round: a student's own answers, to train on alone.
 
     Returns:
         The content of index.json.
@@ -316,14 +323,14 @@ def make_cache(config: CacheTeacherConfig) -> dict[str, Any]:
     if not name:
         raise UserError("teacher_model_name_or_path is not set; name a profile with --config, or pass the flag")
     with hold(folder, "cache_teacher"):
-        return _make_cache(config, name, folder)
+        return _make_cache(config, name, folder, own_answers)
 
 
-def _make_cache(config: CacheTeacherConfig, name: str, folder: Path) -> dict[str, Any]:
+def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers: bool) -> dict[str, Any]:
     """`make_cache` in a folder that is held."""
     # 1. what it is to be made of; is it there?
     tokenizer = load_tokenizer(name, config.experiment_dir)
-    rows, measuring, hashes = _read_rows(config, tokenizer)
+    rows, measuring, hashes = _read_rows(config, tokenizer, own_answers)
     marker, index_path = folder / "stage.json", folder / "index.json"
     made_of = _made_of(config, tokenizer, hashes, marker)
     state = stage_state(marker, made_of, config.overwrite, [index_path])
@@ -632,7 +639,7 @@ def open_cache(folder: Path, signal: str, temperature: float, data: TrainingData
         top = TopK(read(rows, "ids").long(), read(rows, "log_p"), torch.zeros(len(label_log_p)))
         return Stated(top, label_log_p)
 
-    served = _is_served(index)
+    served = is_served(index)
     if signal == "topk":
         measured = "label_log_p" if served else "hidden"
         for pairs, tensor in ((data.train, "log_sums"), (data.validation + data.heldout, measured)):
@@ -651,7 +658,7 @@ def open_cache(folder: Path, signal: str, temperature: float, data: TrainingData
     )
 
 
-def _is_served(index: dict[str, Any]) -> bool:
+def is_served(index: dict[str, Any]) -> bool:
     """Whether the cache was made by asking a server, and so without hidden states."""
     return index["teacher"].startswith(SERVED)
 
@@ -659,9 +666,9 @@ def _is_served(index: dict[str, Any]) -> bool:
 def is_teacher(name: str, index: dict[str, Any]) -> bool:
     """Whether `name`, a folder or hub id, is the teacher that a cache was made of; of a served one its tokenizer's."""
     if name in (index["teacher_model_name_or_path"], index["teacher"]):  # the latter is id@commit, or a folder's hash
-        return not Path(name).is_dir() or _is_served(index) or model_fingerprint(name) == index["teacher"]
+        return not Path(name).is_dir() or is_served(index) or model_fingerprint(name) == index["teacher"]
     can_be_told = Path(name).is_dir() or model_name(name).revision is not None  # the same by another name
-    return can_be_told and not _is_served(index) and model_fingerprint(name) == index["teacher"]
+    return can_be_told and not is_served(index) and model_fingerprint(name) == index["teacher"]
 
 
 def _check_index(folder: Path, index: dict[str, Any], signal: str, temperature: float, data: TrainingData) -> None:
@@ -677,7 +684,7 @@ def _check_index(folder: Path, index: dict[str, Any], signal: str, temperature: 
             raise UserError(f"{folder} was made with {name} = {known.get(name)}, this run has {wanted}; {remedy}")
     if signal == "topk" and temperature not in index["temperatures"]:
         temperatures = ", ".join(f"{t:g}" for t in index["temperatures"])
-        if _is_served(index):
+        if is_served(index):
             remedy = "train with --temperature 1 or --teacher_temperature 1; a server knows its teacher at no other T"
         else:
             remedy += " --temperatures ..."

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
-from src.distillation.base import EncodedRow, head_device, response_hidden, send
+from src.distillation.base import head_device, response_hidden, send
 from src.distillation.batching import Cutting, Pair, StepOrder, TrainingData
 from src.distillation.gpu import memory_of, tokens_that_fit
 from src.distillation.heldout import SCORED_TOKENS, Arm, score_heldout, summarise
@@ -45,6 +45,24 @@ from src.utils.common import Progress, UserError, append_jsonl, logger, read_jso
 STATE = "training_state.json"  # in a checkpoint: the step, and how the steps were cut
 
 
+@dataclass(frozen=True)
+class OwnRows:
+    """A round's answers of the student itself, and what the teacher believes of them.
+
+    round: its number, from 1.
+    first_step: the step (0, 1, ...) that takes `by_step[0]`, the next takes `by_step[1]`, ...
+    teacher: reads them; None where that is the run's resident teacher.
+    """
+
+    round: int
+    first_step: int
+    by_step: list[list[Pair]]
+    teacher: Reader | None
+
+    def all(self) -> list[Pair]:
+        return [pair for rows in self.by_step for pair in rows]
+
+
 @dataclass
 class Run:
     """What a run trains with.
@@ -55,7 +73,8 @@ class Run:
     learning_rate: of step 0, 1, ...
     compiled: the loss kernel is.
     took_effect: what was decided where a setting leaves it open.
-    steps: all of them; `step` are taken.
+    steps: all of them; `step` are taken, and `train` stops when `end` are.
+    own: the student's own answers, where this part of the run is a round.
     """
 
     config: KDConfig
@@ -73,13 +92,15 @@ class Run:
     order: StepOrder
     cutting: Cutting
     steps: int
+    end: int
+    own: OwnRows | None = None
     step: int = 0
 
 
 @dataclass(frozen=True)
 class StepFacts:
-    """Of one step on this rank: loss, kd and ce (each over the step's tokens, `[3]` on the device), the gradient's norm
-    before clipping, and the tokens that were read."""
+    """Of one step on this rank: loss, kd and ce (each over the step's tokens, `[3]` on the device; in a round also kd
+    over the tokens of the student's own rows), the gradient's norm before clipping, and the tokens that were read."""
 
     sums: Tensor
     grad_norm: Tensor
@@ -87,7 +108,7 @@ class StepFacts:
 
 
 def train(run: Run, folder: Path) -> None:
-    """Take the steps that are left, into `folder`: metrics.jsonl and checkpoints.
+    """Take the steps that are left up to `run.end`, into `folder`: metrics.jsonl and checkpoints.
 
     Raises:
         UserError: a loss or a weight is not a number, or not even one row fits into memory.
@@ -100,7 +121,7 @@ def train(run: Run, folder: Path) -> None:
         if main:
             progress = stack.enter_context(Progress(run.steps, f"training {folder.name}", "step"))
             progress.skip(run.step)
-        while run.step < run.steps:
+        while run.step < run.end:
             # 1. forward, loss, backward of all passes; clip; update
             with window.measuring():
                 window.facts.append(take_step(run))
@@ -110,9 +131,12 @@ def train(run: Run, folder: Path) -> None:
             # 2. log; also whenever the loop stops to measure or save, so that nothing is lost with a kill after it
             last = run.step == run.steps
             measures = bool(run.data.validation) and _due(config.eval_steps, run.step, last)
-            saves = _due(config.save_steps, run.step, last)
+            # the student that answers for the next round is read from its checkpoint
+            saves = _due(config.save_steps, run.step, last) or (run.step == run.end and not last)
             if measures or saves or _due(config.logging_steps, run.step, last):
                 row = {"step": run.step, **window.means(run.accelerator), "lr": lr}
+                if run.own:
+                    row["round"] = run.own.round
                 _refuse_nan(row, folder)
                 _write_row(run, folder, row)
                 window = Window()
@@ -146,7 +170,7 @@ def _due(every: int, step: int, last: bool) -> bool:
 def take_step(run: Run) -> StepFacts:
     """One optimisation step."""
     # 1. the rows of the step, the same on every rank
-    rows = [run.data.train[index] for index in run.order.rows_of(run.step)]
+    rows = rows_of_step(run)
 
     # 2. forward, loss and backward of all passes
     sums, read = passes_within_memory(run, rows)
@@ -163,15 +187,29 @@ def take_step(run: Run) -> StepFacts:
     return StepFacts(sums, grad_norm, read)
 
 
+def rows_of_step(run: Run) -> list[Pair]:
+    """The rows that the next step takes; in a round the last of them are the student's own answers.
+
+    A step has as many rows as ever: where an answer cannot be learned from, a teacher's row keeps its place.
+    """
+    rows = [run.data.train[index] for index in run.order.rows_of(run.step)]
+    if run.own is None:
+        return rows
+    own = run.own.by_step[run.step - run.own.first_step]
+    return rows[: len(rows) - len(own)] + own
+
+
 def run_passes(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
-    """This rank's share of a step's gradient, added up in the adapters; loss, kd and ce `[3]`, and the tokens read."""
+    """This rank's share of a step's gradient, added up in the adapters; its sums (see `StepFacts`), and the tokens
+    read."""
     accelerator, ranks = run.accelerator, run.accelerator.num_processes
     passes = run.cutting.passes([len(row.student) for row in rows])
     mine = passes[accelerator.process_index :: ranks]
     # one divisor for all passes: a mean of means would give a token in a short answer more weight than one in a long;
     # DDP and FSDP average over ranks what should be added up, so each divides by its share of the step's tokens
     tokens = sum(len(row.student.response_ids) for row in rows) / ranks
-    sums = torch.zeros(3, device=accelerator.device)
+    own_tokens = sum(len(row.student.response_ids) for row in rows if row.own) / ranks
+    sums = torch.zeros(4 if run.own else 3, device=accelerator.device)
     with adapters_cast(run.model, run.config.dtype):
         for number, part in enumerate(mine):
             last = number == len(mine) - 1  # ranks exchange gradients once a step, in the last backward pass
@@ -179,8 +217,11 @@ def run_passes(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
                 found = pass_loss(run, [rows[index] for index in part])
                 loss = found.loss / tokens
                 accelerator.backward(loss)
+            parts = [loss.detach(), found.kd / tokens, found.ce / tokens]
+            if run.own:
+                parts.append(found.own_kd / max(own_tokens, 1 / ranks))  # a step of which no answer could be used
             # stays on the device: asking for a value would wait for the GPU
-            sums += torch.stack([loss.detach(), found.kd / tokens, found.ce / tokens]).to(sums.device)
+            sums += torch.stack(parts).to(sums.device)
     return sums, sum(len(rows[index].student) for part in mine for index in part)
 
 
@@ -223,48 +264,97 @@ def _smaller(cutting: Cutting, lengths: list[int]) -> Cutting | None:
     return replace(cutting, tokens=max(sum(lengths[index] for index in part) for part in passes) // 2)
 
 
-def pass_loss(run: Run, rows: list[Pair]) -> LossSums:
-    """The objective's sums over the response tokens of some rows."""
-    config, device = run.config, head_device(run.model)
-    batch = batch_of([row.student for row in rows], run.pad_id, config.packing)
+class Beliefs(NamedTuple):
+    """The teacher's hidden states at some rows' response positions and its head, or its top k; or nothing."""
 
-    def inside() -> LossSums:
+    states: Tensor | TopK | None = None
+    head: Tensor | None = None
+
+
+class PassSums(NamedTuple):
+    """`LossSums` of a pass, and the part of `kd` that is the student's own rows'."""
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    own_kd: Tensor
+
+
+def pass_loss(run: Run, rows: list[Pair]) -> PassSums:
+    """The objective's sums over the response tokens of some rows."""
+    device = head_device(run.model)
+    batch = batch_of([row.student for row in rows], run.pad_id, run.config.packing)
+    teachers, own = [row for row in rows if not row.own], [row for row in rows if row.own]
+
+    def inside() -> PassSums:
         with autocast(run):
             # what the teacher believes comes first: copies wait for no forward pass, and a resident teacher's
             # activations are gone before the student's are made
-            beliefs, teacher_head = _beliefs(run, [row.teacher for row in rows], device)
+            beliefs = _beliefs(run, run.teacher, teachers, device)
+            own_beliefs = _beliefs(run, (run.own and run.own.teacher) or run.teacher, own, device)
             # the body alone: logits are formed in the loss, a chunk of tokens at a time
             hidden, labels = response_hidden(run.model, batch)  # [N, H] and [N], N response tokens
-            return kd_loss(
-                hidden,
-                run.student.head_on(device),
-                beliefs,
-                teacher_head,
-                labels,
-                temperature=config.temperature,
-                alpha=config.alpha,
-                kind=config.divergence,
-                beta=config.beta,
-                student_map=run.student.logit_map,
-                teacher_map=run.teacher.logit_map,
-                compiled=run.compiled,
-                teacher_temperature=config.teacher_temperature,
-                teacher_top_k=config.teacher_top_k,
-                teacher_top_p=config.teacher_top_p,
-                vocab_size=run.student.vocab_size,
-            )
+            if not own:
+                found = _objective(run, hidden, labels, beliefs, run.config.alpha)
+                return PassSums(*found, torch.zeros_like(found.kd))
+            return _mixed_loss(run, rows, hidden, labels, beliefs, own_beliefs)
 
     # through the wrapper: DDP and FSDP would not see a call of the body, and ranks would drift apart without an error
     return call_inside(run.wrapped, run.model, inside)
 
 
-def _beliefs(run: Run, rows: list[EncodedRow], device: torch.device) -> tuple[Tensor | TopK | None, Tensor | None]:
-    """The teacher's hidden states of some rows and its head, or its top k; with alpha = 0 nobody asks it."""
-    if run.config.alpha == 0:
-        return None, None
-    if run.teacher.topk is not None:
-        return TopK(*(send(tensor, device) for tensor in run.teacher.topk(rows))), None
-    return send(run.teacher.hidden(rows), device), run.teacher.head_on(device)
+def _mixed_loss(
+    run: Run, rows: list[Pair], hidden: Tensor, labels: Tensor, beliefs: Beliefs, own_beliefs: Beliefs
+) -> PassSums:
+    """The sums of a pass with rows of both kinds: alpha * T^2 * D of all tokens, (1 - alpha) * CE of the teacher's.
+
+    With lambda the share of own rows this is the objective of GKD (Agarwal et al. 2024, algorithm 1); with reverse KL
+    the own rows' part is MiniLLM's direction (Gu et al. 2024, equation 1), without its gradient through the sampling:
+    the answers are given, as they are in GKD.
+    """
+    counts = torch.tensor([len(row.student.response_ids) for row in rows])
+    is_own = torch.tensor([row.own for row in rows]).repeat_interleave(counts)  # [N]
+    own_places = send(is_own.nonzero()[:, 0], labels.device)
+    found = _objective(run, hidden.index_select(0, own_places), labels[own_places], own_beliefs, alpha=1.0)
+    loss, kd, ce = run.config.alpha * found.loss, found.kd, torch.zeros_like(found.ce)
+    if not is_own.all():
+        places = send((~is_own).nonzero()[:, 0], labels.device)
+        theirs = _objective(run, hidden.index_select(0, places), labels[places], beliefs, run.config.alpha)
+        loss, kd, ce = loss + theirs.loss, kd + theirs.kd, theirs.ce
+    return PassSums(loss, kd, ce, found.kd)
+
+
+def _objective(run: Run, hidden: Tensor, labels: Tensor, beliefs: Beliefs, alpha: float) -> LossSums:
+    """`kd_loss` of some positions, as the run is set."""
+    config = run.config
+    return kd_loss(
+        hidden,
+        run.student.head_on(labels.device),
+        beliefs.states,
+        beliefs.head,
+        labels,
+        temperature=config.temperature,
+        alpha=alpha,
+        kind=config.divergence,
+        beta=config.beta,
+        student_map=run.student.logit_map,
+        teacher_map=run.teacher.logit_map,
+        compiled=run.compiled,
+        teacher_temperature=config.teacher_temperature,
+        teacher_top_k=config.teacher_top_k,
+        teacher_top_p=config.teacher_top_p,
+        vocab_size=run.student.vocab_size,
+    )
+
+
+def _beliefs(run: Run, teacher: Reader, rows: list[Pair], device: torch.device) -> Beliefs:
+    """What the teacher believes of some rows, as `teacher` has read them; with alpha = 0 nobody asks it."""
+    if run.config.alpha == 0 or not rows:
+        return Beliefs()
+    theirs = [row.teacher for row in rows]
+    if teacher.topk is not None:
+        return Beliefs(TopK(*(send(tensor, device) for tensor in teacher.topk(theirs))))
+    return Beliefs(send(teacher.hidden(theirs), device), run.teacher.head_on(device))  # one teacher: one head for all
 
 
 def probe_gradients(run: Run, rows: list[Pair] | None = None) -> list[Tensor]:
@@ -347,7 +437,7 @@ class Window:
             sums = accelerator.reduce(torch.stack([facts.sums for facts in self.facts]).sum(0))
             tokens = torch.tensor(sum(facts.tokens for facts in self.facts), device=accelerator.device)
             tokens = accelerator.reduce(tokens).item()
-            loss, kd, ce = (sums / (accelerator.num_processes * len(self.facts))).tolist()
+            loss, kd, ce, *own_kd = (sums / (accelerator.num_processes * len(self.facts))).tolist()
             norm = self.facts[-1].grad_norm
             grad_norm = norm.item() if isinstance(norm, Tensor) else norm
         return {
@@ -355,6 +445,7 @@ class Window:
             "grad_norm": grad_norm,
             "kd_loss": kd,
             "ce_loss": ce,
+            **({"on_policy_kd_loss": own_kd[0]} if own_kd else {}),
             "tokens": tokens,
             "tokens_per_second": tokens / self.seconds,
             "peak_memory_mb": peak_memory_mb(),

@@ -37,7 +37,9 @@ def _difference(run: dict[str, Any], control: dict[str, Any]) -> str | None:
     objective = {"alpha", "temperature", "divergence", "beta", "teacher_signal", "teacher_cache"}
     objective |= {"teacher_temperature", "teacher_top_k", "teacher_top_p"}
     ours, theirs = run["fingerprint"], control["fingerprint"]
-    for name in sorted((ours.keys() | theirs.keys()) - objective):
+    names = ours.keys() | theirs.keys()
+    objective |= {name for name in names if name.startswith("on_policy_")}  # answers of its own teach a control nothing
+    for name in sorted(names - objective):
         if ours.get(name) != theirs.get(name):
             return f"its {name} is {theirs.get(name)!r}, the distilled student's {ours.get(name)!r}"
     return None

@@ -1,0 +1,490 @@
+"""On-policy rounds: the student answers prompts, the teacher reads its answers, training goes on with both.
+
+A run is cut into `on_policy_rounds` parts. Before the first step of each the student, with its adapter so far, answers
+prompts of the training rows by an engine of stage 1, and the teacher's states of these answers are cached by the code
+of `cache_teacher`. A round's end is a checkpoint and its beginning a resume, so that nothing else needs the GPUs
+meanwhile, and a killed round goes on as a killed run does. With lambda the share of own answers this is GKD (Agarwal et
+al. 2024, algorithm 1), sampled a round at a time.
+
+A round's folder in the run's, `rounds/round_01/`, has the formats of an experiment:
+
+    sft/sft_train_data.jsonl        the student's answers as they came; a killed round goes on with those it lacks
+    sft/sft_train_data_clean.jsonl  what is learned from; `finish_reason` is `stop`, or `length` where one was cut off
+    teacher_cache/                  what the teacher believes of them; not of a resident teacher
+    round.json                      what was answered and how; written last, so that a round with it is complete
+"""
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import release_memory
+
+from src.distillation.base import encode_row, model_fingerprint
+from src.distillation.batching import (
+    Pair,
+    StepOrder,
+    Tokenizers,
+    TrainingData,
+    clean_files,
+    read_clean,
+    shared_end_of_turn,
+)
+from src.distillation.engines import EngineSettings, make_engine, opened, stage_serve, started
+from src.distillation.kd_config import SECTION, KDConfig
+from src.distillation.serving import (
+    PlannedServer,
+    Serve,
+    adapter_name,
+    answering,
+    students_server,
+    with_open_port,
+)
+from src.distillation.sft import Request, Sampling, make_request
+from src.distillation.teacher import Reader
+from src.distillation.teacher_cache import CacheTeacherConfig, is_served, make_cache, open_cache, read_index
+from src.distillation.training import OwnRows
+from src.utils.common import (
+    Progress,
+    UserError,
+    append_jsonl,
+    logger,
+    read_json,
+    read_jsonl,
+    repair_jsonl_tail,
+    require_disk,
+    sha256_file,
+    sha256_text,
+    write_json,
+    write_jsonl,
+)
+from src.utils.stages import clear, hold
+
+COMPLETE = "round.json"
+BEGUN = "begun.json"  # the fingerprint of a round that is not complete
+STUDENT = "student"  # what a server calls the adapter that answers
+LEARNT_FROM = ("stop", "length")  # an answer that a server refused, or ended in a way of its own, says nothing
+LOOK = 1.0  # seconds between two looks of the ranks that wait; a collective call would time out after minutes
+
+
+@dataclass(frozen=True)
+class Round:
+    """A part of a run's steps, which begins with answers of the student as it is then.
+
+    number: from 1.
+    first_step, end: it takes the steps first_step, ..., end - 1, counted from 0.
+    """
+
+    number: int
+    first_step: int
+    end: int
+
+    def folder(self, run: Path) -> Path:
+        return run / "rounds" / f"round_{self.number:02d}"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a student can be asked, a dataset row (`id, system, prompt`) for each of the run's training rows, and how.
+
+    Its answers fit into max_length beside the longest of them, so that none needs to be dropped.
+    """
+
+    rows: list[dict[str, str]]
+    sampling: Sampling
+
+
+def rounds_of(config: KDConfig, steps: int) -> list[Round]:
+    """The rounds of a run, none where it has no answers of the student's own.
+
+    Raises:
+        UserError: there are more of them than steps.
+    """
+    count = config.on_policy_rounds if config.on_policy else 0
+    if count > steps:
+        raise UserError(
+            f"on_policy_rounds = {count}, but the run has {steps} steps, and a round takes one at least; lower "
+            "--on_policy_rounds, or raise --max_steps"
+        )
+    return [Round(r + 1, r * steps // count, (r + 1) * steps // count) for r in range(count)]
+
+
+def check_rounds(config: KDConfig) -> None:
+    """Refuse what no round can be made with, before anything is read.
+
+    Raises:
+        UserError: says what, and the way out.
+    """
+    if not config.on_policy:
+        return
+    if config.use_cpu and torch.cuda.is_available():
+        raise UserError(
+            "use_cpu is for training alone, a round's answers and cache would take a GPU; hide them all with "
+            "CUDA_VISIBLE_DEVICES='' instead"
+        )
+    serve = own_serve(config)
+    if serve is not None and serve.program == "other":
+        raise UserError(
+            "on_policy_serve starts vllm or sglang, which answer as the adapter of the moment; a whole command line "
+            "cannot name it: say command: vllm and put its flags into arguments"
+        )
+    if serve is not None and serve.model:
+        raise UserError("on_policy_serve answers as the student and its adapter; take model out of it")
+    if config.teacher_signal == "online":
+        return
+    folder = Path(config.experiment_dir) / "teacher_cache"
+    index = read_index(folder)
+    if is_served(index):
+        raise UserError(
+            f"{folder} was asked of a server, and rounds read the student's answers with the teacher's weights; make "
+            "the cache with --engine transformers, or leave on_policy_rounds out"
+        )
+    if model_fingerprint(config.teacher_model_name_or_path) != index["teacher"]:
+        raise UserError(
+            f"{folder} is of another teacher than {config.teacher_model_name_or_path!r} is now, and rounds ask both; "
+            "run scripts/cache_teacher.py --overwrite"
+        )
+
+
+def own_serve(config: KDConfig) -> Serve | None:
+    """The server that answers as the student, if there is to be one."""
+    return stage_serve(_engine_settings(config))
+
+
+def _engine_settings(config: KDConfig) -> EngineSettings:
+    return EngineSettings(
+        serve=config.on_policy_serve, batch_size=config.on_policy_batch_size, gpu_memory_gb=config.gpu_memory_gb
+    )
+
+
+def read_prompts(config: KDConfig, data: TrainingData) -> Prompts:
+    """What the student will be asked.
+
+    Raises:
+        UserError: a training row is a longer conversation; names it.
+    """
+    path = clean_files(Path(config.experiment_dir) / "sft")["train"]
+    messages = {(row["id"], row.get("sample_index", 0)): row["messages"][:-1] for row in read_clean(path)}
+    rows = []
+    for pair in data.train:
+        asked = messages[pair.student.id, pair.student.sample_index]
+        roles = [message["role"] for message in asked]
+        if roles not in (["user"], ["system", "user"]):
+            raise UserError(
+                f"{path}: row {pair.student.id} asks with messages of {', '.join(roles)}; on-policy rounds ask single "
+                "turns, of a user after a system message or none: take such rows out, or leave on_policy_rounds out"
+            )
+        system = asked[0]["content"] if len(asked) == 2 else ""
+        rows.append({"id": pair.student.id, "system": system, "prompt": asked[-1]["content"]})
+    longest = max(max(len(pair.student.prompt_ids), len(pair.teacher.prompt_ids)) for pair in data.train)
+    most = min(config.on_policy_max_new_tokens, config.max_length - longest)
+    if most < config.on_policy_max_new_tokens:
+        logger.info(
+            "own answers: %d tokens at most (max_length %d, longest prompt %d)", most, config.max_length, longest
+        )
+    return Prompts(rows, config.own_sampling(most))
+
+
+def requests_of(config: KDConfig, part: Round, prompts: Prompts) -> list[Request]:
+    """The requests of a round, `own_rows_per_step` for each of its steps, one step after the other.
+
+    The order of the prompts goes by the step of the run, so that a round walks on where the one before ended.
+    """
+    seed = int(sha256_text(f"on-policy/{config.data_seed}")[:7], 16)  # not the order of the teacher's rows
+    order = StepOrder(len(prompts.rows), config.own_rows_per_step, seed)
+    asked: Counter[str] = Counter()
+    requests = []
+    for step in range(part.first_step, part.end):
+        for index in order.rows_of(step):
+            row = prompts.rows[index]
+            salt = f"round {part.number}"
+            requests.append(make_request(row, asked[row["id"]], config.seed, prompts.sampling, salt))
+            asked[row["id"]] += 1
+    return requests
+
+
+def open_round(
+    config: KDConfig,
+    accelerator: Accelerator,
+    part: Round,
+    prompts: Prompts,
+    data: TrainingData,
+    tokenizers: Tokenizers,
+    run: Path,
+    adapter: Path | None,
+    has_begun: bool,
+) -> OwnRows:
+    """The student's own answers for a round, made where they are not there yet.
+
+    Every rank calls it: the first answers and caches, the others wait until round.json is there.
+
+    Args:
+        run: the run's folder.
+        adapter: of the student that answers; None for the student before training.
+        has_begun: steps of this round were taken already; its answers must be those they were learnt from.
+
+    Raises:
+        UserError: something the user must put right; the text says what and how.
+    """
+    folder, requests = part.folder(run), requests_of(config, part, prompts)
+    fingerprint = _fingerprint(config, part, requests, data, adapter)
+    is_complete = _is_complete(folder, fingerprint, has_begun)
+    if not is_complete and accelerator.is_main_process:
+        _clear_others(folder, fingerprint)
+    accelerator.wait_for_everyone()  # nobody takes a folder that has just been cleared for a finished one
+    if not is_complete and accelerator.is_main_process:
+        with hold(folder, SECTION), hold(folder / "sft", SECTION):
+            _make(config, part, requests, tokenizers, folder, fingerprint, adapter)
+    while not (folder / COMPLETE).is_file():
+        time.sleep(LOOK)
+    pairs = {_key(pair.student): pair for pair in read_own_pairs(folder, tokenizers, config.max_length)}
+    teacher = None
+    if config.teacher_signal != "online":
+        teacher = _open_own_cache(config, folder, list(pairs.values()))
+    by_step: list[list[Pair]] = [[] for _ in range(part.end - part.first_step)]
+    for place, request in enumerate(requests):
+        if pair := pairs.get(_key(request)):
+            by_step[place // config.own_rows_per_step].append(pair)
+    return OwnRows(part.number, part.first_step, by_step, teacher)
+
+
+def _key(row: Any) -> tuple[str, int]:
+    return row.id, row.sample_index
+
+
+def _fingerprint(
+    config: KDConfig, part: Round, requests: Sequence[Request], data: TrainingData, adapter: Path | None
+) -> dict[str, Any]:
+    """What tells a round's folder from another's; what the run's own fingerprint says is not said again."""
+    serve = own_serve(config)
+    asked = json.dumps([asdict(request) for request in requests], sort_keys=True)
+    return {
+        "round": part.number,
+        "first_step": part.first_step + 1,
+        "last_step": part.end,
+        "requests": sha256_text(asked),
+        "rows": data.hashes["sft_train_data_clean.jsonl"],
+        "adapter": sha256_file(adapter / "adapter_model.safetensors") if adapter else None,
+        "engine": serve.program if serve else "transformers",
+        "batch_size": None if serve else config.on_policy_batch_size,  # it changes how sums are rounded
+        "server_arguments": answering(serve) if serve else {},
+    }
+
+
+# What a begun round must have in common with its answers: by what and how they were made is of the past.
+FOR_GOOD = ("round", "first_step", "last_step", "requests", "rows")
+
+
+def _is_complete(folder: Path, fingerprint: dict[str, Any], has_begun: bool) -> bool:
+    """Whether the folder holds this round, all of it.
+
+    Raises:
+        UserError: steps were learnt from it, and it does not any more.
+    """
+    path = folder / COMPLETE
+    stored = read_json(path).get("fingerprint", {}) if path.is_file() else {}
+    if not has_begun:
+        return stored == fingerprint
+    if any(stored.get(name) != fingerprint[name] for name in FOR_GOOD):
+        raise UserError(
+            f"{folder}: steps of this round are taken, and the answers that they were learnt from are gone; put the "
+            "folder back, or train again with --overwrite"
+        )
+    return True
+
+
+def _clear_others(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Make room where the folder holds a round that this one does not go on with."""
+    for name in (COMPLETE, BEGUN):
+        path = folder / name
+        if path.is_file() and read_json(path).get("fingerprint") != fingerprint:
+            logger.info("%s: made with another adapter or other settings; it is made again", folder)
+            clear(folder, last=name)
+            return
+
+
+def _make(
+    config: KDConfig,
+    part: Round,
+    requests: list[Request],
+    tokenizers: Tokenizers,
+    folder: Path,
+    fingerprint: dict[str, Any],
+    adapter: Path | None,
+) -> None:
+    """Answer, cache, and say in round.json what came of it; goes on where a killed one was."""
+    write_json(folder / BEGUN, {"fingerprint": fingerprint})
+    date = Path(config.experiment_dir) / "prompt_date.json"
+    if date.is_file():  # a template that asks for the day reads the experiment's in the round too
+        shutil.copy(date, folder / date.name)
+
+    # 1. the student answers
+    begin = time.monotonic()
+    _answer(config, requests, folder, adapter)
+    release_memory()
+    answered = time.monotonic()
+    answers = read_jsonl(folder / "sft" / "sft_train_data.jsonl")
+    _write_clean(folder, requests, answers)
+    pairs = read_own_pairs(folder, tokenizers, config.max_length)
+    if not pairs:
+        raise UserError(
+            f"{folder}: none of {len(answers)} answers can be learned from; read them in sft/sft_train_data.jsonl, and "
+            "raise --on_policy_max_new_tokens or --max_length"
+        )
+
+    # 2. the teacher reads the answers
+    if config.teacher_signal != "online":
+        make_cache(_cache_config(config, folder), own_answers=True)
+        release_memory()
+    seconds = {"answering_seconds": answered - begin, "caching_seconds": time.monotonic() - answered}
+
+    # 3. what came of it, which makes the round complete
+    facts = round_facts(part, requests, answers, pairs)
+    write_json(folder / COMPLETE, facts | seconds | {"fingerprint": fingerprint})
+    (folder / BEGUN).unlink()
+    logger.info(
+        "round %d: %d answers in %.0f s, %d of them ended, %.0f tokens each; %.0f s until the teacher had read them",
+        part.number,
+        len(answers),
+        seconds["answering_seconds"],
+        facts["ended"],
+        facts["mean_length"],
+        seconds["caching_seconds"],
+    )
+
+
+def _answer(config: KDConfig, requests: list[Request], folder: Path, adapter: Path | None) -> None:
+    """Append the answers that the folder lacks."""
+    target = folder / "sft" / "sft_train_data.jsonl"
+    repair_jsonl_tail(target)
+    stored = read_jsonl(target) if target.is_file() and target.stat().st_size else []
+    there = {(row["id"], row["sample_index"]) for row in stored}
+    done = frozenset(request for request in requests if _key(request) in there)
+    if len(done) == len(requests):
+        return
+    require_disk(folder, len(requests) * (4 * requests[0].sampling.max_new_tokens + 2000), "the student's answers")
+    model, settings, serve = config.model_name_or_path, _engine_settings(config), own_serve(config)
+    planned, place, served_name = None, str(adapter) if adapter else "", ""
+    if serve is not None:
+        serve = with_open_port(serve)
+        planned = _student_server(config, serve, place)
+        served_name = adapter_name(serve.program, model, STUDENT) if place else ""
+        place = ""  # the server has it
+    engine = make_engine(
+        settings, model, config.student_devices, serve, served_name,
+        adapter=place, experiment_dir=config.experiment_dir,
+    )  # fmt: skip
+    refused = sum(row["finish_reason"] == "refused" for row in stored)
+    with (
+        started(planned, folder / "server.log"),
+        opened(engine) as generate,
+        Progress(len(requests), f"own answers ({folder.name})") as progress,
+    ):
+        progress.skip(len(done))
+        for rows in generate(requests, done, refused):
+            append_jsonl(target, rows)
+            progress.advance(len(rows))
+
+
+def _student_server(config: KDConfig, serve: Serve, adapter: str) -> PlannedServer:
+    adapters = {STUDENT: adapter} if adapter else {}
+    return students_server(serve, config.model_name_or_path, adapters, config.student_devices)
+
+
+def _write_clean(folder: Path, requests: list[Request], answers: list[dict[str, Any]]) -> None:
+    """The answers as conversations, in the order of the requests."""
+    by_key = {(row["id"], row["sample_index"]): row for row in answers}
+    rows = []
+    for request in requests:
+        answer = by_key.get(_key(request))
+        if answer is None or answer["finish_reason"] not in LEARNT_FROM:
+            continue
+        text = answer["response"]
+        if answer["finish_reason"] == "length":
+            text = text.rstrip("\ufffd")  # what is decoded of a character of which the cut has left a part
+        rows.append(
+            {
+                "id": request.id,
+                "sample_index": request.sample_index,
+                "messages": [*request.messages, {"role": "assistant", "content": text}],
+                "finish_reason": answer["finish_reason"],
+            }
+        )
+    write_jsonl(clean_files(folder / "sft")["train"], rows)
+
+
+def read_own_pairs(folder: Path, tokenizers: Tokenizers, max_length: int) -> list[Pair]:
+    """A round's rows as both models read them, without those that are too long or were cut before they said a thing."""
+    end = shared_end_of_turn(tokenizers.student, tokenizers.teacher)
+    path = clean_files(folder / "sft")["train"]
+    rows = read_clean(path, own_answers=True) if path.stat().st_size else []
+    pairs = []
+    for row in rows:
+        student, teacher = (encode_row(tokenizer, row, end) for tokenizer in (tokenizers.student, tokenizers.teacher))
+        if student.response_ids and max(len(student), len(teacher)) <= max_length:
+            pairs.append(Pair(student, teacher, own=True))
+    return pairs
+
+
+def _cache_config(config: KDConfig, folder: Path) -> CacheTeacherConfig:
+    """How the teacher reads a round's answers: as it has read the run's own rows."""
+    index = read_index(Path(config.experiment_dir) / "teacher_cache")
+    return CacheTeacherConfig(
+        teacher_model_name_or_path=config.teacher_model_name_or_path,
+        experiment_dir=str(folder),
+        signal=config.teacher_signal,
+        top_k=index["top_k"],
+        temperatures=index["temperatures"],
+        validation_fraction=config.validation_fraction,
+        max_length=config.max_length,
+        bf16=index["bf16"],
+        packing=config.packing,
+        teacher_devices=config.teacher_devices,
+        gpu_memory_gb=config.gpu_memory_gb,
+    )
+
+
+def _open_own_cache(config: KDConfig, folder: Path, pairs: list[Pair]) -> Reader:
+    path = clean_files(folder / "sft")["train"]
+    own = TrainingData(pairs, [], [], {path.name: sha256_file(path)}, 0)
+    temperature = config.teacher_temperature or config.temperature
+    return open_cache(folder / "teacher_cache", config.teacher_signal, temperature, own)
+
+
+def round_facts(
+    part: Round, requests: Sequence[Request], answers: Sequence[dict[str, Any]], pairs: Sequence[Pair]
+) -> dict[str, Any]:
+    """What round.json says of the answers.
+
+    rows, tokens: what is learned from; `tokens_read` with the prompts, as the teacher reads them.
+    ended, truncated, empty: of all answers; an empty one may be either.
+    encoded_otherwise: rows whose text has another number of tokens than were sampled: what is learned from is the text.
+    left_out: answers that are not learned from: too long, refused by a server, or cut before they said a thing.
+    """
+    reasons = Counter(row["finish_reason"] for row in answers)
+    sampled = {(row["id"], row["sample_index"]): row["num_tokens"] for row in answers}
+    tokens = sum(len(pair.student.response_ids) for pair in pairs)
+    return {
+        "round": part.number,
+        "first_step": part.first_step + 1,
+        "last_step": part.end,
+        "rows": len(pairs),
+        "tokens": tokens,
+        "tokens_read": sum(len(pair.teacher) for pair in pairs),
+        "sampled_tokens": sum(count or 0 for count in sampled.values()),
+        "ended": reasons["stop"],
+        "truncated": reasons["length"],
+        "empty": sum(not row["response"].strip() for row in answers),
+        "mean_length": tokens / len(pairs),
+        "encoded_otherwise": sum(len(p.student.response_ids) != sampled[_key(p.student)] for p in pairs),
+        "left_out": len(requests) - len(pairs),
+        "sampling": asdict(requests[0].sampling),
+        "seeds": [requests[0].seed, requests[-1].seed],
+    }
