@@ -398,3 +398,12 @@ def test_results_of_another_version_are_refused_only_where_they_matter(evaluatio
             assert find_evaluation(tmp_path / "evaluation", run) is None
     with pytest.raises(UserError, match="schema_version is 3"):
         find_evaluation(tmp_path / "evaluation", run)
+
+
+def test_it_says_whose_adapter_training_went_on_from(facts):
+    """By the run's name and the hash of the weights; the way to it is nobody else's business."""
+    begun = {"init_from": "/home/someone/runs/gpu_optimized_kd_1/final_model/", "fingerprint": {"init_from": "ab" * 32}}
+    card = model_card(replace(facts, config=facts.config | begun))
+    assert "Began from the adapter of gpu_optimized_kd_1 (sha256 abababababababab)." in words(card)
+    assert "someone" not in card
+    assert "Began from" not in model_card(facts)
