@@ -90,6 +90,26 @@ def test_two_processes_go_on_from_a_checkpoint_bit_for_bit(settings, tmp_path, k
     assert [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row] == losses
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_take_the_rounds_of_one(settings, tmp_path, kind):
+    """One of them answers and caches, the other waits for it; the answers are those of one process, bit for bit."""
+    settings |= {"batch_size": 4, "gradient_accumulation_steps": 2, "on_policy_rounds": 2}
+    settings |= {"on_policy_max_new_tokens": 24}
+    settings |= {"max_grad_norm": 1e9} if kind == "fsdp2" else {}
+    run("scripts/run_improved_kd.py", *flags(settings | {"output_dir": str(tmp_path / "one")}))
+    on_two_processes(kind, settings | {"output_dir": str(tmp_path / "two")})
+    files = [sorted((tmp_path / name / "rounds").glob("*/sft/*.jsonl")) for name in ("one", "two")]
+    assert len(files[0]) == 4
+    for ours, theirs in zip(*files, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+    adapters = [load_peft_weights(str(tmp_path / name / "final_model")) for name in ("one", "two")]
+    for name in adapters[0]:
+        assert torch.equal(adapters[0][name], adapters[1][name]), name
+    rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    own = [[row["on_policy_kd_loss"] for row in part if "loss" in row] for part in rows]
+    assert own[0] == pytest.approx(own[1], rel=1e-6)
+
+
 def test_a_sharded_run_killed_after_its_last_step_is_only_finished(settings, tmp_path):
     folder = tmp_path / "two"
     settings |= {"output_dir": str(folder)}

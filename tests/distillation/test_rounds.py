@@ -1,16 +1,30 @@
-"""On-policy rounds: what a step learns from, that nothing is lost with a kill, and that idle settings change nothing."""
+"""On-policy rounds: what a step learns from, that nothing is lost with a kill, and that idle settings do nothing."""
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from peft import load_peft_weights
+from transformers import set_seed
 
 from src.distillation import kd, rounds, training
+from src.distillation.base import EncodedRow, encode_row, load_model, load_tokenizer
+from src.distillation.batching import Pair, StepOrder, Tokenizers, is_validation, read_clean
 from src.distillation.kd import run_kd_pipeline
+from src.distillation.kd_config import ON_POLICY, KDConfig
+from src.distillation.lora import add_lora
+from src.distillation.losses import divergence
+from src.distillation.sft import Request, Sampling, answer_row
+from src.distillation.sweep import idle_settings
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
-from src.utils.common import read_json, read_jsonl
+from src.evaluation import arms
+from src.utils.common import UserError, read_json, read_jsonl, sha256_file, write_json
+from src.utils.config import build_config
+from tests.stub_server import starts, write_stub
 
 MEASURED = ("tokens_per_second", "peak_memory_mb")  # columns of metrics.jsonl that no two runs share
 
@@ -118,3 +132,310 @@ def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(settings, tmp_path, 
     assert whole["after"] == resumed["after"]
     assert [row["round"] for row in metrics(whole) if "loss" in row] == [1, 1, 1, 2, 2, 2]
     assert not list((tmp_path / "cut").glob("rounds/*/begun.json"))
+
+
+def losses_of(results: dict) -> list[dict]:
+    return [row for row in metrics(results) if "loss" in row]
+
+
+@pytest.mark.parametrize("idle", [{"on_policy_rounds": 0}, {"on_policy_fraction": 0.0}, {"alpha": 0.0}], ids=str)
+def test_without_rounds_or_own_rows_or_a_divergence_all_settings_are_idle(settings, tmp_path, idle):
+    """The same run by its fingerprint, bit for bit, with the columns that every run has."""
+    plain = {name: value for name, value in settings.items() if not name.startswith("on_policy_")}
+    plain |= {"teacher_signal": "online"} | ({"alpha": 0.0} if "alpha" in idle else {})
+    others = settings | plain | idle | {"on_policy_temperature": 0.3, "on_policy_top_k": 7}
+    assert build_config(KDConfig, others).identity() == build_config(KDConfig, plain).identity()
+    made = [run_kd_pipeline(s | {"output_dir": str(tmp_path / str(i))}) for i, s in enumerate((plain, others))]
+    assert_same_run(*made)
+    assert not (tmp_path / "1" / "rounds").exists()
+    columns = {"step", "loss", "kd_loss", "ce_loss", "grad_norm", "lr", "tokens"}
+    assert losses_of(made[1])[0].keys() == columns
+
+
+@pytest.mark.parametrize("field", ["on_policy_rounds", "on_policy_fraction", "alpha"])
+def test_a_sweep_keeps_the_setting_that_leaves_the_others_idle(settings, field):
+    """In a cell with a 0 the idle settings take the profile's value; the 0 itself must stay one."""
+    config = build_config(KDConfig, settings | {field: 0})
+    idle = idle_settings(config)
+    assert field not in idle
+    assert set(ON_POLICY) - {field} <= idle
+    assert not set(ON_POLICY) & idle_settings(build_config(KDConfig, settings))
+
+
+def response_logits(model: torch.nn.Module, row: EncodedRow, columns: int) -> torch.Tensor:
+    """Logits at the positions that predict a row's response tokens, read without padding or packing."""
+    ids = torch.tensor([row.prompt_ids + row.response_ids])
+    return model(ids).logits[0, len(row.prompt_ids) - 1 : -1, :columns]
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_a_steps_gradient_is_that_of_the_formula(settings, kind, fraction):
+    """One step of SGD at learning rate 1, against autograd through full logits: alpha T^2 D of all tokens and
+    (1 - alpha) CE of the teacher's rows, divided by the step's tokens; an answer that was cut off has no end."""
+    cached(settings)
+    results = run_kd_pipeline(
+        settings
+        | {"divergence": kind, "on_policy_rounds": 1, "on_policy_fraction": fraction, "max_steps": 1, "alpha": 0.7}
+        | {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "lr_scheduler_type": "constant"}
+        | {"max_grad_norm": 0.0}
+    )
+    set_seed(42)
+    names = ("model_name_or_path", "teacher_model_name_or_path")
+    model, teacher = (load_model(settings[name], torch.float32) for name in names)
+    model = add_lora(model, 4, 128, 0.0)
+    tokenizer = load_tokenizer(settings["model_name_or_path"])
+
+    folder = Path(results["run_dir"]) / "rounds" / "round_01" / "sft"
+    clean = read_jsonl(Path(settings["experiment_dir"]) / "sft" / "sft_train_data_clean.jsonl")
+    clean = [row for row in clean if not is_validation(row["id"], 0.05)]
+    own = read_jsonl(folder / "sft_train_data_clean.jsonl")
+    theirs = [clean[index] for index in StepOrder(len(clean), 8, 42).rows_of(0)][: 8 - len(own)]
+    assert len(own) == 8 * fraction
+    assert {row["finish_reason"] for row in own} == {"stop", "length"}, "the test wants both"
+
+    loss, kd, ce, tokens = 0.0, 0.0, 0.0, 0
+    for row in theirs + own:
+        encoded = encode_row(tokenizer, row, 258)
+        assert (encoded.response_ids[-1] == 258) == (row.get("finish_reason") != "length")
+        ours = response_logits(model, encoded, 261)
+        with torch.no_grad():
+            log_p = (response_logits(teacher, encoded, 261) / 2.5).log_softmax(-1)
+        part = divergence(log_p, (ours / 2.5).log_softmax(-1), kind).sum()
+        loss, kd, tokens = loss + 0.7 * 2.5**2 * part, kd + part.item(), tokens + len(encoded.response_ids)
+        if row in theirs:
+            labels = torch.tensor(encoded.response_ids)
+            part = torch.nn.functional.cross_entropy(ours, labels, reduction="sum")
+            loss, ce = loss + 0.3 * part, ce + part.item()
+    (loss / tokens).backward()
+    [row] = losses_of(results)
+    found = [row[name] for name in ("loss", "kd_loss", "ce_loss")]
+    assert found == pytest.approx([loss.item() / tokens, kd / tokens, ce / tokens], rel=1e-4)
+    made = load_peft_weights(results["final_model"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.testing.assert_close(made[name.replace(".default", "")], -parameter.grad, atol=2e-5, rtol=1e-3)
+
+
+def test_own_answers_take_the_last_places_of_a_step():
+    """The teacher's rows stay those of the run's order; one keeps its place where an answer cannot be used."""
+    theirs = [Pair(EncodedRow(f"t{i}", (1,), (2,)), EncodedRow(f"t{i}", (1,), (2,))) for i in range(12)]
+    own = [[Pair(EncodedRow(f"o{i}", (1,), (2,)), EncodedRow(f"o{i}", (1,), (2,)), own=True)] for i in range(4)]
+    by_step = [own[0] + own[1], own[2]]
+    order = StepOrder(12, 4, 7)
+    for step, taken in ((2, ["o0", "o1"]), (3, ["o2"])):
+        run = SimpleNamespace(data=SimpleNamespace(train=theirs), order=order, step=step, own=None)
+        plain = [row.student.id for row in training.rows_of_step(run)]
+        run.own = training.OwnRows(2, first_step=2, by_step=by_step, teacher=None)
+        assert [row.student.id for row in training.rows_of_step(run)] == plain[: 4 - len(taken)] + taken
+
+
+def test_rounds_walk_on_through_the_prompts(settings):
+    """Every prompt is asked once before one is asked again; a prompt that returns within a round is another sample."""
+    config = build_config(KDConfig, settings | {"on_policy_rounds": 3, "max_steps": 20})
+    rows = [{"id": f"p{i}", "system": "", "prompt": f"{i}?"} for i in range(20)]
+    prompts = rounds.Prompts(rows, config.own_sampling(24))
+    parts = rounds.rounds_of(config, 20)
+    assert [(part.first_step, part.end) for part in parts] == [(0, 6), (6, 13), (13, 20)]
+    asked = [rounds.requests_of(config, part, prompts) for part in parts]
+    assert [len(requests) for requests in asked] == [6 * 4, 7 * 4, 7 * 4]
+    ids = [request.id for requests in asked for request in requests]
+    for epoch in range(4):
+        assert len(set(ids[20 * epoch : 20 * epoch + 20])) == 20
+    for requests in asked:
+        keys = [(request.id, request.sample_index) for request in requests]
+        assert len(set(keys)) == len(keys)
+    assert max(request.sample_index for request in asked[1]) == 1
+    seeds = [request.seed for requests in asked for request in requests]
+    assert len(set(seeds)) == len(seeds)
+    plain = StepOrder(20, 8, config.data_seed)
+    assert [rows[index]["id"] for index in plain.rows_of(0)[:4]] != ids[:4], "the teacher's rows have their own order"
+
+
+def test_an_answer_that_was_cut_has_no_end(make_tokenizer):
+    """Nor has it the blank that a template writes before one; an answer that ended at once is its end alone."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_end|>\\n'", "' <|im_end|>\\n'")
+    row = {"id": "a", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So it is"}]}
+    ended = encode_row(tokenizer, row | {"finish_reason": "stop"}, 258)
+    cut = encode_row(tokenizer, row | {"finish_reason": "length"}, 258)
+    assert ended == encode_row(tokenizer, row, 258)
+    assert (cut.prompt_ids, cut.response_ids) == (ended.prompt_ids, ended.response_ids[:-2])
+    assert tokenizer.decode(ended.response_ids) == "So it is <|im_end|>"
+    row["messages"][-1]["content"] = "<|im_end|> is text"
+    spelt = encode_row(tokenizer, row | {"finish_reason": "length"}, 258)
+    assert tokenizer.decode(spelt.response_ids) == "<|im_end|> is text"
+    assert 258 not in spelt.response_ids
+    row["messages"][-1]["content"] = ""
+    assert encode_row(make_tokenizer(), row | {"finish_reason": "stop"}, 258).response_ids == (258,)
+    assert encode_row(make_tokenizer(), row | {"finish_reason": "length"}, 258).response_ids == ()
+
+
+def test_answers_become_rows(tmp_path, make_tokenizer):
+    """A character that the cut has torn is taken off; what a server refused is left out; the order is the requests'."""
+    requests = [Request(f"q{i}", 0, "Be brief." if i else "", "Hi", i, Sampling(max_new_tokens=4)) for i in range(6)]
+    said = [("caf\ufffd", "length"), ("caf\ufffd", "stop"), ("", "stop"), ("", "length"), ("no", "refused"),
+            ("x" * 99, "stop")]  # fmt: skip
+    answers = [answer_row(r, "it", text, reason, 4) for r, (text, reason) in zip(requests, said, strict=True)]
+    rounds._write_clean(tmp_path, requests, answers[::-1])
+    rows = read_jsonl(tmp_path / "sft" / "sft_train_data_clean.jsonl")
+    assert [row["messages"][-1]["content"] for row in rows] == ["caf", "caf\ufffd", "", "", "x" * 99]
+    assert [len(row["messages"]) for row in rows] == [2, 3, 3, 3, 3]
+    tokenizer = make_tokenizer()
+    pairs = rounds.read_own_pairs(tmp_path, Tokenizers(tokenizer, tokenizer), max_length=80)
+    assert [pair.student.id for pair in pairs] == ["q0", "q1", "q2"]
+    assert all(pair.own for pair in pairs)
+    facts = rounds.round_facts(rounds.Round(1, 0, 6), requests, answers, pairs)
+    assert {name: facts[name] for name in ("rows", "ended", "truncated", "empty", "left_out", "encoded_otherwise")} == {
+        "rows": 3, "ended": 3, "truncated": 2, "empty": 2, "left_out": 3, "encoded_otherwise": 3
+    }  # fmt: skip
+    with pytest.raises(UserError, match="the assistant's answer is empty"):  # but in a round
+        read_clean(tmp_path / "sft" / "sft_train_data_clean.jsonl")
+
+
+def test_what_round_json_says_is_true(settings):
+    index = cached(settings)
+    folder = Path(run_kd_pipeline(settings | {"save_total_limit": 0})["run_dir"])
+    for number in (1, 2):
+        of_round = folder / "rounds" / f"round_0{number}"
+        facts, own = read_json(of_round / "round.json"), read_json(of_round / "teacher_cache" / "index.json")
+        answers = read_jsonl(of_round / "sft" / "sft_train_data.jsonl")
+        reasons = Counter(row["finish_reason"] for row in answers)
+        assert (facts["ended"], facts["truncated"]) == (reasons["stop"], reasons["length"])
+        assert len(answers) == facts["rows"] + facts["left_out"] == 12
+        assert facts["sampled_tokens"] == sum(row["num_tokens"] for row in answers)
+        assert (facts["rows"], facts["tokens"]) == (len(own["rows"]), own["tokens"])
+        assert facts["mean_length"] == own["tokens"] / len(own["rows"])
+        assert (facts["first_step"], facts["last_step"]) == (3 * number - 2, 3 * number)
+        assert all(row["sampling"] == facts["sampling"] for row in answers)
+        assert facts["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
+        assert own["teacher"] == index["teacher"]
+        assert list(own["data"]) == ["sft_train_data_clean.jsonl"]
+    assert facts["fingerprint"]["adapter"] == sha256_file(folder / "checkpoint-3" / "adapter_model.safetensors")
+
+
+def test_a_resident_teacher_reads_the_answers_in_the_step(settings):
+    cached(settings)
+    made = [run_kd_pipeline(settings | {"teacher_signal": signal, "max_steps": 4}) for signal in ("hidden", "online")]
+    for ours, theirs in zip(*map(losses_of, made), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert not (Path(made[1]["run_dir"]) / "rounds" / "round_01" / "teacher_cache").exists()
+
+
+def test_a_top_k_cache_keeps_of_the_answers_what_it_keeps_of_the_rows(settings):
+    cached(settings)
+    hidden = run_kd_pipeline(settings | {"max_steps": 2, "on_policy_rounds": 1})
+    cached(settings, signal="topk", top_k=260, temperatures=[1.0, 2.5], overwrite=True)
+    topk = run_kd_pipeline(settings | {"max_steps": 2, "on_policy_rounds": 1, "teacher_signal": "topk"})
+    index = read_json(Path(topk["run_dir"]) / "rounds" / "round_01" / "teacher_cache" / "index.json")
+    assert (index["signal"], index["top_k"], index["temperatures"]) == ("topk", 260, [1.0, 2.5])
+    for ours, theirs in zip(losses_of(hidden), losses_of(topk), strict=True):
+        assert ours["on_policy_kd_loss"] == pytest.approx(theirs["on_policy_kd_loss"], rel=5e-3)
+
+
+def test_an_sft_control_is_one_of_an_on_policy_run(settings):
+    cached(settings)
+    run, control = (run_kd_pipeline(settings | {"alpha": alpha, "max_steps": 2}) for alpha in (0.8, 0.0))
+    run, control = (read_json(Path(results["run_dir"]) / "kd_config.json") for results in (run, control))
+    assert run["fingerprint"]["on_policy_rounds"] == 2
+    assert arms._difference(run, control) is None
+
+
+def test_a_server_answers_as_the_adapter_of_the_moment(settings, tmp_path):
+    cached(settings)
+    program = write_stub(tmp_path)
+    serve = {"command": str(program), "port": 0}
+    results = run_kd_pipeline(settings | {"on_policy_serve": serve, "on_policy_temperature": 0.5, "max_steps": 2})
+    first, second = (start["words"] for start in starts(tmp_path))
+    assert "--lora-modules" not in first
+    folder = Path(results["run_dir"])
+    assert f"student={folder / 'checkpoint-1'}" in second
+    names = (settings["model_name_or_path"], "student")
+    for number, name in enumerate(names, start=1):
+        of_round = folder / "rounds" / f"round_0{number}"
+        said = {row["response"] for row in read_jsonl(of_round / "sft" / "sft_train_data.jsonl")}
+        assert said == {f"{name} at 0.5 from -1"}
+        assert read_json(of_round / "round.json")["fingerprint"]["engine"] == "vllm"
+
+
+def refused(settings: dict, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_kd_pipeline(settings)
+    assert re.search(words, str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"on_policy_rounds": -1}, "on_policy_rounds must not be below 0"),
+        ({"on_policy_rounds": 7}, "on_policy_rounds = 7, but the run has 6 steps.*lower --on_policy_rounds"),
+        ({"on_policy_fraction": 1.5}, "on_policy_fraction must be between 0 and 1, got 1.5"),
+        ({"on_policy_temperature": -1}, r"on_policy_temperature must be 0 \(greedy\) or more, got -1"),
+        ({"on_policy_top_p": 0}, "on_policy_top_p must be above 0 and at most 1"),
+        ({"on_policy_max_new_tokens": 0}, "on_policy_max_new_tokens must be at least 1"),
+        ({"on_policy_batch_size": 0}, "on_policy_batch_size must be at least 1"),
+        ({"on_policy_serve": {"command": "vllm serve {base}"}}, "a whole command line cannot name it: say command"),
+        ({"on_policy_serve": {"command": "vllm", "model": "x"}}, "as the student and its adapter; take model out"),
+    ],
+    ids=str,
+)
+def test_wrong_settings(settings, change, words):
+    refused(settings | {"teacher_signal": "online"} | change, words)
+
+
+def test_longer_conversations_are_refused(settings, clean_rows, write_sft):
+    rows = clean_rows(40)
+    rows[1]["messages"] = [*rows[1]["messages"], *rows[1]["messages"]]
+    write_sft(settings["experiment_dir"], rows, clean_rows(8, start=100))
+    words = "row sum-00001 asks with messages of user, assistant, user; on-policy rounds ask single turns"
+    refused(settings | {"teacher_signal": "online", "validation_fraction": 0.0}, words)
+
+
+def test_a_cache_that_cannot_be_gone_on_with_is_refused(settings, tmp_path, make_model, make_tokenizer, save_model):
+    """A teacher behind a server cannot be asked here; weights that have changed are another teacher."""
+    teacher = save_model(tmp_path / "teacher", make_model(seed=9), make_tokenizer())
+    settings["teacher_model_name_or_path"] = teacher
+    cached(settings)
+    path = Path(settings["experiment_dir"]) / "teacher_cache" / "index.json"
+    index = read_json(path)
+    write_json(path, index | {"teacher": "served by vllm: x"})
+    refused(settings, "was asked of a server, and rounds read .* with the teacher's weights; make the cache with")
+    write_json(path, index | {"teacher": f"{teacher}@0", "teacher_model_name_or_path": teacher})
+    refused(settings, "of the teacher|of another teacher")
+
+
+def test_cpu_training_beside_a_gpu_is_refused(settings, monkeypatch):
+    config = build_config(KDConfig, settings)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"use_cpu is for training alone.*CUDA_VISIBLE_DEVICES=''"):
+        rounds.check_rounds(config)
+
+
+def test_a_round_of_another_adapter_is_made_again(settings, tmp_path, monkeypatch, caplog):
+    """Half made or whole, where no step was taken from it; but not where steps were."""
+    caplog.set_level("INFO")
+    target = settings | {"teacher_signal": "online", "output_dir": str(tmp_path / "run")}
+    whole = run_kd_pipeline(target | {"output_dir": str(tmp_path / "whole")})
+    folder = tmp_path / "run" / "rounds" / "round_02"
+
+    def cut_at(module: ModuleType, name: str, calls: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, kill_after(calls, getattr(module, name)))
+            with pytest.raises(Killed):
+                run_kd_pipeline(target)
+
+    cut_at(rounds, "append_jsonl", 4)  # three batches of the first round, one of the second
+    for marker in ("begun.json", "round.json"):
+        made = read_json(folder / marker)
+        write_json(folder / marker, {"fingerprint": made["fingerprint"] | {"adapter": "another"}})
+        caplog.clear()
+        cut_at(training, "take_step", 0)
+        assert "round_02: made with another adapter or other settings; it is made again" in caplog.text
+    cut_at(training, "take_step", 2)  # a step of the round is in checkpoint-4
+    folder.rename(tmp_path / "away")
+    refused(target, "round_02: steps of this round are taken, .* put the folder back, or train again with --overwrite")
+    (tmp_path / "away").rename(folder)
+    resumed = run_kd_pipeline(target)
+    assert_same_run(whole, resumed)
+    assert round_files(whole) == round_files(resumed)
