@@ -67,8 +67,20 @@ def candidates() -> list[Arm]:
 CANDIDATES = candidates()
 
 ARMS = [
-    Arm("sft", "SFT", {"alpha": 0.0}),
-    Arm("kd_T2.5", "KD, T = 2.5", {"temperature": 2.5, "alpha": 0.8}),
-    Arm("kd_T1", "KD, T = 1", {"temperature": 1.0, "alpha": 0.8}),
-    Arm("kd_sampled", "KD, as sampled", {"temperature": 1.0, "alpha": 0.8, **SAMPLED}),
+    Arm("sft", "SFT (alpha = 0)", {"alpha": 0.0}),
+    Arm("kd_T2.5", "KD, T = 2.5, alpha = 0.8", {"temperature": 2.5, "alpha": 0.8}),
+    Arm("kd_T1", "KD, T = 1, alpha = 0.8", {"temperature": 1.0, "alpha": 0.8}),
+    Arm("kd_sampled", "KD, as sampled, alpha = 0.8", {"temperature": 1.0, "alpha": 0.8, **SAMPLED}),
+    Arm("reverse_kl", "reverse KL", {"temperature": 1.0, "alpha": 0.8, "divergence": "reverse_kl"}),
+    Arm("jsd", "JSD", {"temperature": 1.0, "alpha": 0.8, "divergence": "jsd"}),
+    Arm("on_policy_half", "on-policy, f = 0.5", on_policy(0.5, temperature=1.0, alpha=0.8)),
+    Arm("on_policy_all", "on-policy, f = 1", on_policy(1.0, temperature=1.0, alpha=0.8)),
+    Arm("kd_begun", "half of the steps of KD", {"temperature": 1.0, "alpha": 0.8}, STEPS // 2),
+    Arm(
+        "on_policy_after",
+        "KD, then on-policy, f = 1",
+        on_policy(1.0, STEPS // 2, temperature=1.0, alpha=0.8),
+        STEPS // 2,
+        "kd_begun",
+    ),
 ]

@@ -1,203 +1,273 @@
 """recipes.json and recipes.md from the records of benchmarks/recipes.py: means over seeds, paired intervals, costs."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks.recipe_arms import ARMS, CANDIDATES, SEEDS
 from src.evaluation.statistics import Estimate, crossed, excludes_zero
-from src.utils.common import UserError, provenance, read_json, write_json, write_text
+from src.utils.common import UserError, provenance
 
 CELLS = ("greedy", "T=0.7")
 MEASURES = ("kl_to_teacher", "nll", "top1_agreement")
 AGAINST = ("sft", "kd_T1", "kd_sampled")  # what every arm is compared with
-POOLED = "both"
+POOLED = "both"  # domains
 
 Record = dict[str, Any]
-Prompts = list[dict[str, str]]
 
 
-def read_records(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Record]]:
-    """The records of every arm that has one of each seed; the others are left out, they are not finished."""
-    found = {}
-    for name in names:
-        paths = [folder / f"{name}_seed_{seed}.json" for seed in seeds]
-        if all(path.is_file() for path in paths):
-            found[name] = [read_json(path) for path in paths]
-    return found
+@dataclass(frozen=True)
+class Phase:
+    """What was asked, and what came of it.
+
+    prompts: `id, domain, family` of each, in the order of a record's answers.
+    records: of one model each, an arm with one seed, or the bare student or the teacher.
+    """
+
+    prompts: list[dict[str, str]]
+    records: list[Record]
+
+    def of_arm(self, name: str, seeds: Sequence[int]) -> list[Record]:
+        """An arm's records, one a seed; none where one is missing: the mean of fewer seeds is of other seeds."""
+        by_seed = {record["seed"]: record for record in self.records if record["arm"]["name"] == name}
+        return [by_seed[seed] for seed in seeds] if by_seed.keys() >= set(seeds) else []
+
+    def domains(self) -> dict[str, np.ndarray]:
+        """Name -> which prompts; all of them first."""
+        own = np.array([prompt["domain"] for prompt in self.prompts])
+        masks = {POOLED: np.ones(len(own), bool)}
+        for domain in sorted(set(own)):
+            masks[str(domain)] = own == domain
+        return masks
+
+    def families(self) -> np.ndarray:
+        return np.array([prompt["family"] for prompt in self.prompts])
 
 
-def scores_of(records: Sequence[Record], cell: str) -> np.ndarray:
-    """`[seeds, prompts]`"""
-    return np.array([record["graded"][cell]["scores"] for record in records], float)
-
-
-def domains_of(prompts: Prompts) -> dict[str, np.ndarray]:
-    """Name -> which prompts; all of them first."""
-    own = np.array([prompt["domain"] for prompt in prompts])
-    masks = {POOLED: np.ones(len(prompts), bool)}
-    return masks | {domain: own == domain for domain in sorted(set(own))}
+def right_SP(records: Sequence[Record], cell: str) -> np.ndarray:
+    """`[seeds, prompts]`, 1 for a right answer."""
+    return np.array([record["graded"][cell]["right"] for record in records], float)
 
 
 def interval(estimate: Estimate) -> dict[str, Any]:
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "differs": excludes_zero(estimate)}
 
 
-def accuracy_difference(one: Sequence[Record], other: Sequence[Record], cell: str, prompts: Prompts) -> dict[str, Any]:
-    """Paired by prompt and seed, for both domains together and each."""
-    gaps_SP = scores_of(one, cell) - scores_of(other, cell)
-    families = np.array([prompt["family"] for prompt in prompts])
+def accuracy_differences(
+    one: Sequence[Record], other: Sequence[Record], cell: str, phase: Phase
+) -> dict[str, dict[str, Any]]:
+    """Domain -> one less the other, paired by prompt and seed."""
+    gaps_SP = right_SP(one, cell) - right_SP(other, cell)
     found = {}
-    for domain, mask in domains_of(prompts).items():
-        found[domain] = interval(crossed(gaps_SP[:, mask], list(families[mask])))
+    for domain, mask in phase.domains().items():
+        found[domain] = interval(crossed(gaps_SP[:, mask], phase.families()[mask].tolist()))
     return found
 
 
-def own_difference(one: Sequence[Record], other: Sequence[Record], prompts: Prompts) -> dict[str, Any]:
-    """Reverse KL an answer on the students' own samples, paired by prompt and seed."""
-    ids = sorted(set.intersection(*({*record["own"]["ids"]} for record in (*one, *other))))
-    family = {prompt["id"]: prompt["family"] for prompt in prompts}
+def own_difference(one: Sequence[Record], other: Sequence[Record], phase: Phase) -> dict[str, Any]:
+    """Reverse KL an answer on the students' own samples, one less the other, paired by prompt and seed."""
+    ids = sorted(set.intersection(*(set(record["own"]["ids"]) for record in (*one, *other))))
+    family = {prompt["id"]: prompt["family"] for prompt in phase.prompts}
 
-    def sums(records: Sequence[Record]) -> np.ndarray:
-        rows = [dict(zip(r["own"]["ids"], r["own"]["reverse_kl"], strict=True)) for r in records]
-        return np.array([[row[key] for key in ids] for row in rows])
+    def sums_SP(records: Sequence[Record]) -> np.ndarray:
+        rows = []
+        for record in records:
+            by_id = dict(zip(record["own"]["ids"], record["own"]["reverse_kl"], strict=True))
+            rows.append([by_id[key] for key in ids])
+        return np.array(rows)
 
-    return interval(crossed(sums(one) - sums(other), [family[key] for key in ids]))
+    return interval(crossed(sums_SP(one) - sums_SP(other), [family[key] for key in ids]))
 
 
-def arm_facts(name: str, records: Sequence[Record], prompts: Prompts) -> dict[str, Any]:
-    """Means over seeds, and each seed's own."""
-    facts: dict[str, Any] = {"name": name, "seeds": [record["seed"] for record in records]}
-    facts["accuracy"] = {}
+def accuracies(records: Sequence[Record], phase: Phase) -> dict[str, Any]:
+    """Cell -> domain -> mean over seeds and prompts, and each seed's own."""
+    found: dict[str, Any] = {}
     for cell in CELLS:
-        scores = scores_of(records, cell)
-        facts["accuracy"][cell] = {
-            domain: {"mean": float(scores[:, mask].mean()), "by_seed": scores[:, mask].mean(1).tolist()}
-            for domain, mask in domains_of(prompts).items()
-        }
-    for key in ("tokens", "repetition"):
-        facts[key] = {cell: float(np.mean([r["graded"][cell][key] for r in records])) for cell in CELLS}
-    facts["truncated"] = {cell: float(np.mean([r["graded"][cell]["truncated"] for r in records])) for cell in CELLS}
+        right = right_SP(records, cell)
+        found[cell] = {}
+        for domain, mask in phase.domains().items():
+            found[cell][domain] = {"mean": float(right[:, mask].mean()), "by_seed": right[:, mask].mean(1).tolist()}
+    return found
+
+
+def own_facts(records: Sequence[Record]) -> dict[str, float]:
+    """Means over seeds on the students' own samples at T = 1; KL(student || teacher) in nats."""
+    own = [record["own"] for record in records]
+    return {
+        "reverse_kl_an_answer": float(np.mean([np.mean(facts["reverse_kl"]) for facts in own])),
+        "reverse_kl_a_token": float(np.mean([sum(facts["reverse_kl"]) / sum(facts["tokens"]) for facts in own])),
+        "tokens": float(np.mean([np.mean(facts["tokens"]) for facts in own])),
+        "answers": min(len(facts["ids"]) for facts in own),
+    }
+
+
+def facts_of(name: str, records: Sequence[Record], phase: Phase) -> dict[str, Any]:
+    """All that the table says of an arm or a model."""
+    facts: dict[str, Any] = {"name": name, "seeds": [record["seed"] for record in records]}
+    facts["accuracy"] = accuracies(records, phase)
+    for key in ("tokens", "repetition", "truncated"):
+        facts[key] = {cell: float(np.mean([record["graded"][cell][key] for record in records])) for cell in CELLS}
     if "own" in records[0]:
-        own = [record["own"] for record in records]
-        facts["own_samples"] = {
-            "reverse_kl_an_answer": float(np.mean([np.mean(o["reverse_kl"]) for o in own])),
-            "reverse_kl_a_token": float(np.mean([sum(o["reverse_kl"]) / sum(o["tokens"]) for o in own])),
-            "tokens": float(np.mean([np.mean(o["tokens"]) for o in own])),
-            "answers": [len(o["ids"]) for o in own],
-        }
+        facts["own_samples"] = own_facts(records)
     if "heldout" in records[0]:
-        facts["heldout"] = {m: float(np.mean([r["heldout"]["after"][m] for r in records])) for m in MEASURES}
-        facts["cost"] = {key: float(np.mean([record["cost"][key] for record in records])) for key in records[0]["cost"]}
+        after = [record["heldout"]["after"] for record in records]
+        facts["heldout"] = {measure: float(np.mean([row[measure] for row in after])) for measure in MEASURES}
+        costs = [record["cost"] for record in records]
+        facts["cost"] = {key: float(np.mean([cost.get(key, 0) for cost in costs])) for key in costs[0]}
     return facts
 
 
-def chosen(folder: Path, prompts: Prompts) -> list[dict[str, Any]]:
-    """The candidates, the best first: by the mean accuracy over both ways of sampling, on the validation rows."""
+def ranked_candidates(phase: Phase) -> list[dict[str, Any]]:
+    """The best first: by the mean accuracy over both ways of sampling, on the validation rows."""
     found = []
-    for name, records in read_records(folder, [arm.name for arm in CANDIDATES], SEEDS[:1]).items():
-        facts = arm_facts(name, records, prompts)
-        mean = sum(facts["accuracy"][cell][POOLED]["mean"] for cell in CELLS) / len(CELLS)
-        found.append({"name": name, "mean_accuracy": mean} | facts)
+    for arm in CANDIDATES:
+        records = phase.of_arm(arm.name, SEEDS[:1])
+        if records:
+            facts = facts_of(arm.name, records, phase)
+            mean = sum(facts["accuracy"][cell][POOLED]["mean"] for cell in CELLS) / len(CELLS)
+            found.append({"settings": arm.settings, "mean_accuracy": mean} | facts)
     return sorted(found, key=lambda facts: -facts["mean_accuracy"])
 
 
-def write_report(folder: Path, families: dict[str, Prompts], path: Path) -> None:
-    """recipes.json at `path`, recipes.md beside it.
+def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
+    """recipes.json.
 
     Raises:
         UserError: no arm of the table has all its seeds yet.
     """
-    arms = read_records(folder / "records" / "table", [arm.name for arm in ARMS], SEEDS)
-    models = read_records_of_models(folder / "records" / "table")
+    arms = {arm.name: table.of_arm(arm.name, SEEDS) for arm in ARMS}
+    arms = {name: records for name, records in arms.items() if records}
     if not arms:
-        raise UserError(f"{folder}: no arm has a record of every seed yet; run `table` first")
-    prompts = families["table"]
-    about = {arm.name: arm.about for arm in ARMS}
+        raise UserError("no arm has a record of every seed yet; run `table` first")
+    models = {record["arm"]["name"]: [record] for record in table.records if record["arm"]["name"] in MODELS}
     differences = []
     for name, records in arms.items():
         for other in AGAINST:
-            if other != name and other in arms:
-                found = {"arm": name, "against": other}
-                found |= {cell: accuracy_difference(records, arms[other], cell, prompts) for cell in CELLS}
-                differences.append(found | {"own_reverse_kl": own_difference(records, arms[other], prompts)})
-    results = {
-        "prompts": {domain: int(mask.sum()) for domain, mask in domains_of(prompts).items()},
-        "families": len({prompt["family"] for prompt in prompts}),
+            if other == name or other not in arms:
+                continue
+            cells = {cell: accuracy_differences(records, arms[other], cell, table) for cell in CELLS}
+            own = own_difference(records, arms[other], table)
+            differences.append({"arm": name, "against": other, "accuracy": cells, "own_reverse_kl": own})
+    by_name = {arm.name: arm for arm in ARMS}
+    return {
+        "prompts": {domain: int(mask.sum()) for domain, mask in table.domains().items()},
+        "families": len(set(table.families())),
         "seeds": list(SEEDS),
-        "validation_prompts": len(families["choose"]),
-        "chosen_among": chosen(folder / "records" / "choose", families["choose"]),
-        "models": [arm_facts(name, [record], prompts) for name, record in models.items()],
-        "arms": [{"about": about[name]} | arm_facts(name, records, prompts) for name, records in arms.items()],
-        "settings": {name: records[0]["arm"] for name, records in arms.items()},
+        "validation_prompts": len(choosing.prompts),
+        "candidates": ranked_candidates(choosing),
+        "models": [facts_of(name, models[name], table) for name in MODELS if name in models],
+        "arms": [
+            {"about": by_name[name].about, "steps": by_name[name].steps, "settings": by_name[name].settings}
+            | facts_of(name, records, table)
+            for name, records in arms.items()
+        ],
         "differences": differences,
         "commits": sorted({r["provenance"]["git_commit"] for records in arms.values() for r in records}),
         "provenance": provenance(),
     }
-    write_json(path, results)
-    write_text(path.with_suffix(".md"), markdown(results))
-    print(markdown(results))
 
 
-def read_records_of_models(folder: Path) -> dict[str, Record]:
-    found = {}
-    for name in ("base", "teacher"):
-        if (folder / f"{name}.json").is_file():
-            found[name] = read_json(folder / f"{name}.json")
-    return found
+MODELS = ("base", "teacher")
+ABOUT_MODELS = {"base": "student before", "teacher": "teacher"}
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def points(found: dict[str, Any]) -> str:
-    """`**+4.2** (1.0 to 7.4)`, bold where 0 is outside."""
+def signed(found: dict[str, Any], scale: float, digits: int) -> str:
+    """`**+4.2** (1.0 to 7.4)`, bold where 0 is outside the interval."""
+    value = f"{scale * found['value']:+.{digits}f}"
+    value = f"**{value}**" if found["differs"] else value
     if found["low"] is None:
-        return f"{100 * found['value']:+.1f}"
-    value = f"{100 * found['value']:+.1f}"
-    value = f"**{value}**" if found["differs"] else value
-    return f"{value} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+        return value
+    return f"{value} ({scale * found['low']:.{digits}f} to {scale * found['high']:.{digits}f})"
 
 
-def nats(found: dict[str, Any]) -> str:
-    value = f"{found['value']:+.2f}"
-    value = f"**{value}**" if found["differs"] else value
-    return value if found["low"] is None else f"{value} ({found['low']:.2f} to {found['high']:.2f})"
+def row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def heading(*names: str) -> list[str]:
+    return [row(names), "|" + "---|" * len(names)]
+
+
+def accuracy_table(results: dict[str, Any]) -> list[str]:
+    """Every model and arm: right answers (%), closeness, and what the answers look like at T = 0.7."""
+    lines = heading(
+        "recipe", "greedy", "T = 0.7", "KL", "NLL", "agreement", "reverse KL of own answers", "tokens", "repeated"
+    )
+    for facts in [*results["models"], *results["arms"]]:
+        held, own = facts.get("heldout"), facts["own_samples"]
+        cells = [facts.get("about") or ABOUT_MODELS[facts["name"]]]
+        for cell in CELLS:
+            cells.append(f"{100 * facts['accuracy'][cell][POOLED]['mean']:.1f}")
+        for measure in MEASURES:
+            cells.append(f"{held[measure]:.3f}" if held else "")
+        cells += [f"{own['reverse_kl_an_answer']:.2f}", f"{facts['tokens']['T=0.7']:.0f}"]
+        lines.append(row([*cells, f"{100 * facts['repetition']['T=0.7']:.1f} %"]))
+    return lines
+
+
+def difference_table(results: dict[str, Any]) -> list[str]:
+    about = {facts["name"]: facts["about"] for facts in results["arms"]}
+    lines = heading("recipe", "against", "greedy, points", "T = 0.7, points", "reverse KL of own answers, nats")
+    for found in results["differences"]:
+        cells = [about[found["arm"]], about[found["against"]]]
+        cells += [signed(found["accuracy"][cell][POOLED], 100, 1) for cell in CELLS]
+        lines.append(row([*cells, signed(found["own_reverse_kl"], 1, 2)]))
+    return lines
+
+
+def domain_table(results: dict[str, Any]) -> list[str]:
+    domains = [domain for domain in results["prompts"] if domain != POOLED]
+    lines = heading("recipe", *(f"{domain}, {cell}" for domain in domains for cell in CELLS))
+    for facts in [*results["models"], *results["arms"]]:
+        cells = [facts.get("about") or ABOUT_MODELS[facts["name"]]]
+        for domain in domains:
+            for cell in CELLS:
+                found = facts["accuracy"][cell][domain]
+                spread = ", ".join(f"{100 * share:.0f}" for share in found["by_seed"])
+                cells.append(f"{100 * found['mean']:.1f}" + (f" ({spread})" if len(found["by_seed"]) > 1 else ""))
+        lines.append(row(cells))
+    return lines
+
+
+def cost_table(results: dict[str, Any]) -> list[str]:
+    lines = heading(
+        "recipe",
+        "student tokens trained on",
+        "student tokens written",
+        "teacher tokens read of these",
+        "training, s",
+        "rounds, s",
+    )
+    for facts in results["arms"]:
+        cost = facts["cost"]
+        names = ("student_tokens_trained", "student_tokens_written", "teacher_tokens_read_of_own", "train_seconds")
+        cells = [facts["about"], *(f"{cost.get(name, 0):,.0f}" for name in names)]
+        lines.append(row([*cells, f"{cost['round_seconds']:,.0f}"]))
+    return lines
+
+
+def candidate_table(results: dict[str, Any]) -> list[str]:
+    lines = heading("candidate", "greedy", "T = 0.7", "mean")
+    for facts in results["candidates"]:
+        cells = [f"{100 * facts['accuracy'][cell][POOLED]['mean']:.1f}" for cell in CELLS]
+        lines.append(row([f"`{facts['name']}`", *cells, f"{100 * facts['mean_accuracy']:.1f}"]))
+    return lines
+
+
+TABLES = {
+    "accuracy": accuracy_table,
+    "differences": difference_table,
+    "domains": domain_table,
+    "cost": cost_table,
+    "candidates": candidate_table,
+}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables, for people."""
-    lines = [
-        "| recipe | greedy | T = 0.7 | KL | NLL | agreement | own reverse KL | tokens | repetition |",
-        "|---" * 9 + "|",
-    ]
-    for facts in [*results["models"], *results["arms"]]:
-        held, own = facts.get("heldout"), facts.get("own_samples")
-        lines.append(
-            f"| {facts.get('about', facts['name'])} | "
-            + " | ".join(percent(facts["accuracy"][cell][POOLED]["mean"]) for cell in CELLS)
-            + " | "
-            + " | ".join(f"{held[m]:.3f}" if held else "" for m in MEASURES)
-            + f" | {own['reverse_kl_an_answer']:.2f} | "
-            if own
-            else " | | "
-        )
-        lines[-1] += f"{facts['tokens']['T=0.7']:.0f} | {facts['repetition']['T=0.7']:.3f} |"
-    lines += [
-        "",
-        "| recipe | against | greedy, points | T = 0.7, points | own reverse KL, nats an answer |",
-        "|---" * 5 + "|",
-    ]
-    for found in results["differences"]:
-        lines.append(
-            f"| {found['arm']} | {found['against']} | {points(found['greedy'][POOLED])} | "
-            f"{points(found['T=0.7'][POOLED])} | {nats(found['own_reverse_kl'])} |"
-        )
-    lines += ["", "| chosen among | greedy | T = 0.7 | mean |", "|---" * 4 + "|"]
-    for facts in results["chosen_among"]:
-        cells = [percent(facts["accuracy"][cell][POOLED]["mean"]) for cell in CELLS]
-        lines.append(f"| {facts['name']} | {' | '.join(cells)} | {percent(facts['mean_accuracy'])} |")
-    return "\n".join(lines) + "\n"
+    """All tables, each between marks by which a page that quotes it can be brought up to date."""
+    parts = []
+    for name, make in TABLES.items():
+        parts.append("\n".join([f"<!-- recipes: {name} -->", "", *make(results), "", f"<!-- /recipes: {name} -->"]))
+    return "\n\n".join(parts) + "\n"

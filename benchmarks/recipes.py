@@ -28,7 +28,7 @@ from filelock import Timeout
 from torch import Tensor
 
 from benchmarks.recipe_arms import ARMS, CANDIDATES, SEEDS, Arm
-from benchmarks.recipe_report import write_report
+from benchmarks.recipe_report import Phase, make_results, markdown
 from src.distillation.base import EncodedRow, encode_row, end_of_turn_id, load_model, load_tokenizer
 from src.distillation.batching import consecutive, is_validation
 from src.distillation.engines import EngineSettings, make_engine, opened
@@ -43,6 +43,7 @@ from src.grading.rows import Row, family_of
 from src.grading.sandbox import Sandbox
 from src.utils.common import (
     ROOT,
+    UserError,
     append_jsonl,
     logger,
     provenance,
@@ -53,6 +54,7 @@ from src.utils.common import (
     sha256_file,
     write_json,
     write_jsonl,
+    write_text,
 )
 from src.utils.config import read_merged, read_profile
 from src.utils.stages import locked
@@ -142,7 +144,7 @@ def answers_of(model: str, adapter: str, rows: Sequence[Row], phase: str, path: 
 
 
 def graded(answers: Sequence[dict[str, Any]], rows: Sequence[Row], sampling: Sampling) -> dict[str, Any]:
-    """Scores, in the order of `rows`, and what the answers look like."""
+    """Which are right, in the order of `rows`, and what the answers look like."""
     by_id = {answer["id"]: answer for answer in answers if answer["sampling"] == asdict(sampling)}
     given = [by_id[row["id"]] for row in rows]
     grades = grade_all(
@@ -150,9 +152,9 @@ def graded(answers: Sequence[dict[str, Any]], rows: Sequence[Row], sampling: Sam
         Sandbox("none", "there is no code to run"),
     )
     return {
-        "scores": [grade.score for grade in grades],
+        "right": [grade.outcome == "correct" for grade in grades],
         "tokens": [answer["num_tokens"] for answer in given],
-        "repetition": [round(repetition(answer["response"]), 4) for answer in given],
+        "repetition": [repetition(answer["response"]) for answer in given],
         "truncated": sum(answer["finish_reason"] == "length" for answer in given),
     }
 
@@ -191,9 +193,7 @@ def reverse_kl(student: Reader, teacher: Reader, rows: Sequence[EncodedRow]) -> 
     return sums
 
 
-def own_samples(
-    answers: Sequence[dict[str, Any]], model: str, adapter: str, teacher: str, prompts: Sequence[Row]
-) -> dict[str, Any]:
+def own_samples(answers: Sequence[dict[str, Any]], model: str, adapter: str, teacher: str) -> dict[str, Any]:
     """Tokens and reverse KL of a student's own answers at T = 1."""
     tokenizer = load_tokenizer(model)
     chosen = [answer for answer in answers if answer["sampling"] == asdict(OWN)]
@@ -226,17 +226,20 @@ def cost_of(arm: Arm, results: dict[str, Any], run: Path) -> dict[str, Any]:
     }
 
 
-def measure(name: str, model: str, adapter: str, phase: str, folder: Path, profile: dict[str, Any]) -> dict[str, Any]:
-    """Answers, grades and own samples of one model."""
-    rows = asked_rows(phase, profile)
-    path = folder / "answers" / phase / f"{name}.jsonl"
+def answers_path(folder: Path, phase: str, name: str) -> Path:
+    return folder / "answers" / phase / f"{name}.jsonl"
+
+
+def measure(name: str, adapter: str, phase: str, folder: Path, profile: dict[str, Any], model: str) -> dict[str, Any]:
+    """The answers of one model, and what only models can tell of them; `report` grades them."""
+    rows, path = asked_rows(phase, profile), answers_path(folder, phase, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = answers_of(model, adapter, rows, phase, path)
-    found: dict[str, Any] = {"graded": {cell: graded(answers, rows, s) for cell, s in GRADED.items()}}
+    found: dict[str, Any] = {"answers_sha256": sha256_file(path)}
     if phase == "table":
         teacher = profile["teacher_model_name_or_path"]
-        found["own"] = own_samples(answers, model, adapter, teacher, own_prompts(rows))
-    return found | {"answers_sha256": sha256_file(path)}
+        found["own"] = own_samples(answers, model, adapter, teacher)
+    return found
 
 
 def run_arm(arm: Arm, seed: int, phase: str, folder: Path, profile: dict[str, Any]) -> dict[str, Any]:
@@ -244,8 +247,7 @@ def run_arm(arm: Arm, seed: int, phase: str, folder: Path, profile: dict[str, An
     started = time.monotonic()
     run = folder / "train" / f"{arm.name}_seed_{seed}"
     results = train(arm, seed, profile, folder)
-    model = profile["model_name_or_path"]
-    found = measure(run.name, model, str(run / "final_model"), phase, folder, profile)
+    found = measure(run.name, str(run / "final_model"), phase, folder, profile, profile["model_name_or_path"])
     return {
         "arm": asdict(arm),
         "seed": seed,
@@ -261,7 +263,7 @@ def run_arm(arm: Arm, seed: int, phase: str, folder: Path, profile: dict[str, An
 def run_model(name: str, phase: str, folder: Path, profile: dict[str, Any]) -> dict[str, Any]:
     """Measure the bare student or the teacher."""
     key = "model_name_or_path" if name == "base" else "teacher_model_name_or_path"
-    found = measure(name, profile[key], "", phase, folder, profile)
+    found = measure(name, "", phase, folder, profile, profile[key])
     return {"arm": {"name": name}, "seed": None, **found, "provenance": provenance()}
 
 
@@ -292,14 +294,36 @@ def work(arguments: argparse.Namespace) -> None:
             continue
 
 
+def read_records(folder: Path, phase: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What there is of a phase, every answer graded.
+
+    Raises:
+        UserError: the answers of a record are not those that it was made with.
+    """
+    records = []
+    for path in sorted((folder / "records" / phase).glob("*.json")):
+        answers = answers_path(folder, phase, path.stem)
+        record = read_json(path)
+        if not answers.is_file() or sha256_file(answers) != record["answers_sha256"]:
+            raise UserError(f"{answers}: missing or not as it was written; delete {path} and run `{phase}` again")
+        given = read_jsonl(answers)
+        records.append(record | {"graded": {cell: graded(given, rows, s) for cell, s in GRADED.items()}})
+    return records
+
+
 def report(arguments: argparse.Namespace) -> None:
+    """recipes.json and recipes.md."""
     profile = read_profile(PROFILE, SECTION, KDConfig)
     folder = Path(arguments.output)
-    families = {}
+    phases = {}
     for phase in PHASES:
         rows = asked_rows(phase, profile)
-        families[phase] = [{"id": row["id"], "domain": row["domain"], "family": family_of(row)} for row in rows]
-    write_report(folder, families, Path(arguments.json or folder / "recipes.json"))
+        prompts = [{"id": row["id"], "domain": row["domain"], "family": family_of(row)} for row in rows]
+        phases[phase] = Phase(prompts, read_records(folder, phase, rows))
+    results = make_results(phases["choose"], phases["table"])
+    write_json(Path(arguments.json or folder / "recipes.json"), results)
+    write_text(folder / "recipes.md", markdown(results))
+    print(markdown(results))
 
 
 def main() -> None:

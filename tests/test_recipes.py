@@ -1,0 +1,201 @@
+"""The comparison of recipes: its arms are runs of equally many steps, its record says what was answered, its report
+says what the records say."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from benchmarks import recipe_report, recipes
+from benchmarks.recipe_arms import ARMS, CANDIDATES, CHOOSING_STEPS, STEPS, Arm, on_policy
+from benchmarks.recipe_report import Phase
+from src.distillation.base import encode_row, end_of_turn_id, load_model, load_tokenizer
+from src.distillation.batching import is_validation
+from src.distillation.kd import KDConfig
+from src.distillation.sft import Sampling
+from src.distillation.teacher import model_reader
+from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
+from src.evaluation.statistics import crossed
+from src.grading.rows import dataset_row
+from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
+from src.utils.config import build_config, read_profile
+
+
+def test_every_arm_is_a_run_and_all_take_equally_many_steps():
+    profile = read_profile(recipes.PROFILE, recipes.SECTION, KDConfig)
+    by_name = {arm.name: arm for arm in ARMS}
+    assert len(by_name) == len(ARMS)
+    begun = {arm.after for arm in ARMS if arm.after}
+    for arm in [*ARMS, *CANDIDATES]:
+        config = build_config(KDConfig, profile | arm.settings)
+        assert config.on_policy == ("on_policy_rounds" in arm.settings)
+        assert (
+            config.validation_fraction
+            == read_profile(recipes.PROFILE, "cache_teacher", CacheTeacherConfig)["validation_fraction"]
+        )
+    for arm in ARMS:
+        before = by_name[arm.after].steps if arm.after else 0
+        assert arm.steps + before == STEPS or arm.name in begun
+    assert {arm.steps for arm in CANDIDATES} == {CHOOSING_STEPS}
+
+
+def questions(split: str, count: int) -> list[dict[str, str]]:
+    """Sums of two domains, in families of three."""
+    rows = []
+    for index in range(count):
+        rows.append(
+            dataset_row(source="sums", domain=("maths", "aiops")[index % 2], split=split, instruction="",
+                        prompt=f"What is {index} + {len(split)}?", reference=str(index + len(split)), grader="numeric",
+                        family=f"{split}-{index // 3}")
+        )  # fmt: skip
+    return rows
+
+
+def answered(row: dict[str, str]) -> dict:
+    messages = [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": f"#### {row['reference']}"},
+    ]
+    return {"id": row["id"], "sample_index": 0, "domain": row["domain"], "messages": messages}
+
+
+@pytest.fixture
+def experiment(tmp_path, tiny_models, monkeypatch):
+    """A comparison of three arms by tiny models, as far as it is before the first run."""
+    data, rows = tmp_path / "data", tmp_path / "rows"
+    splits = {split: questions(split, count) for split, count in (("train", 40), ("eval", 12))}
+    for split, asked in splits.items():
+        write_jsonl(data / f"{split}_dataset.jsonl", asked)
+        write_jsonl(rows / "sft" / f"sft_{split}_data_clean.jsonl", [answered(row) for row in asked])
+    models = {"teacher_model_name_or_path": tiny_models.teacher, "model_name_or_path": tiny_models.student}
+    training = {"validation_fraction": 0.2, "batch_size": 4, "gradient_accumulation_steps": 1, "max_length": 256,
+                "lora_r": 4, "bf16": False, "compile_loss": False, "learning_rate": 1e-2}  # fmt: skip
+    profile = models | {"data_dir": str(data), "experiment_dir": str(rows), "run_improved_kd": training}
+    (tmp_path / "recipes.yaml").write_text(yaml.safe_dump(profile), encoding="utf-8")
+    make_cache(CacheTeacherConfig(tiny_models.teacher, str(rows), bf16=False, validation_fraction=0.2, max_length=256))
+    arms = [
+        Arm("sft", "SFT", {"alpha": 0.0}, 2),
+        Arm("begun", "begun", {"temperature": 1.0}, 2),
+        Arm("after", "after", on_policy(1.0, 10, temperature=1.0), 2, "begun"),
+    ]
+    monkeypatch.setattr(recipes, "PROFILE", tmp_path / "recipes.yaml")
+    monkeypatch.setattr(recipes, "PHASES", {"choose": arms[:1], "table": arms})
+    monkeypatch.setattr(recipes, "OWN", Sampling(1.0, 1.0, 0, 8))
+    monkeypatch.setattr(recipes, "GRADED", {n: Sampling(t, 1.0, 0, 8) for n, t in (("greedy", 0.0), ("T=0.7", 0.7))})
+    for module in (recipes, recipe_report):
+        monkeypatch.setattr(module, "SEEDS", (1, 2))
+    monkeypatch.setattr(recipe_report, "ARMS", arms)
+    monkeypatch.setattr(recipe_report, "CANDIDATES", arms[:1])
+    monkeypatch.setattr(recipe_report, "AGAINST", ("sft",))
+    return tmp_path
+
+
+def asked(folder, phase: str) -> argparse.Namespace:
+    return argparse.Namespace(phase=phase, output=str(folder / "out"), only=[], json=None)
+
+
+def test_runs_are_made_once_and_the_report_says_what_they_answered(experiment):
+    for phase in ("choose", "table"):
+        recipes.work(asked(experiment, phase))
+    records = sorted((experiment / "out" / "records" / "table").glob("*.json"))
+    names = {path.stem for path in records}
+    assert names == {"base", "teacher", *(f"{arm}_seed_{seed}" for arm in ("sft", "begun", "after") for seed in (1, 2))}
+    written = [path.stat().st_mtime_ns for path in records]
+    recipes.work(asked(experiment, "table"))
+    assert [path.stat().st_mtime_ns for path in records] == written  # nothing was made twice
+
+    # the arm that goes on from another: its own answers, and that other's adapter
+    after = read_json(experiment / "out" / "records" / "table" / "after_seed_2.json")
+    rounds = sorted((experiment / "out" / "train" / "after_seed_2" / "rounds").glob("*/round.json"))
+    assert after["cost"]["student_tokens_written"] == sum(read_json(path)["sampled_tokens"] for path in rounds) > 0
+    config = read_json(experiment / "out" / "train" / "after_seed_2" / "kd_config.json")
+    begun = read_json(experiment / "out" / "records" / "table" / "begun_seed_2.json")
+    assert config["fingerprint"]["init_from"] == begun["adapter_sha256"]
+
+    recipes.report(asked(experiment, "report"))
+    results = read_json(experiment / "out" / "recipes.json")
+    assert results["prompts"] == {"both": 12, "aiops": 6, "maths": 6}
+    assert [facts["name"] for facts in results["arms"]] == ["sft", "begun", "after"]
+    rows = read_jsonl(experiment / "data" / "eval_dataset.jsonl")
+    for facts in [*results["models"], *results["arms"]]:
+        for seed, mean in zip(facts["seeds"], facts["accuracy"]["greedy"]["both"]["by_seed"], strict=True):
+            name = facts["name"] + (f"_seed_{seed}" if seed else "")
+            answers = read_jsonl(experiment / "out" / "answers" / "table" / f"{name}.jsonl")
+            said = {a["id"]: a["response"] for a in answers if a["sampling"]["temperature"] == 0}
+            assert mean == np.mean([said[row["id"]].strip().endswith(row["reference"]) for row in rows])
+    assert "<!-- recipes: differences -->" in (experiment / "out" / "recipes.md").read_text(encoding="utf-8")
+
+    # answers that are not those of the record are refused
+    path = experiment / "out" / "answers" / "table" / "sft_seed_1.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("stop", "length"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"sft_seed_1\.jsonl: missing or not as it was written"):
+        recipes.report(asked(experiment, "report"))
+
+
+def test_settings_are_chosen_on_validation_rows_and_judged_on_others(experiment):
+    profile = read_profile(recipes.PROFILE, recipes.SECTION, KDConfig)
+    choosing, table = (recipes.asked_rows(phase, profile) for phase in ("choose", "table"))
+    train = {row["id"] for row in read_jsonl(experiment / "data" / "train_dataset.jsonl")}
+    assert {row["id"] for row in choosing} == {key for key in train if is_validation(key, 0.2)}
+    assert len(table) == 12
+    assert not train & {row["id"] for row in table}
+
+
+def test_reverse_kl_is_that_of_full_logits(tiny_models, clean_rows):
+    tokenizer = load_tokenizer(tiny_models.student)
+    rows = [encode_row(tokenizer, row, end_of_turn_id(tokenizer)) for row in clean_rows(5)]
+    models = [load_model(name, torch.float32) for name in (tiny_models.student, tiny_models.teacher)]
+    readers = [model_reader(model, tokenizer.pad_token_id, packing=False).cut(261) for model in models]
+    found = recipes.reverse_kl(*readers, rows)
+    for row, value in zip(rows, found, strict=True):
+        ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+        with torch.no_grad():
+            logs = [model(ids).logits[0, :, :261].double().log_softmax(-1) for model in models]
+        log_q, log_p = (log[len(row.prompt_ids) - 1 : -1] for log in logs)
+        assert value == pytest.approx((log_q.exp() * (log_q - log_p)).sum().item(), rel=1e-4)
+
+
+def record(arm: str, seed: int, right: list[int], own: list[float]) -> dict:
+    graded = {
+        "right": [bool(r) for r in right],
+        "tokens": [3] * len(right),
+        "repetition": [0.0] * len(right),
+        "truncated": 0,
+    }
+    samples = {"ids": [str(i) for i in range(len(own))], "tokens": [2] * len(own), "reverse_kl": own}
+    return {"arm": {"name": arm}, "seed": seed, "graded": dict.fromkeys(recipe_report.CELLS, graded), "own": samples,
+            "provenance": {"git_commit": "abc"}}  # fmt: skip
+
+
+def test_differences_are_paired_by_prompt_and_seed():
+    prompts = [{"id": str(i), "domain": "ab"[i % 2], "family": str(i // 2)} for i in range(8)]
+    generator = np.random.default_rng(0)
+    right = generator.integers(0, 2, (2, 3, 8))
+    own = generator.random((2, 3, 4))
+    records = []
+    for arm, name in enumerate(("sft", "kd_T1")):
+        for seed in (1, 2, 3):
+            records.append(record(name, seed, right[arm, seed - 1].tolist(), own[arm, seed - 1].tolist()))
+    phase = Phase(prompts, records[::-1])  # in no order
+    results = recipe_report.make_results(Phase(prompts, []), phase)
+    [found] = [d for d in results["differences"] if d["arm"] == "kd_T1"]
+    families = [prompt["family"] for prompt in prompts]
+    wanted = crossed((right[1] - right[0]).astype(float), families)
+    assert found["accuracy"]["greedy"]["both"] == recipe_report.interval(wanted)
+    wanted = crossed((right[1] - right[0]).astype(float)[:, ::2], families[::2])
+    assert found["accuracy"]["T=0.7"]["a"] == recipe_report.interval(wanted)
+    assert found["own_reverse_kl"] == recipe_report.interval(crossed(own[1] - own[0], families[:4]))
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_an_arm_that_lacks_a_seed_is_left_out():
+    prompts = [{"id": "0", "domain": "a", "family": "0"}, {"id": "1", "domain": "a", "family": "1"}]
+    records = [record("sft", seed, [1, 0], [0.1, 0.2]) for seed in (1, 2, 3)]
+    records += [record("kd_T1", seed, [1, 1], [0.1, 0.2]) for seed in (1, 2)]
+    results = recipe_report.make_results(Phase(prompts, []), Phase(prompts, records))
+    assert [facts["name"] for facts in results["arms"]] == ["sft"]
+    with pytest.raises(UserError, match="no arm has a record of every seed"):
+        recipe_report.make_results(Phase(prompts, []), Phase(prompts, records[3:]))
