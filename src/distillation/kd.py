@@ -596,6 +596,15 @@ def _load_teacher(config: KDConfig, accelerator: Accelerator, data: TrainingData
     return model_reader(teacher, pad_id, config.packing)
 
 
+def _teachers_own(config: KDConfig) -> str:
+    """How the teacher's softmax differs from the student's: " (the teacher at 0.2, top_k 20, top_p 0.9)"."""
+    cut = [f"top_k {config.teacher_top_k}"] if config.teacher_top_k else []
+    cut += [f"top_p {config.teacher_top_p:g}"] if config.teacher_top_p < 1 else []
+    if config.teacher_temperature is None and not cut:
+        return ""
+    return f" (the teacher at {', '.join([f'{config.teacher_temperature or config.temperature:g}', *cut])})"
+
+
 def _say_sizes(run: Run, trainable: int) -> None:
     """Print what follows from the settings, before the work starts."""
     config, data = run.config, run.data
@@ -636,7 +645,6 @@ def _say_sizes(run: Run, trainable: int) -> None:
             config.on_policy_top_k,
         )
     logger.info("%d steps (%s), %.2f epochs", run.steps, reason, run.steps / run.order.steps_per_epoch)
-    own = f" (teacher at {config.teacher_temperature:g})" if config.teacher_temperature else ""
     signals = {"online": "model", "hidden": "cached hidden states", "topk": "cached top k"}
     logger.info(
         "loss: %g x %g^2 x %s%s + %g x CE over %d shared tokens, the teacher's %s; %s trainable parameters; "
@@ -644,7 +652,7 @@ def _say_sizes(run: Run, trainable: int) -> None:
         config.alpha,
         config.temperature,
         config.divergence,
-        own,
+        _teachers_own(config),
         1 - config.alpha,
         run.student.vocab_size,
         signals[config.teacher_signal],
@@ -678,7 +686,6 @@ def _model_card(config: KDConfig, rows: int, steps: int, end: str) -> str:
     # a hub id, or nothing: the hub refuses a card that names a path
     base_model = "" if Path(student.id).exists() else f"base_model: {student.id}\n"
     bits = ", with the student's weights in 4 bits (NF4); it is added to them in bf16" if config.load_in_4bit else ""
-    own = "" if config.teacher_temperature is None else f" (the teacher at {config.teacher_temperature})"
     return MODEL_CARD.format(
         base_model=base_model,
         student=_cited(student),
@@ -696,7 +703,7 @@ def _model_card(config: KDConfig, rows: int, steps: int, end: str) -> str:
         rank=config.lora_r,
         seed=config.seed,
         end=end,
-        own=own,
+        own=_teachers_own(config),
     )
 
 

@@ -25,6 +25,7 @@ CHOICES = {
     "optim": OPTIMIZERS,
 }
 CUT = ("packing", "tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps")
+ADDED_LATER = ("load_in_4bit", "teacher_top_k", "teacher_top_p")  # at its default each is left out of a run's identity
 # settings of on-policy rounds that make a run; idle where there are none
 ON_POLICY = (
     "on_policy_rounds", "on_policy_fraction", "on_policy_temperature", "on_policy_top_p", "on_policy_top_k",
@@ -105,6 +106,12 @@ class KDConfig(Conduct):
     temperature: float = setting(2.5, "KD softmax temperature T of teacher and student", "kd_temperature")
     teacher_temperature: float | None = setting(
         None, "softmax temperature of the teacher alone, such as the one its answers were sampled at (default: T)"
+    )
+    teacher_top_k: int = setting(
+        0, "keep the teacher's k most probable tokens, such as its answers were sampled with; 0: all"
+    )
+    teacher_top_p: float = setting(
+        1.0, "keep the teacher's most probable tokens up to this mass, after teacher_top_k; 1: all"
     )
     alpha: float = setting(0.8, "weight of the divergence; 0 is plain SFT, the control", "kd_alpha", "kd_ratio")
     divergence: Literal[DIVERGENCES] = setting("forward_kl", "what is distilled")  # type: ignore[valid-type]
@@ -191,8 +198,9 @@ class KDConfig(Conduct):
         conduct = {field.name for field in dataclasses.fields(Conduct)}
         if self.lora_dropout:
             conduct -= set(CUT)
-        if not self.load_in_4bit:  # runs from before there was the choice are the same runs
-            conduct.add("load_in_4bit")
+        for field in dataclasses.fields(self):  # runs from before there was the choice are the same runs
+            if field.name in ADDED_LATER and getattr(self, field.name) == field.default:
+                conduct.add(field.name)
         if not self.on_policy:
             conduct |= set(ON_POLICY)
         settings = dataclasses.asdict(self) | {"rows_per_step": self.rows_per_step}
@@ -205,6 +213,8 @@ class KDConfig(Conduct):
         own = self.teacher_temperature
         _need(0 < self.temperature < math.inf, f"temperature must be above 0, got {self.temperature}")
         _need(own is None or 0 < own < math.inf, f"teacher_temperature must be above 0, got {own}")
+        _need(self.teacher_top_k >= 0, f"teacher_top_k must be 0 (all) or more, got {self.teacher_top_k}")
+        _need(0 < self.teacher_top_p <= 1, f"teacher_top_p must be above 0 and at most 1, got {self.teacher_top_p}")
         _need(0 <= self.alpha <= 1, f"alpha must be between 0 and 1, got {self.alpha}")
         # nearer to either end fp32 rounds the mixture to one of its parts, and the loss may be infinite
         beta_fits = self.divergence != "jsd" or 1e-6 <= self.beta <= 1 - 1e-6
@@ -212,6 +222,17 @@ class KDConfig(Conduct):
         topk_fits = self.teacher_signal != "topk" or self.divergence == "forward_kl" or self.alpha == 0
         _need(
             topk_fits, f"a top-k cache knows forward_kl only; {self.divergence} needs --teacher_signal hidden or online"
+        )
+        cut = self.alpha > 0 and (self.teacher_top_k > 0 or self.teacher_top_p < 1)
+        _need(
+            not cut or self.divergence != "reverse_kl",
+            "reverse_kl is infinite where teacher_top_k or teacher_top_p leave the teacher a probability of 0; take "
+            "--divergence forward_kl or jsd, or leave both out",
+        )
+        _need(
+            not cut or self.teacher_signal != "topk",
+            "teacher_top_k and teacher_top_p cut the teacher's whole distribution, which a top-k cache does not have; "
+            "take --teacher_signal hidden or online, or leave both out",
         )
         self._check_on_policy()
         _need(0 <= self.validation_fraction < 0.5, "validation_fraction must be at least 0 and below 0.5")

@@ -10,9 +10,13 @@ tensor exists and each projection is made once: three matrix products where the 
 T^2 keeps the meaning of alpha as T changes (Hinton et al. 2015, section 2). `reverse_kl` is MiniLLM's direction (Gu et
 al. 2024, equation 1), `jsd` the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024, equation 1).
 
-The teacher's softmax may have a temperature of its own, `teacher_temperature` (default T). At T = 1, and with the
-temperature that the teacher's answers were sampled at, the target is what the text was drawn from: the distribution
-itself where neither top-k nor top-p cut it.
+The teacher's softmax may have a temperature of its own, `teacher_temperature` (default T), and be cut to its most
+probable tokens as sampling cuts it, `teacher_top_k` and `teacher_top_p`:
+
+    p' = p * 1[kept] / sum_kept p
+
+At T = 1, and with all three as the teacher's answers were sampled, the target is the distribution that the text was
+drawn from: the gradient of the divergence is then what that of the cross-entropy is on average over such labels.
 
 Shape letters: N response tokens, C tokens of one chunk, V shared vocabulary, H student width, G teacher width, K kept
 tokens.
@@ -27,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
+
+from src.distillation.filters import cut_to_candidates
 
 logger = logging.getLogger("kd")
 
@@ -195,13 +201,17 @@ def plain_kd_loss(
     kind: str = "forward_kl",
     beta: float = 0.5,
     teacher_temperature: float | None = None,
+    teacher_top_k: int = 0,
+    teacher_top_p: float = 1.0,
 ) -> LossSums:
     """The objective as the formula reads, with full logits and autograd. The reference for `kd_loss`."""
     student = student_logits_NV.float()
     ce = -log_softmax(student, -1).gather(1, labels_N[:, None]).sum()
     if alpha == 0 or teacher_logits_NV is None:
         return LossSums((1 - alpha) * ce, torch.zeros_like(ce), ce.detach())
-    log_p = log_softmax(teacher_logits_NV.float() / (teacher_temperature or temperature), -1)
+    own_T = teacher_temperature or temperature
+    teacher = cut_to_candidates(teacher_logits_NV.float().clone(), own_T, teacher_top_k, teacher_top_p)
+    log_p = log_softmax(teacher / own_T, -1)
     log_q = log_softmax(student / temperature, -1)
     kd = divergence(log_p, log_q, kind, beta).sum()
     return LossSums(alpha * temperature**2 * kd + (1 - alpha) * ce, kd.detach(), ce.detach())
@@ -254,6 +264,23 @@ class _Objective(NamedTuple):
     teacher_map: LogitMap
     dtype: torch.dtype  # of the products
     vocab_size: int
+    teacher_top_k: int = 0
+    teacher_top_p: float = 1.0
+
+    @property
+    def cuts_teacher(self) -> bool:
+        return self.teacher_top_k > 0 or self.teacher_top_p < 1
+
+
+def _as_sampled(teacher_CW: Tensor, o: _Objective) -> Tensor:
+    """The teacher's logits after its map, cut to what sampling could have drawn; overwritten where there is no map.
+
+    It is done before the chunk's kernel, of which all three forms then know nothing of it.
+    """
+    mapped = teacher_CW if o.teacher_map == IDENTITY else o.teacher_map(teacher_CW)
+    # padding is no candidate: only a view of the shared columns is looked at
+    cut_to_candidates(mapped[:, : o.vocab_size], o.teacher_temperature, o.teacher_top_k, o.teacher_top_p)
+    return mapped
 
 
 def _chunk(
@@ -404,6 +431,8 @@ class _ChunkedKD(torch.autograd.Function):
         grad_head = torch.zeros_like(student_WH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(2, device=device)
         size = chunk_tokens(o.vocab_size, compiled, device)
+        cut = teacher_head is not None and o.cuts_teacher
+        inside = o._replace(teacher_map=IDENTITY) if cut else o  # the map is done before the cut
         if tokens and middle is not _compiled_middle:  # of one size, so that no product is a sliver of a few rows
             size = math.ceil(tokens / math.ceil(tokens / size))
         # a CPU's allocator gives memory this large back each time, and takes a tenth of the time to get it again
@@ -418,8 +447,9 @@ class _ChunkedKD(torch.autograd.Function):
             beliefs = teacher.part(part) if isinstance(teacher, TopK) else None
             if teacher_head is not None:
                 beliefs = product(teacher[part].to(o.dtype), teacher_head.T, buffers[1])
+                beliefs = _as_sampled(beliefs, o) if cut else beliefs
             # 2. both terms, and their gradient by the student's logits
-            grad_CW, *chunk_sums = middle(student_CW, beliefs, labels_N[part], o)
+            grad_CW, *chunk_sums = middle(student_CW, beliefs, labels_N[part], inside)
             sums += torch.stack(chunk_sums)
             # 3. the gradient of the hidden state, and of the head if that learns
             grad_CW = grad_CW.to(o.dtype)
@@ -458,6 +488,8 @@ def kd_loss(
     teacher_map: LogitMap = IDENTITY,
     compiled: bool = False,
     teacher_temperature: float | None = None,
+    teacher_top_k: int = 0,
+    teacher_top_p: float = 1.0,
     vocab_size: int | None = None,
 ) -> LossSums:
     """The objective, summed over N response tokens, never holding more than a chunk of logits.
@@ -479,10 +511,13 @@ def kd_loss(
         student_map: what the student does to its logits; `teacher_map` likewise.
         compiled: run what lies between the products as one compiled kernel; the caller has asked `compiler_works`.
         teacher_temperature: of the teacher's softmax alone, where it is not T.
+        teacher_top_k: how many of the teacher's tokens are kept (0: all), by its logits at its temperature.
+        teacher_top_p: the mass that is kept of those (1: all); see `filters.candidates`.
         vocab_size: logits beyond it have no part in any softmax and no gradient (default: all rows of the head).
 
     Raises:
-        ValueError: a top-k teacher with another divergence than the forward KL.
+        ValueError: a top-k teacher with another divergence than the forward KL, or cut further; or a reverse KL to a
+            teacher that is cut, which is infinite.
 
     Example:
         >>> hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8)
@@ -497,6 +532,8 @@ def kd_loss(
     # whichever of these holds, there is no divergence, and no product is made for it
     if teacher_hidden_NG is None or (teacher_head_VG is None and not topk) or alpha == 0:
         teacher_hidden_NG = teacher_head_VG = None
+    elif (teacher_top_k or teacher_top_p < 1) and (topk or kind == "reverse_kl"):
+        raise ValueError("teacher_top_k and teacher_top_p need the whole distribution, and forward_kl or jsd")
     device_type = student_hidden_NH.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else student_head_VH.dtype
@@ -510,6 +547,8 @@ def kd_loss(
         teacher_map,
         dtype,
         vocab_size or len(student_head_VH),
+        teacher_top_k,
+        teacher_top_p,
     )
     with torch.autocast(device_type, enabled=False):  # types are chosen here, product by product
         return LossSums(

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from src.distillation.base import end_of_turn_id, opened_thought, prompt_ids, prompt_text
+from src.distillation.filters import candidates
 from src.utils.common import UserError
 
 ENGINE = "transformers"
@@ -145,23 +146,10 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | Non
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
-    """One token a row by inverse transform sampling, `[B]`: temperature, then top_k, then top_p, as vLLM orders them.
-
-    With top_k set, everything after it costs k candidates and not the vocabulary.
-    """
+    """One token a row by inverse transform sampling, `[B]`, out of its `candidates`."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    scores = logits_BV.float() / sampling.temperature
-    if sampling.top_k:
-        scores, ids = scores.topk(min(sampling.top_k, scores.shape[-1]), dim=-1)
-    elif sampling.top_p < 1:
-        scores, ids = scores.sort(dim=-1, descending=True)
-    else:
-        ids = None
-    probabilities = scores.softmax(-1)
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    ids, _, probabilities = candidates(logits_BV.float(), sampling.temperature, sampling.top_k, sampling.top_p)
     mass = probabilities.double().cumsum(-1)
     index = torch.searchsorted(mass, uniform_B[:, None].double() * mass[:, -1:], right=True)
     last = (probabilities > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # where rounding lands past the end

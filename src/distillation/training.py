@@ -341,6 +341,8 @@ def _objective(run: Run, hidden: Tensor, labels: Tensor, beliefs: Beliefs, alpha
         teacher_map=run.teacher.logit_map,
         compiled=run.compiled,
         teacher_temperature=config.teacher_temperature,
+        teacher_top_k=config.teacher_top_k,
+        teacher_top_p=config.teacher_top_p,
         vocab_size=run.student.vocab_size,
     )
 

@@ -34,7 +34,8 @@ def _difference(run: dict[str, Any], control: dict[str, Any]) -> str | None:
         return "no kd_config.json beside both models says that they had the same rows and steps"
     if control["fingerprint"].get("alpha") != 0:
         return f"it was trained with alpha = {control['fingerprint'].get('alpha')}, a control has 0"
-    objective = {"alpha", "temperature", "teacher_temperature", "divergence", "beta", "teacher_signal", "teacher_cache"}
+    objective = {"alpha", "temperature", "divergence", "beta", "teacher_signal", "teacher_cache"}
+    objective |= {"teacher_temperature", "teacher_top_k", "teacher_top_p"}
     ours, theirs = run["fingerprint"], control["fingerprint"]
     names = ours.keys() | theirs.keys()
     objective |= {name for name in names if name.startswith("on_policy_")}  # answers of its own teach a control nothing

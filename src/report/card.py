@@ -223,8 +223,11 @@ def _what(facts: CardFacts) -> list[str]:
         kind = "distilled from"
         objective = f"{config['alpha']:g} x T^2 x {config['divergence']}(teacher, student) at T = "
         objective += f"{config['temperature']:g}"
-        if config["teacher_temperature"]:
-            objective += f" (the teacher at {config['teacher_temperature']:g})"
+        cut = [f"top_k {config['teacher_top_k']}"] if config.get("teacher_top_k") else []
+        cut += [f"top_p {config['teacher_top_p']:g}"] if config.get("teacher_top_p", 1) < 1 else []
+        if config["teacher_temperature"] or cut:
+            own = f"{config['teacher_temperature'] or config['temperature']:g}"
+            objective += f" (the teacher at {', '.join([own, *cut])})"
         objective += f" + {1 - config['alpha']:g} x cross-entropy"
     else:
         kind, objective = "fine-tuned on the answers of", "cross-entropy alone: the control of a distilled student"

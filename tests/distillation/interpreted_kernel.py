@@ -54,7 +54,8 @@ def test_gradient_and_sums_are_those_of_plain_torch(kind, objective):
         assert kd_C[0].abs() < 1e-5, "the two agree in the first row"
 
 
-def test_it_is_the_loss_where_it_stands_in(monkeypatch):
+@pytest.mark.parametrize("cut", [{}, {"teacher_top_k": 20, "teacher_top_p": 0.9}, {"teacher_top_p": 0.9}])
+def test_it_is_the_loss_where_it_stands_in(monkeypatch, cut):
     """Heads wider than the vocabulary, several chunks, bf16 heads: loss and gradient as full logits give them."""
     monkeypatch.setattr(losses, "_compiled_middle", lambda s, t, labels, o: middle(s, t, labels, o))
     monkeypatch.setattr(losses, "chunk_tokens", lambda *_: 4)
@@ -72,7 +73,7 @@ def test_it_is_the_loss_where_it_stands_in(monkeypatch):
     hidden, head = torch.randn(10, H, requires_grad=True), torch.randn(width, H) / 3
     theirs, their_head = torch.randn(10, G), torch.randn(width, G) / 2
     labels = torch.randint(vocab, (10,))
-    settings = {"temperature": 2.5, "alpha": 0.8, "kind": "jsd", "beta": 0.3}
+    settings = {"temperature": 2.5, "alpha": 0.8, "kind": "jsd", "beta": 0.3} | cut
     sums = kd_loss(hidden, head, theirs, their_head, labels, **settings, compiled=True, vocab_size=vocab)
     [found] = torch.autograd.grad(sums.loss, hidden)
     wanted = plain_kd_loss((hidden @ head.T)[:, :vocab], (theirs @ their_head.T)[:, :vocab], labels, **settings)

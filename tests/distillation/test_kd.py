@@ -263,6 +263,10 @@ def refused(settings: dict, words: str) -> None:
     [
         ({"temperature": 0}, "temperature must be above 0"),
         ({"teacher_temperature": 0}, "teacher_temperature must be above 0"),
+        ({"teacher_top_k": -1}, r"teacher_top_k must be 0 \(all\) or more"),
+        ({"teacher_top_p": 0}, "teacher_top_p must be above 0 and at most 1"),
+        ({"teacher_top_k": 5, "divergence": "reverse_kl"}, "reverse_kl is infinite where .*--divergence forward_kl or"),
+        ({"teacher_top_p": 0.9, "teacher_signal": "topk"}, "whole distribution.* take --teacher_signal hidden"),
         ({"alpha": 1.5}, "alpha must be between 0 and 1"),
         ({"divergence": "jsd", "beta": 1e-9}, "beta must be at least 1e-6 and at most"),
         ({"divergence": "jsd", "beta": 1.0}, "beta must be at least 1e-6 and at most"),
@@ -495,6 +499,30 @@ def test_the_teachers_own_temperature_is_a_setting_of_the_run(settings):
     for ours, theirs in zip(losses(hidden), losses(online), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert "(the teacher at 0.2)" in Path(online["final_model"], "README.md").read_text()
+
+
+def test_what_the_teachers_sampling_kept_is_a_setting_of_the_run(settings):
+    """It changes what is learned and is recorded; a cache gives it too; the control may name it."""
+    sampled = {"temperature": 1.0, "teacher_temperature": 0.2, "teacher_top_k": 20, "teacher_top_p": 0.9}
+    online = run_kd_pipeline(settings | sampled)
+    stored = read_json(Path(online["run_dir"]) / "kd_config.json")
+    assert stored | sampled == stored
+    assert stored["fingerprint"] | sampled == stored["fingerprint"]
+    assert "(the teacher at 0.2, top_k 20, top_p 0.9)" in Path(online["final_model"], "README.md").read_text()
+    uncut = run_kd_pipeline(settings | sampled | {"teacher_top_k": 0, "teacher_top_p": 1.0})
+    assert losses(uncut)[0][2] != pytest.approx(losses(online)[0][2], rel=1e-3)
+    cached(settings, temperatures=[0.2], signal="hidden")
+    hidden = run_kd_pipeline(settings | sampled | {"teacher_signal": "hidden"})
+    for ours, theirs in zip(losses(hidden), losses(online), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_runs_from_before_a_setting_are_the_same_runs():
+    """What was added later counts where it was asked for alone; a control may keep what only its teacher would heed."""
+    later = {"load_in_4bit": True, "teacher_top_k": 20, "teacher_top_p": 0.9}
+    assert not later.keys() & KDConfig().identity().keys()
+    assert KDConfig(**later).identity() == KDConfig().identity() | later
+    assert KDConfig(alpha=0, divergence="reverse_kl", teacher_signal="topk", teacher_top_k=20).arm == "sft"
 
 
 def test_a_broken_adapter_is_no_complete_checkpoint(settings, tmp_path):

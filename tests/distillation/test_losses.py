@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from src.distillation import losses
+from src.distillation.filters import cut_to_candidates
 from src.distillation.losses import (
     DIVERGENCES,
     LogitMap,
@@ -23,6 +24,7 @@ from src.distillation.losses import (
     plain_kd_loss,
     shared_head,
 )
+from src.distillation.sft import Sampling, sample_tokens
 
 N, V, H, G = 37, 61, 16, 24  # tokens, vocabulary, student width, teacher width
 EIGHT_A_CHUNK = 4 * losses.CHUNK_TENSORS * V * 8
@@ -560,3 +562,151 @@ def test_compiled_with_the_teachers_own_temperature(temperature, own):
     objective = {"temperature": temperature, "alpha": 0.7, "teacher_temperature": own}
     sums = [kd_loss(*make_case(), **objective, compiled=compiled).loss.item() for compiled in (True, False)]
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+
+
+cuts = pytest.mark.parametrize(("k", "mass"), [(1, 1.0), (8, 1.0), (0, 0.7), (8, 0.8), (V, 0.999)])
+
+
+def as_sampled(logits_NV, temperature, k, mass):
+    """p' = p * 1[kept] / sum_kept p, a row at a time in float64: the k largest, down to where `mass` is crossed."""
+    cut_NV = np.zeros_like(logits_NV)
+    for logits_V, cut_V in zip(logits_NV, cut_NV, strict=True):
+        order = np.argsort(-logits_V)[: k or None]
+        p_K = np.exp((logits_V[order] - logits_V.max()) / temperature)
+        p_K /= p_K.sum()
+        before = 0.0
+        for token, p in zip(order, p_K, strict=True):
+            if before < mass:
+                cut_V[token] = p
+            before += p
+    return cut_NV / cut_NV.sum(-1, keepdims=True)
+
+
+@cuts
+def test_the_target_is_what_sampling_draws(k, mass):
+    """A grid of uniform numbers through the sampler: the same tokens, each as often as p' says to one in the grid.
+
+    One row has ties, as logits in bf16 often have, also across the border.
+    """
+    logits = make_case(n=4)[2] @ make_case()[3].T
+    logits[3] = (logits[3] / 2).round()
+    uniform = (torch.arange(5000) + 0.5) / 5000
+    target = torch.softmax(cut_to_candidates(logits.clone(), 0.7, k, mass) / 0.7, -1)
+    for row in range(4):
+        drawn = sample_tokens(logits[row].expand(5000, -1), uniform, Sampling(0.7, mass, k, 1))
+        seen = torch.bincount(drawn, minlength=V) / 5000
+        assert (seen - target[row]).abs().max() <= 1.01 / 5000
+        assert not seen[target[row] == 0].any()
+        assert (seen[target[row] > 1 / 5000] > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+@cuts
+def test_a_teacher_cut_as_its_sampling_is_the_formula(kind, k, mass):
+    """Fast against plain, and both against float64 numpy; student and teacher with maps, T and the teacher's own T."""
+    objective = {"kind": kind, "temperature": 1.5, "alpha": 0.6, "beta": 0.3, "teacher_temperature": 0.7}
+    objective |= {"teacher_top_k": k, "teacher_top_p": mass}
+    fast_case, plain_case = make_case(), make_case()
+    fast = kd_loss(*fast_case, **objective, teacher_map=LogitMap(1.0, 5.0))
+    teacher = 5 * torch.tanh(plain_case[2] @ plain_case[3].T / 5)
+    reference = plain_kd_loss(plain_case[0] @ plain_case[1].T, teacher, plain_case[4], **objective)
+    p = as_sampled(as_float64(teacher), 0.7, k, mass)
+    q = np.exp(log_probabilities(as_float64(plain_case[0] @ plain_case[1].T) / 1.5))
+    if kind == "forward_kl":
+        kd = (p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum()
+    else:
+        m = 0.3 * p + 0.7 * q
+        kd = 0.3 * (p[p > 0] * np.log(p[p > 0] / m[p > 0])).sum() + 0.7 * (q * np.log(q / m)).sum()
+    assert reference.kd.item() == pytest.approx(kd, rel=1e-5)
+    assert fast.kd.item() == pytest.approx(kd, rel=1e-5)
+    assert fast.loss.item() == pytest.approx(reference.loss.item(), rel=1e-6)
+    fast.loss.backward()
+    reference.loss.backward()
+    for ours, theirs in zip(fast_case[:2], plain_case[:2], strict=True):
+        assert distance(ours.grad, theirs.grad) < 2e-6
+
+
+@cuts
+def test_distilling_is_what_training_on_all_its_samples_would_be(k, mass):
+    """Over labels drawn from p', the mean gradient of the cross-entropy is the gradient of KL(p' || q) at T = 1."""
+    hidden, head, theirs, their_head, _ = make_case(n=5)
+    cut = {"teacher_temperature": 0.7, "teacher_top_k": k, "teacher_top_p": mass}
+    p = as_sampled(as_float64(theirs @ their_head.T), 0.7, k, mass)
+    mean = torch.zeros_like(hidden)
+    for label in range(V):
+        for row in np.flatnonzero(p[:, label]):
+            own = hidden[row : row + 1]
+            ce = kd_loss(own, head, None, None, torch.tensor([label]), temperature=1.0, alpha=0.0).loss
+            mean += torch.autograd.grad(ce * p[row, label], hidden)[0]
+    kd = kd_loss(hidden, head, theirs, their_head, torch.zeros(5, dtype=torch.long), temperature=1.0, alpha=1.0, **cut)
+    assert distance(torch.autograd.grad(kd.loss, hidden)[0], mean) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_a_student_that_is_the_cut_teacher_has_nothing_to_learn(kind):
+    """Student logits = log p' (CUT where p' = 0): D and its gradient are 0."""
+    _, _, theirs, their_head, labels = make_case()
+    cut = {"teacher_temperature": 0.7, "teacher_top_k": 8, "teacher_top_p": 0.8}
+    logits = cut_to_candidates(theirs @ their_head.T, 0.7, 8, 0.8) / 0.7
+    logits.requires_grad_()
+    sums = kd_loss(logits, torch.eye(V), theirs, their_head, labels, temperature=1.0, alpha=1.0, kind=kind, **cut)
+    assert abs(sums.kd.item()) < 1e-5
+    assert torch.autograd.grad(sums.loss, logits)[0].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "k"), [*((kind, 0) for kind in DIVERGENCES), ("forward_kl", V), ("jsd", 2 * V)])
+def test_filters_that_leave_all_change_nothing(kind, k):
+    """Bit for bit: off, or a top_k of the whole vocabulary."""
+    cases = make_case(), make_case()
+    objective = {"temperature": 2.5, "alpha": 0.6, "kind": kind, "beta": 0.3}
+    default = kd_loss(*cases[0], **objective)
+    said = kd_loss(*cases[1], **objective, teacher_top_k=k, teacher_top_p=1.0)
+    assert [value.item() for value in default] == [value.item() for value in said]
+    gradients = [torch.autograd.grad(sums.loss, case[:2]) for sums, case in zip((default, said), cases, strict=True)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_padded_columns_are_no_candidates():
+    """They would be the most probable tokens of all."""
+    hidden, head, theirs, their_head, labels = make_case()
+    objective = {"temperature": 1.0, "alpha": 0.5, "teacher_top_k": 8, "teacher_top_p": 0.8}
+    expected = kd_loss(hidden, head, theirs, their_head, labels, **objective)
+    padded = torch.cat([head.detach(), torch.randn(7, H) * 100])
+    their_padded = torch.cat([their_head, torch.randn(7, G) * 100])
+    wide = kd_loss(hidden, padded, theirs, their_padded, labels, **objective, vocab_size=V)
+    torch.testing.assert_close(torch.stack(wide), torch.stack(expected), rtol=1e-6, atol=0)
+
+
+def test_a_cut_teacher_in_bf16():
+    """The cut goes by the product's own logits; softmaxes are in fp32."""
+    hidden, head, theirs, their_head, labels = (t.detach() for t in make_case())
+    low = [t.bfloat16() for t in (hidden, head, theirs, their_head)]
+    objective = {"temperature": 1.0, "alpha": 0.6, "kind": "jsd", "teacher_top_k": 8, "teacher_top_p": 0.8}
+    fast = kd_loss(*low, labels, **objective)
+    reference = plain_kd_loss((low[0] @ low[1].T).float(), (low[2] @ low[3].T).float(), labels, **objective)
+    assert fast.loss.item() == pytest.approx(reference.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_compiled_with_a_cut_teacher(kind):
+    if not losses.compiler_works("cpu"):
+        pytest.skip("no compiler here")
+    objective = {"temperature": 1.0, "alpha": 0.7, "kind": kind, "teacher_temperature": 0.5}
+    objective |= {"teacher_top_k": 8, "teacher_top_p": 0.8, "teacher_map": LogitMap(0.5, 4.0)}
+    cases = make_case(), make_case()
+    sums = [kd_loss(*case, **objective, compiled=c) for case, c in zip(cases, (True, False), strict=True)]
+    assert sums[0].loss.item() == pytest.approx(sums[1].loss.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(own.loss, case[0])[0] for own, case in zip(sums, cases, strict=True)]
+    assert distance(*gradients) < 2e-6
+
+
+def test_what_cannot_be_cut_is_refused():
+    """A reverse KL would be infinite; a top-k teacher has no more to cut. Without a teacher nothing is asked."""
+    case, cut = make_case(), {"temperature": 1.0, "teacher_top_k": 4}
+    with pytest.raises(ValueError, match="forward_kl or jsd"):
+        kd_loss(*case, **cut, alpha=0.5, kind="reverse_kl")
+    with pytest.raises(ValueError, match="whole distribution"):
+        kd_loss(case[0], case[1], top_k(case[2] @ case[3].T, 8, 1.0), None, case[4], **cut, alpha=0.5)
+    control = kd_loss(*case, **cut, alpha=0.0, kind="reverse_kl")
+    assert control.loss.item() == kd_loss(*case, temperature=1.0, alpha=0.0).loss.item()

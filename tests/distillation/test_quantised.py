@@ -25,7 +25,7 @@ from src.distillation.base import (
     place,
     response_hidden,
 )
-from src.distillation.kd import KDConfig, run_kd_pipeline
+from src.distillation.kd import run_kd_pipeline
 from src.distillation.lora import add_lora, merge_adapter
 from src.distillation.quantisation import FP8, four_bit, parameter_bytes
 from src.distillation.teacher import model_reader
@@ -342,16 +342,6 @@ def test_four_bits_are_one_run_however_it_is_cut(settings, tmp_path, monkeypatch
             run_kd_pipeline(settings | cut)
     assert len(read_jsonl(tmp_path / "cut" / "metrics.jsonl")) == 1
     assert losses(run_kd_pipeline(settings | cut)) == pytest.approx(one, rel=1e-4)
-
-
-def test_runs_from_before_the_setting_are_the_same_runs(settings):
-    config = {name: value for name, value in settings.items() if name != "load_in_4bit"}
-    assert "load_in_4bit" not in KDConfig(**_fields(config)).identity()
-    assert KDConfig(**_fields(settings)).identity()["load_in_4bit"] is True
-
-
-def _fields(settings):
-    return {name: value for name, value in settings.items() if name in KDConfig.__dataclass_fields__}
 
 
 def test_the_compute_type_is_that_of_the_run():

@@ -15,7 +15,7 @@ import yaml
 
 from src.distillation import sweep
 from src.distillation.kd import run_kd_pipeline
-from src.distillation.kd_config import SECTION, KDConfig
+from src.distillation.kd_config import ON_POLICY, SECTION, KDConfig
 from src.distillation.sweep import Outcome, idle_settings, make_plan, read_grid, results, run_plan
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.report.sweep import csv_text, markdown, plot
@@ -93,6 +93,7 @@ def test_one_run_serves_all_cells_that_differ_in_nothing(values, tmp_path):
     [
         ({"alpha": 0.0}, {"temperature": 1.0}, {"temperature": 3.0}),
         ({"alpha": 0.0}, {"divergence": "jsd", "beta": 0.2}, {"divergence": "reverse_kl"}),
+        ({"alpha": 0.0}, {"teacher_top_k": 20}, {"teacher_top_p": 0.9}),
         ({}, {"beta": 0.2}, {"beta": 0.7}),
         ({"lr_scheduler_type": "constant"}, {"warmup_steps": 0}, {"warmup_steps": 2}),
         ({"optim": "sgd"}, {"adam_beta1": 0.5}, {"adam_beta1": 0.9}),
@@ -112,7 +113,7 @@ def test_an_idle_setting_changes_nothing(values, tmp_path, change, one, other):
 
 def test_a_setting_that_matters_is_not_idle(values):
     assert idle_settings(build_config(KDConfig, values | {"alpha": 0.5, "divergence": "jsd"})) == {
-        "num_train_epochs", "packing", "tokens_per_batch"
+        "num_train_epochs", "packing", "tokens_per_batch", *ON_POLICY[1:]
     }  # fmt: skip
     assert "packing" not in idle_settings(build_config(KDConfig, values | {"lora_dropout": 0.1}))
 
@@ -339,10 +340,10 @@ def test_two_sweeps_do_not_share_a_folder(values, tmp_path, monkeypatch, here):
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """The logs of runs that have taken three steps and have not finished."""
+    """The logs of runs that can be gone on with, and have not finished."""
     found = []
     for path in (folder / "runs").glob("*/metrics.jsonl"):
-        if path.read_bytes().count(b"\n") >= 3 and not (path.parent / "kd_results.json").exists():
+        if list(path.parent.glob("checkpoint-*/complete.json")) and not (path.parent / "kd_results.json").exists():
             found.append(path)
     return found
 

@@ -32,7 +32,7 @@ def test_a_control_with_other_settings_is_not_taken(copied, change):
     assert resolve_arms(config_for(copied, copied / "out")).found["sft"] == control["final_model"]
 
 
-@pytest.mark.parametrize("change", [{"temperature": 4.0}, {"divergence": "reverse_kl"}], ids=str)
+@pytest.mark.parametrize("change", [{"temperature": 4.0}, {"divergence": "reverse_kl"}, {"teacher_top_k": 9}], ids=str)
 def test_a_control_that_differs_in_the_objective_alone_is_taken(copied, change):
     control = train(copied, alpha=0.0, **change)
     assert resolve_arms(config_for(copied, copied / "out")).found["sft"] == control["final_model"]

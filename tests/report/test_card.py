@@ -120,6 +120,13 @@ def test_1_minus_alpha_is_written_as_it_is_meant(facts):
     assert "at T = 2.5 (the teacher at 1) + 0.1 x cross-entropy" in words(card)
 
 
+def test_it_says_what_the_teachers_distribution_was_cut_to(facts):
+    cut = {"teacher_top_k": 20, "teacher_top_p": 0.9}
+    assert "at T = 2.5 (the teacher at 2.5, top_k 20, top_p 0.9) + 0.2" in words(
+        model_card(replace(facts, config=facts.config | cut))
+    )
+
+
 def test_without_an_evaluation_it_says_so(facts):
     said = words(model_card(facts))
     assert "Not evaluated. There is no results.json of an evaluation of this run" in said

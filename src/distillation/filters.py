@@ -1,0 +1,63 @@
+"""The filters of sampling, top-k and top-p: which tokens can be drawn, and with what probability.
+
+Answers are drawn through them (`sft.sample_tokens`), and a teacher's logits are cut by them (`losses.kd_loss`), so that
+what a student is taught is what the text was drawn from. Shapes: B rows of V logits, of which K are looked at.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CUT = -1e30  # a logit of probability exactly 0 at any temperature; finite, for 0 * log 0 would be NaN in a divergence
+
+
+class Candidates(NamedTuple):
+    """Tokens that may be drawn, `[B, K]` each, in the order in which they fill up the mass.
+
+    ids: None where all V are candidates, in their own order.
+    probabilities: the softmax over the candidates, and 0 for those that top-p leaves out; what is left is not
+        normalised again.
+    """
+
+    ids: Tensor | None
+    logits: Tensor
+    probabilities: Tensor
+
+
+def candidates(logits_BV: Tensor, temperature: float, top_k: int, top_p: float) -> Candidates:
+    """Temperature, then top-k, then top-p of what is left, in vLLM's order; the token that crosses top_p stays in.
+
+    With top_k set, everything after it costs k candidates and not the vocabulary; with top_p alone a row is sorted.
+
+    Args:
+        temperature: T > 0.
+        top_k: how many stay; 0: all.
+        top_p: the mass that stays (nucleus; Holtzman et al. 2020, equation 2); 1: all.
+    """
+    logits, ids = logits_BV, None
+    if top_k:
+        logits, ids = logits_BV.topk(min(top_k, logits_BV.shape[-1]), dim=-1)
+    elif top_p < 1:
+        logits, ids = logits_BV.sort(dim=-1, descending=True)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    return Candidates(ids, logits, probabilities)
+
+
+def cut_to_candidates(logits_BV: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The logits, overwritten with CUT for every token that cannot be drawn.
+
+    Their softmax at `temperature` is then `p' = p * 1[kept] / sum_kept p`.
+
+    Example:
+        >>> cut_to_candidates(torch.tensor([[1.0, 3.0, 2.0]]), 1.0, 2, 1.0)
+        tensor([[-1.0000e+30,  3.0000e+00,  2.0000e+00]])
+    """
+    kept = candidates(logits_BV, temperature, top_k, top_p)
+    if kept.ids is None:
+        return logits_BV
+    logits = torch.where(kept.probabilities > 0, kept.logits, CUT)
+    return logits_BV.fill_(CUT).scatter_(1, kept.ids, logits)
