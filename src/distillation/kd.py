@@ -669,7 +669,7 @@ library_name: peft
 # {experiment}: {arm}
 
 LoRA adapter of {student}, rank {rank}, trained on {rows} answers of {teacher} in {steps} steps of {rows_per_step}
-rows{bits}. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
+rows{bits}{rounds}. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
 Objective: {alpha} x T^2 x {divergence}(teacher, student) at T = {temperature}{own}, plus {ce} x cross-entropy; seed
 {seed}.
 
@@ -686,11 +686,18 @@ def _model_card(config: KDConfig, rows: int, steps: int, end: str) -> str:
     # a hub id, or nothing: the hub refuses a card that names a path
     base_model = "" if Path(student.id).exists() else f"base_model: {student.id}\n"
     bits = ", with the student's weights in 4 bits (NF4); it is added to them in bf16" if config.load_in_4bit else ""
+    rounds = ""
+    if config.on_policy:
+        rounds = (
+            f"; {config.own_rows_per_step} of them are answers of its own, made in {config.on_policy_rounds} rounds, "
+            "which the divergence alone is taken on"
+        )
     return MODEL_CARD.format(
         base_model=base_model,
         student=_cited(student),
         teacher=_cited(model_name(config.teacher_model_name_or_path)),
         bits=bits,
+        rounds=rounds,
         rows=rows,
         experiment=Path(config.experiment_dir).name,
         arm="kd" if config.alpha > 0 else "sft control",

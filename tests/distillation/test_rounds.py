@@ -311,6 +311,7 @@ def test_what_round_json_says_is_true(settings):
         assert facts["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
         assert own["teacher"] == index["teacher"]
         assert list(own["data"]) == ["sft_train_data_clean.jsonl"]
+    assert "; 4 of them are answers of its own, made in 2 rounds" in (folder / "final_model" / "README.md").read_text()
     assert facts["fingerprint"]["adapter"] == sha256_file(folder / "checkpoint-3" / "adapter_model.safetensors")
 
 
