@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from src.distillation.base import load_tokenizer, model_fingerprint
+from src.distillation.base import load_tokenizer, model_fingerprint, refuse_adapter
 from src.distillation.batching import shared_end_of_turn
 from src.distillation.engines import (
     Engine,
@@ -111,6 +111,8 @@ def teacher_engine(config: GenerateSftDataConfig, serve: Serve | None) -> Engine
                          enable_thinking=config.enable_thinking, experiment_dir=config.experiment_dir)  # fmt: skip
     if not teacher and not (engine.name == "openai" and config.served_model_name):
         raise UserError("teacher_model_name_or_path is not set; name a profile with --config")
+    if engine.name == "transformers":
+        refuse_adapter(teacher)  # before anything is written; a server that is started refuses it itself
     return engine
 
 

@@ -102,6 +102,19 @@ def _cannot_load(what: str, name: str, error: Exception) -> UserError:
     return UserError(f"{what} {name!r} cannot be loaded: {reason}; name a local folder or a hub id that can be reached")
 
 
+def adapter_folder(path: str, flag: str) -> Path:
+    """The folder of an adapter that is named by a run's folder or by itself.
+
+    Raises:
+        UserError: there is none; `flag` is what named it.
+    """
+    folder = Path(path)
+    folder = folder / "final_model" if (folder / "final_model").is_dir() else folder
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"--{flag} {path}: no adapter_config.json there; name a run folder or its final_model")
+    return folder
+
+
 def refuse_adapter(name: str) -> None:
     """Refuse an adapter where a model is wanted: transformers would load what it was trained on, with it or without.
 
@@ -117,7 +130,8 @@ def refuse_adapter(name: str) -> None:
         base = base_of_adapter(read_json(found))
         raise UserError(
             f"{name!r} is an adapter of {base!r}, not a model; merge it into that (scripts/export_model.py for a run "
-            "of this project), and name the folder with the merged model"
+            "of this project), and name the folder with the merged model; to train on from it, name its base and "
+            "pass --init_from"
         )
 
 

@@ -62,6 +62,7 @@ from src.distillation.run_folder import (
     training_facts,
 )
 from src.distillation.sft import end_token_ids
+from src.distillation.starting import begin_from, find_start
 from src.distillation.teacher import Reader, model_reader
 from src.distillation.teacher_cache import cached_tokenizer, is_teacher, open_cache, read_index
 from src.distillation.tracking import check_tracker, log_heldout, tracked
@@ -235,7 +236,8 @@ def identify(config: KDConfig) -> tuple[Tokenizers, dict[str, Any]]:
     """Both tokenizers, and the fingerprint of the run that these settings are; nothing is encoded or loaded for it.
 
     Raises:
-        UserError: rows, cache or a model's files are not there, or the cache is another teacher's.
+        UserError: rows, cache or a model's files are not there, the cache is another teacher's, or `init_from` is not
+            for this student.
     """
     hashes = clean_hashes(Path(config.experiment_dir) / "sft")
     teacher_tokenizer, teacher = _teacher_tokenizer(config)
@@ -246,6 +248,8 @@ def identify(config: KDConfig) -> tuple[Tokenizers, dict[str, Any]]:
 def _fingerprint(config: KDConfig, hashes: dict[str, str], teacher: str, tokenizers: Tokenizers) -> dict[str, Any]:
     """What tells this run from every other: settings, models, rows."""
     settings = config.identity() | {"student": model_fingerprint(config.model_name_or_path), "teacher": teacher}
+    if start := find_start(config):
+        settings["init_from"] = start.sha256
     if config.teacher_signal != "online":
         settings["teacher_cache"] = _kept(config)
     if _sharded():  # sums over shards are in another order
@@ -383,11 +387,12 @@ def _parts(
         end, own = steps, None
         following = [part for part in rounds if taken < part.end]
         if following:
-            part = following[0]
-            # the student before training has no adapter
+            part, adapter = following[0], checkpoint
+            if adapter is None and (start := find_start(config)):  # else the student before training answers
+                adapter = start.folder
             own = open_round(
-                config, accelerator, part, prompts, data, tokenizers, folder,
-                adapter=checkpoint, has_begun=taken > part.first_step,
+                config, accelerator, part, prompts, data, tokenizers, folder, adapter,
+                has_begun=taken > part.first_step,
             )  # fmt: skip
             end = part.end
         yield Part(checkpoint, end, steps, cache, own, is_first)
@@ -452,6 +457,9 @@ def _prepare(
     final, checkpoint = folder / "final_model", part.checkpoint
     if checkpoint or final.is_dir():
         load_adapter(model, final if final.is_dir() else checkpoint)
+    elif start := find_start(config):
+        begin_from(model, start)
+        logger.info("beginning from the adapter %s", start.folder)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model), device_placement=[False, False])
     compiled = config.compile_loss is not False and compiler_works(accelerator.device.type, config.divergence)
     run = Run(
@@ -669,7 +677,7 @@ library_name: peft
 # {experiment}: {arm}
 
 LoRA adapter of {student}, rank {rank}, trained on {rows} answers of {teacher} in {steps} steps of {rows_per_step}
-rows{bits}{rounds}. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
+rows{bits}{rounds}{start}. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
 Objective: {alpha} x T^2 x {divergence}(teacher, student) at T = {temperature}{own}, plus {ce} x cross-entropy; seed
 {seed}.
 
@@ -681,8 +689,13 @@ def _cited(model: ModelName) -> str:
     return f"`{model.id}`" + (f" (revision `{model.revision}`)" if model.revision else "")
 
 
-def _model_card(config: KDConfig, rows: int, steps: int, end: str) -> str:
+def _model_card(config: KDConfig, rows: int, steps: int, end: str, began: str | None = None) -> str:
+    """`began`: the sha256 of the adapter that `init_from` named when the run began."""
     student = model_name(config.model_name_or_path)
+    start = ""
+    if config.init_from:  # the run's name, without the way to it
+        run = Path(config.init_from.rstrip("/").removesuffix("/final_model")).name
+        start = f", from the adapter of `{run}` on (sha256 {(began or '')[:16]})"
     # a hub id, or nothing: the hub refuses a card that names a path
     base_model = "" if Path(student.id).exists() else f"base_model: {student.id}\n"
     bits = ", with the student's weights in 4 bits (NF4); it is added to them in bf16" if config.load_in_4bit else ""
@@ -698,6 +711,7 @@ def _model_card(config: KDConfig, rows: int, steps: int, end: str) -> str:
         teacher=_cited(model_name(config.teacher_model_name_or_path)),
         bits=bits,
         rounds=rounds,
+        start=start,
         rows=rows,
         experiment=Path(config.experiment_dir).name,
         arm="kd" if config.alpha > 0 else "sft control",
@@ -726,11 +740,15 @@ def _save_final(run: Run, folder: Path, tokenizer: PreTrainedTokenizerBase) -> N
         ending_tokenizer(tokenizer).save_pretrained(made)
         GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(made)
         steps, end = training_facts(folder)["steps"], tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
-        write_text(made / "README.md", _model_card(run.config, len(run.data.train), steps, end))
+        began = read_json(folder / "kd_config.json")["fingerprint"].get("init_from")
+        write_text(made / "README.md", _model_card(run.config, len(run.data.train), steps, end, began))
 
 
 def _heldout(run: Run, folder: Path) -> dict[str, Any]:
     """Before, after and teacher on the held-out rows, which are read here for the first time and only here.
+
+    `before` is the student without any adapter, also where the run began from one (`init_from`): the gap recovered is
+    that of both runs together.
 
     Writes heldout.jsonl, the sums of every row. `kl_is` and `expected_acceptance_is` say whether these are exact.
     """

@@ -43,6 +43,11 @@ class Conduct:
     # models and folders
     model_name_or_path: str = setting("", "folder or hub id of the student", "student_name_or_path")
     teacher_model_name_or_path: str = setting("", "folder or hub id of the teacher", "teacher_model")
+    init_from: str | None = setting(
+        None,
+        "begin from the adapter of a run (its folder, or final_model) instead of a fresh one; optimiser and "
+        "schedule begin anew",
+    )
     experiment_dir: str = setting(
         "outputs/experiment/default", "its folder sft/ holds the clean rows; runs go beside it"
     )

@@ -24,6 +24,7 @@ from src.distillation.base import (
     load_model_config,
     meta_model,
     model_name,
+    refuse_adapter,
 )
 from src.distillation.server import parallel_sizes, split_command
 from src.utils.common import UserError, parse_json, read_json
@@ -303,8 +304,9 @@ def serve_command(
         rank: of the adapters, where their folders are not there yet.
 
     Raises:
-        UserError: the model cannot be had or does not fit, or an adapter's rank is too large.
+        UserError: the model cannot be had, is an adapter or does not fit, or an adapter's rank is too large.
     """
+    refuse_adapter(config_folder(model))  # a server might answer as the adapter's base, in its name
     tensor, pipeline, data = sizes(serve, model, devices)
     [program] = split_command(serve.command)
     dtype = str(serving_dtype(devices)).removeprefix("torch.")

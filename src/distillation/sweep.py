@@ -32,6 +32,7 @@ from src.distillation.kd import identify, read_config
 from src.distillation.kd_config import CUT, ON_POLICY, SECTION, KDConfig
 from src.distillation.run_folder import complete_checkpoints
 from src.distillation.server import GUARD
+from src.distillation.starting import find_start
 from src.utils.common import (
     ROOT,
     Progress,
@@ -52,6 +53,7 @@ ONE_VALUE = {
     "experiment_dir": "it has one cache",
     "teacher_model_name_or_path": "it has one cache, of one teacher",
     "teacher_signal": "it has one cache",
+    "init_from": "it has one beginning",
     "validation_fraction": "all cells are measured on the same rows",
     "max_length": "all cells are measured on the same rows",
 }
@@ -242,6 +244,8 @@ def idle_settings(config: KDConfig) -> set[str]:
 def _digest(config: KDConfig) -> str:
     """A hash of all that identifies a run."""
     identity = config.identity() | {"student": config.model_name_or_path}
+    if start := find_start(config):
+        identity["init_from"] = start.sha256
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 

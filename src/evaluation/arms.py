@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.distillation.base import base_of_adapter
+from src.distillation.base import adapter_folder, base_of_adapter, refuse_adapter
 from src.evaluation.results_schema import ARMS
 from src.utils.common import UserError, read_json
 
@@ -50,21 +50,13 @@ def _run_config(adapter: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _adapter_folder(path: str, flag: str) -> Path:
-    folder = Path(path)
-    folder = folder / "final_model" if (folder / "final_model").is_dir() else folder
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--{flag} {path}: no adapter_config.json there; name a run folder or its final_model")
-    return folder
-
-
 def run_of_model(path: str) -> dict[str, Any]:
     """kd_config.json of the run that a `--model_path` is of; empty if there is none beside it.
 
     Raises:
         UserError: the path is no adapter.
     """
-    return _run_config(_adapter_folder(path, "model_path"))
+    return _run_config(adapter_folder(path, "model_path"))
 
 
 def distilled_adapter(model_path: str | None, experiment_dir: str) -> Path:
@@ -74,7 +66,7 @@ def distilled_adapter(model_path: str | None, experiment_dir: str) -> Path:
         UserError: there is none.
     """
     if model_path:
-        return _adapter_folder(model_path, "model_path")
+        return adapter_folder(model_path, "model_path")
     root, experiment = Path(experiment_dir).parent, Path(experiment_dir).name
     runs = _finished_runs(root, "gpu_optimized_kd", experiment)
     if not runs:
@@ -88,7 +80,8 @@ def resolve_arms(config: "EvaluateConfig") -> Arms:
     """Find every arm that is asked for, by flag or from the newest finished run of the experiment.
 
     Raises:
-        UserError: there is no distilled student, or a flag names something that is not there.
+        UserError: there is no distilled student, a flag names something that is not there, or base or teacher is an
+            adapter.
     """
     root, experiment = Path(config.experiment_dir).parent, Path(config.experiment_dir).name
     kd = distilled_adapter(config.model_path, config.experiment_dir)
@@ -100,14 +93,16 @@ def resolve_arms(config: "EvaluateConfig") -> Arms:
         )
     adapter = read_json(kd / "adapter_config.json")
     base = config.base or run_config.get("model_name_or_path") or base_of_adapter(adapter)
+    refuse_adapter(base)  # its own base would answer in its name
     found = {"kd": str(kd), "base": base}
     missing = {}
     if teacher := config.teacher or run_config.get("teacher_model_name_or_path"):
+        refuse_adapter(teacher)
         found["teacher"] = teacher
     else:
         missing["teacher"] = "no kd_config.json beside the model; name it with --teacher"
     if config.sft_model_path:
-        control = _adapter_folder(config.sft_model_path, "sft_model_path")
+        control = adapter_folder(config.sft_model_path, "sft_model_path")
         if why := _difference(run_config, _run_config(control)):
             raise UserError(f"--sft_model_path {control} is no control of {kd}: {why}")
         found["sft"] = str(control)

@@ -229,6 +229,14 @@ def _own_answers(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _beginning(config: Mapping[str, Any]) -> list[str]:
+    """Whose adapter training went on from, if it did: the run's name, without the way to it."""
+    if not config.get("init_from"):
+        return []
+    run = Path(config["init_from"].rstrip("/").removesuffix("/final_model")).name
+    return [f"- Began from the adapter of {plain(run)} (sha256 {config['fingerprint']['init_from'][:16]})."]
+
+
 def _what(facts: CardFacts) -> list[str]:
     config, base = facts.config, _base(facts)
     if config["arm"] == "kd":
@@ -253,6 +261,7 @@ def _what(facts: CardFacts) -> list[str]:
         f"watch, {config['rows']['heldout']} held out.",
         f"- Objective: {plain(objective)}.",
         *_own_answers(config),
+        *_beginning(config),
         f"- Training: {facts.measured['steps']} steps of {config['rows_per_step']} rows, learning rate "
         f"{config['learning_rate']:g} ({plain(config['lr_scheduler_type'])}, {config['warmup_steps']} warm-up steps), "
         f"LoRA rank {config['lora_r']}, alpha {config['lora_alpha']}, seed {config['seed']}.",

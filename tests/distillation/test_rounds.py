@@ -359,6 +359,18 @@ def test_a_server_answers_as_the_adapter_of_the_moment(settings, tmp_path):
         assert read_json(of_round / "round.json")["fingerprint"]["engine"] == "vllm"
 
 
+def test_a_run_that_begins_from_an_adapter_answers_with_it(settings):
+    """The first round's answers are those of the adapter that `init_from` names, not of the student before training."""
+    online = settings | {"teacher_signal": "online", "max_steps": 2}
+    first = run_kd_pipeline(online | {"alpha": 0.0})
+    folders = [Path(run_kd_pipeline(online | start)["run_dir"]) for start in ({}, {"init_from": first["run_dir"]})]
+    made = [read_json(folder / "rounds" / "round_01" / "round.json")["fingerprint"] for folder in folders]
+    assert [facts["adapter"] for facts in made] == [None, first["adapter_sha256"]]
+    assert made[0]["requests"] == made[1]["requests"]
+    answers = [read_jsonl(folder / "rounds" / "round_01" / "sft" / "sft_train_data.jsonl") for folder in folders]
+    assert answers[0] != answers[1]
+
+
 def refused(settings: dict, words: str) -> None:
     with pytest.raises(UserError) as caught:
         run_kd_pipeline(settings)

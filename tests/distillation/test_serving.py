@@ -238,3 +238,13 @@ def test_flags_that_change_an_answer_are_told_apart():
 
 def test_the_examples_in_the_docstrings():
     assert doctest.testmod(serving).failed == 0
+
+
+def test_an_adapter_is_not_served_as_a_model(tmp_path):
+    """With sizes that are said nothing of the model would be read; a stand-in for the teacher is a model too."""
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "base/model"})
+    said = {"tensor_parallel": 1, "data_parallel": 1, "devices": [0]}
+    with pytest.raises(UserError, match="is an adapter of 'base/model', not a model"):
+        serve_command(serve(**said), str(tmp_path), (0,))
+    with pytest.raises(UserError, match="is an adapter of 'base/model', not a model"):
+        teacher_server(serve(**said, model=str(tmp_path)), "some/teacher", (0,))

@@ -69,6 +69,13 @@ def test_a_wrong_model_path_is_one_line(trained, tmp_path, flag):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["base", "teacher"])
+def test_an_adapter_is_no_arm_of_its_own(trained, tmp_path, flag):
+    """Its base would answer, and be measured, in its name."""
+    refused(config_for(trained, tmp_path / "out", **{flag: str(run_of(trained) / "final_model")}), "is an adapter of")
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     ({"arms": ["kd", "student"]}, "arms: unknown 'student'; there are base, sft, kd, teacher"),
     ({"presets": ["greedy"]}, "presets: unknown 'greedy'; there are raw, recommended"),

@@ -252,6 +252,7 @@ def test_the_second_of_two_is_refused(fails, profile, target):  # noqa: F811
     (("--model_path", "{run}", "--experiment_dir", "{root}/other"), "is a run of tiny, not of other"),
     (("--experiment_dir", "{root}/other"), "no finished run of other"),
     (("--base", "{teacher}"), "is not the model that"),
+    (("--base", "{run}/final_model"), "is not the model that"),
     (("--gguf",), "--gguf needs convert_hf_to_gguf.py of llama.cpp"),
     (("--data_dir", "{root}/nowhere"), None),
 ])  # fmt: skip

@@ -300,3 +300,10 @@ def test_a_range_of_time(hours, said):
 )
 def test_copies_say_how_small_they_are(name, size):
     assert weight_bytes(name) == size
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "teacher_model_name_or_path"])
+def test_an_adapter_is_not_planned_as_a_model(profile, tmp_path, key):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base/model"}))
+    with pytest.raises(UserError, match="is an adapter of 'base/model', not a model"):
+        make_plan(profile | {key: str(tmp_path)}, "1x40")

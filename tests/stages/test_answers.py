@@ -14,7 +14,7 @@ import yaml
 from src.data.cleaning import REASONS
 from src.distillation.base import model_fingerprint
 from src.distillation.server import answers as answers_at
-from src.utils.common import ROOT, read_json, read_jsonl, write_jsonl
+from src.utils.common import ROOT, read_json, read_jsonl, write_json, write_jsonl
 from tests.distillation.test_openai_engine import Body, FaultServer, completion
 from tests.distillation.test_server import alive
 from tests.reading import as_set, content
@@ -493,3 +493,14 @@ def test_a_stage_that_is_ended_leaves_no_server(served, tmp_path, word, code):
     while alive(start["pid"]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(start["pid"])
+
+
+def test_an_adapter_is_no_teacher(succeeds, fails, profile, tmp_path):
+    """Its base would answer in its name."""
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    (tmp_path / "adapter").mkdir()
+    write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": "base/model"})
+    line = fails("generate_sft_data", "--config", path, "--teacher_model", tmp_path / "adapter")
+    assert "is an adapter of 'base/model', not a model" in line
+    assert not list((tmp_path / "experiment").rglob("*.jsonl"))

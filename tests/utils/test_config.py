@@ -395,7 +395,8 @@ def test_an_overlay_that_says_what_is_learned(lay, overlay, words):
 def test_what_an_overlay_may_say_of_training_is_what_cannot_change_what_is_learned(config_classes):
     """Conduct says which settings those are; names and places are the profile's. Memory demands one that does."""
     conduct = {field.name for field in dataclasses.fields(Conduct)}
-    names = {"model_name_or_path", "teacher_model_name_or_path", "experiment_dir", "output_dir", "resume", "overwrite"}
+    models = {"model_name_or_path", "teacher_model_name_or_path", "init_from"}
+    names = models | {"experiment_dir", "output_dir", "resume", "overwrite"}
     assert names < conduct
     short = {"per_device_train_batch_size": "batch_size"}
     assert set(OVERLAID["run_improved_kd"]) == {short.get(n, n) for n in conduct - names} | {"load_in_4bit"}
