@@ -52,7 +52,7 @@ from src.distillation.kd_config import SECTION, KDConfig
 from src.distillation.lora import add_lora
 from src.distillation.losses import compiler_works
 from src.distillation.packing import ATTENTION, check_packing
-from src.distillation.rounds import check_rounds, open_round, read_prompts, rounds_of
+from src.distillation.rounds import check_rounds, open_round, plan_round, read_prompts, rounds_of
 from src.distillation.run_folder import (
     claim_folder,
     cut_metrics,
@@ -390,11 +390,8 @@ def _parts(
             part, adapter = following[0], checkpoint
             if adapter is None and (start := find_start(config)):  # else the student before training answers
                 adapter = start.folder
-            own = open_round(
-                config, accelerator, part, prompts, data, tokenizers, folder, adapter,
-                has_begun=taken > part.first_step,
-            )  # fmt: skip
-            end = part.end
+            plan = plan_round(config, part, prompts, data, folder, adapter, taken)
+            own, end = open_round(config, accelerator, tokenizers, plan), part.end
         yield Part(checkpoint, end, steps, cache, own, is_first)
         is_first = False
 
@@ -448,8 +445,8 @@ def _prepare(
     set_seed(config.seed)
     models = _load_models(config, accelerator, data, tokenizers, part)
     model = _add_adapters(config, models.student, folder)
-    # they are compiled again in every round
-    layers_compiled = _layers_compiled(config, accelerator, part.steps // max(1, config.on_policy_rounds))
+    rounds = config.on_policy_rounds if config.on_policy else 1  # each compiles them again
+    layers_compiled = _layers_compiled(config, accelerator, part.steps // rounds)
     if layers_compiled:
         compile_layers(model)
 
@@ -482,18 +479,25 @@ def _prepare(
         own=part.own,
     )
 
-    # 3. what only trying tells
+    _try_out(run, layers_compiled)
+    if part.is_first:
+        _say_sizes(run, count_parameters(model, trainable=True))
+        if config.on_policy:
+            _say_rounds(run)
+    if not final.is_dir():
+        _go_on(run, folder, checkpoint)
+    return run
+
+
+def _try_out(run: Run, layers_compiled: bool) -> None:
+    """Decide what only trying tells."""
+    config = run.config
     alone = config.teacher_signal != "online" or not config.teacher_devices
-    liger = use_liger(causal_lm(model), config.liger, lambda: probe_gradients(run), alone)
+    liger = use_liger(causal_lm(run.model), config.liger, lambda: probe_gradients(run), alone)
     if run.cutting.tokens == 0 and config.packing and config.tokens_per_batch is None:
         run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
     set_seed(config.seed)  # whatever was tried before, training draws the same
     run.took_effect |= {"compile_layers": layers_compiled, "liger": liger, "tokens_per_batch": run.cutting.tokens}
-    if part.is_first:
-        _say_sizes(run, count_parameters(model, trainable=True))
-    if not final.is_dir():
-        _go_on(run, folder, checkpoint)
-    return run
 
 
 def _go_on(run: Run, folder: Path, checkpoint: Path | None) -> None:
@@ -641,17 +645,6 @@ def _say_sizes(run: Run, trainable: int) -> None:
         100 * padding,
     )
     reason = f"max_steps wins over {config.num_train_epochs:g} epochs" if config.max_steps > 0 else "from epochs"
-    if config.on_policy:
-        logger.info(
-            "on-policy: %d rounds of about %d steps; %d rows of a step are the student's own answers, drawn at T = %g, "
-            "top_p %g, top_k %d",
-            config.on_policy_rounds,
-            round(run.steps / config.on_policy_rounds),
-            config.own_rows_per_step,
-            config.on_policy_temperature,
-            config.on_policy_top_p,
-            config.on_policy_top_k,
-        )
     logger.info("%d steps (%s), %.2f epochs", run.steps, reason, run.steps / run.order.steps_per_epoch)
     signals = {"online": "model", "hidden": "cached hidden states", "topk": "cached top k"}
     logger.info(
@@ -667,6 +660,20 @@ def _say_sizes(run: Run, trainable: int) -> None:
         f"{trainable:,}",
         "bf16 autocast" if config.bf16 else "fp32",
         ", compiled loss" if run.compiled else "",
+    )
+
+
+def _say_rounds(run: Run) -> None:
+    config = run.config
+    logger.info(
+        "on-policy: %d rounds of about %d steps; %d rows of a step are the student's own answers, drawn at T = %g, "
+        "top_p %g, top_k %d",
+        config.on_policy_rounds,
+        round(run.steps / config.on_policy_rounds),
+        config.own_rows_per_step,
+        config.on_policy_temperature,
+        config.on_policy_top_p,
+        config.on_policy_top_k,
     )
 
 

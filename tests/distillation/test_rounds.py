@@ -168,8 +168,9 @@ def response_logits(model: torch.nn.Module, row: EncodedRow, columns: int) -> to
     return model(ids).logits[0, len(row.prompt_ids) - 1 : -1, :columns]
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-@pytest.mark.parametrize("fraction", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "fraction"), [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("reverse_kl", 1.0)]
+)
 def test_a_steps_gradient_is_that_of_the_formula(settings, kind, fraction):
     """One step of SGD at learning rate 1, against autograd through full logits: alpha T^2 D of all tokens and
     (1 - alpha) CE of the teacher's rows, divided by the step's tokens; an answer that was cut off has no end."""
