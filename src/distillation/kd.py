@@ -52,7 +52,7 @@ from src.distillation.kd_config import SECTION, KDConfig
 from src.distillation.lora import add_lora
 from src.distillation.losses import compiler_works
 from src.distillation.packing import ATTENTION, check_packing
-from src.distillation.rounds import check_rounds, open_round, read_prompts, rounds_of
+from src.distillation.rounds import check_rounds, open_round, plan_round, read_prompts, rounds_of
 from src.distillation.run_folder import (
     claim_folder,
     cut_metrics,
@@ -387,13 +387,11 @@ def _parts(
         end, own = steps, None
         following = [part for part in rounds if taken < part.end]
         if following:
-            part = following[0]
-            # the student before training has no adapter
-            own = open_round(
-                config, accelerator, part, prompts, data, tokenizers, folder,
-                adapter=checkpoint, has_begun=taken > part.first_step,
-            )  # fmt: skip
-            end = part.end
+            part, adapter = following[0], checkpoint
+            if adapter is None and (start := find_start(config)):  # else the student before training answers
+                adapter = start.folder
+            plan = plan_round(config, part, prompts, data, folder, adapter, taken)
+            own, end = open_round(config, accelerator, tokenizers, plan), part.end
         yield Part(checkpoint, end, steps, cache, own, is_first)
         is_first = False
 
@@ -447,8 +445,8 @@ def _prepare(
     set_seed(config.seed)
     models = _load_models(config, accelerator, data, tokenizers, part)
     model = _add_adapters(config, models.student, folder)
-    # they are compiled again in every round
-    layers_compiled = _layers_compiled(config, accelerator, part.steps // max(1, config.on_policy_rounds))
+    rounds = config.on_policy_rounds if config.on_policy else 1  # each compiles them again
+    layers_compiled = _layers_compiled(config, accelerator, part.steps // rounds)
     if layers_compiled:
         compile_layers(model)
 
@@ -481,18 +479,25 @@ def _prepare(
         own=part.own,
     )
 
-    # 3. what only trying tells
+    _try_out(run, layers_compiled)
+    if part.is_first:
+        _say_sizes(run, count_parameters(model, trainable=True))
+        if config.on_policy:
+            _say_rounds(run)
+    if not final.is_dir():
+        _go_on(run, folder, checkpoint)
+    return run
+
+
+def _try_out(run: Run, layers_compiled: bool) -> None:
+    """Decide what only trying tells."""
+    config = run.config
     alone = config.teacher_signal != "online" or not config.teacher_devices
-    liger = use_liger(causal_lm(model), config.liger, lambda: probe_gradients(run), alone)
+    liger = use_liger(causal_lm(run.model), config.liger, lambda: probe_gradients(run), alone)
     if run.cutting.tokens == 0 and config.packing and config.tokens_per_batch is None:
         run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
     set_seed(config.seed)  # whatever was tried before, training draws the same
     run.took_effect |= {"compile_layers": layers_compiled, "liger": liger, "tokens_per_batch": run.cutting.tokens}
-    if part.is_first:
-        _say_sizes(run, count_parameters(model, trainable=True))
-    if not final.is_dir():
-        _go_on(run, folder, checkpoint)
-    return run
 
 
 def _go_on(run: Run, folder: Path, checkpoint: Path | None) -> None:
@@ -640,17 +645,6 @@ def _say_sizes(run: Run, trainable: int) -> None:
         100 * padding,
     )
     reason = f"max_steps wins over {config.num_train_epochs:g} epochs" if config.max_steps > 0 else "from epochs"
-    if config.on_policy:
-        logger.info(
-            "on-policy: %d rounds of about %d steps; %d rows of a step are the student's own answers, drawn at T = %g, "
-            "top_p %g, top_k %d",
-            config.on_policy_rounds,
-            round(run.steps / config.on_policy_rounds),
-            config.own_rows_per_step,
-            config.on_policy_temperature,
-            config.on_policy_top_p,
-            config.on_policy_top_k,
-        )
     logger.info("%d steps (%s), %.2f epochs", run.steps, reason, run.steps / run.order.steps_per_epoch)
     signals = {"online": "model", "hidden": "cached hidden states", "topk": "cached top k"}
     logger.info(
@@ -669,6 +663,20 @@ def _say_sizes(run: Run, trainable: int) -> None:
     )
 
 
+def _say_rounds(run: Run) -> None:
+    config = run.config
+    logger.info(
+        "on-policy: %d rounds of about %d steps; %d rows of a step are the student's own answers, drawn at T = %g, "
+        "top_p %g, top_k %d",
+        config.on_policy_rounds,
+        round(run.steps / config.on_policy_rounds),
+        config.own_rows_per_step,
+        config.on_policy_temperature,
+        config.on_policy_top_p,
+        config.on_policy_top_k,
+    )
+
+
 MODEL_CARD = """---
 library_name: peft
 {base_model}tags: [knowledge-distillation, lora]
@@ -676,7 +684,7 @@ library_name: peft
 # {experiment}: {arm}
 
 LoRA adapter of {student}, rank {rank}, trained on {rows} answers of {teacher} in {steps} steps of {rows_per_step}
-rows{bits}{start}. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
+rows{bits}{rounds}{start}. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
 Objective: {alpha} x T^2 x {divergence}(teacher, student) at T = {temperature}{own}, plus {ce} x cross-entropy; seed
 {seed}.
 
@@ -698,11 +706,18 @@ def _model_card(config: KDConfig, rows: int, steps: int, end: str, began: str | 
     # a hub id, or nothing: the hub refuses a card that names a path
     base_model = "" if Path(student.id).exists() else f"base_model: {student.id}\n"
     bits = ", with the student's weights in 4 bits (NF4); it is added to them in bf16" if config.load_in_4bit else ""
+    rounds = ""
+    if config.on_policy:
+        rounds = (
+            f"; {config.own_rows_per_step} of them are answers of its own, made in {config.on_policy_rounds} rounds, "
+            "which the divergence alone is taken on"
+        )
     return MODEL_CARD.format(
         base_model=base_model,
         student=_cited(student),
         teacher=_cited(model_name(config.teacher_model_name_or_path)),
         bits=bits,
+        rounds=rounds,
         start=start,
         rows=rows,
         experiment=Path(config.experiment_dir).name,

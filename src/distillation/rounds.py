@@ -14,11 +14,12 @@ A round's folder in the run's, `rounds/round_01/`, has the formats of an experim
     round.json                      what was answered and how; written last, so that a round with it is complete
 """
 
+import contextlib
 import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,9 @@ from src.distillation.batching import (
     read_clean,
     shared_end_of_turn,
 )
-from src.distillation.engines import EngineSettings, make_engine, opened, stage_serve, started
+from src.distillation.engines import EngineSettings, Generate, make_engine, opened, stage_serve, started
 from src.distillation.kd_config import SECTION, KDConfig
-from src.distillation.serving import (
-    PlannedServer,
-    Serve,
-    adapter_name,
-    answering,
-    students_server,
-    with_open_port,
-)
+from src.distillation.serving import Serve, adapter_name, answering, students_server, with_open_port
 from src.distillation.sft import Request, Sampling, make_request
 from src.distillation.teacher import Reader
 from src.distillation.teacher_cache import CacheTeacherConfig, is_served, make_cache, open_cache, read_index
@@ -210,38 +204,51 @@ def requests_of(config: KDConfig, part: Round, prompts: Prompts) -> list[Request
     return requests
 
 
-def open_round(
-    config: KDConfig,
-    accelerator: Accelerator,
-    part: Round,
-    prompts: Prompts,
-    data: TrainingData,
-    tokenizers: Tokenizers,
-    run: Path,
-    adapter: Path | None,
-    has_begun: bool,
-) -> OwnRows:
+@dataclass(frozen=True)
+class RoundPlan:
+    """A round as it is to be made.
+
+    folder: its own, in the run's.
+    requests: `own_rows_per_step` for each of its steps.
+    adapter: of the student that answers; None for the student before training.
+    has_begun: steps of it are taken already, so that its answers must be those that they were learnt from.
+    fingerprint: what tells its folder from another's.
+    """
+
+    part: Round
+    folder: Path
+    requests: list[Request]
+    adapter: Path | None
+    has_begun: bool
+    fingerprint: dict[str, Any]
+
+
+def plan_round(
+    config: KDConfig, part: Round, prompts: Prompts, data: TrainingData, run: Path, adapter: Path | None, taken: int
+) -> RoundPlan:
+    """What is to be asked for a round of the run in the folder `run`, of which `taken` steps are taken."""
+    requests = requests_of(config, part, prompts)
+    fingerprint = _fingerprint(config, part, requests, data, adapter)
+    return RoundPlan(part, part.folder(run), requests, adapter, taken > part.first_step, fingerprint)
+
+
+def open_round(config: KDConfig, accelerator: Accelerator, tokenizers: Tokenizers, plan: RoundPlan) -> OwnRows:
     """The student's own answers for a round, made where they are not there yet.
 
-    Every rank calls it: the first answers and caches, the others wait until round.json is there.
-
-    Args:
-        run: the run's folder.
-        adapter: of the student that answers; None for the student before training.
-        has_begun: steps of this round were taken already; its answers must be those they were learnt from.
+    Every rank calls it: the first answers and caches, the others wait until round.json is there. Where the first fails
+    the launcher ends the others.
 
     Raises:
         UserError: something the user must put right; the text says what and how.
     """
-    folder, requests = part.folder(run), requests_of(config, part, prompts)
-    fingerprint = _fingerprint(config, part, requests, data, adapter)
-    is_complete = _is_complete(folder, fingerprint, has_begun)
+    part, folder = plan.part, plan.folder
+    is_complete = _is_complete(plan)
     if not is_complete and accelerator.is_main_process:
-        _clear_others(folder, fingerprint)
+        _clear_others(plan)
     accelerator.wait_for_everyone()  # nobody takes a folder that has just been cleared for a finished one
     if not is_complete and accelerator.is_main_process:
         with hold(folder, SECTION), hold(folder / "sft", SECTION):
-            _make(config, part, requests, tokenizers, folder, fingerprint, adapter)
+            _make(config, tokenizers, plan)
     while not (folder / COMPLETE).is_file():
         time.sleep(LOOK)
     pairs = {_key(pair.student): pair for pair in read_own_pairs(folder, tokenizers, config.max_length)}
@@ -249,7 +256,7 @@ def open_round(
     if config.teacher_signal != "online":
         teacher = _open_own_cache(config, folder, list(pairs.values()))
     by_step: list[list[Pair]] = [[] for _ in range(part.end - part.first_step)]
-    for place, request in enumerate(requests):
+    for place, request in enumerate(plan.requests):
         if pair := pairs.get(_key(request)):
             by_step[place // config.own_rows_per_step].append(pair)
     return OwnRows(part.number, part.first_step, by_step, teacher)
@@ -282,56 +289,52 @@ def _fingerprint(
 FOR_GOOD = ("round", "first_step", "last_step", "requests", "rows")
 
 
-def _is_complete(folder: Path, fingerprint: dict[str, Any], has_begun: bool) -> bool:
+def _is_complete(plan: RoundPlan) -> bool:
     """Whether the folder holds this round, all of it.
 
     Raises:
         UserError: steps were learnt from it, and it does not any more.
     """
-    path = folder / COMPLETE
+    path = plan.folder / COMPLETE
     stored = read_json(path).get("fingerprint", {}) if path.is_file() else {}
-    if not has_begun:
-        return stored == fingerprint
-    if any(stored.get(name) != fingerprint[name] for name in FOR_GOOD):
+    if not plan.has_begun:
+        return stored == plan.fingerprint
+    if any(stored.get(name) != plan.fingerprint[name] for name in FOR_GOOD):
         raise UserError(
-            f"{folder}: steps of this round are taken, and the answers that they were learnt from are gone; put the "
-            "folder back, or train again with --overwrite"
+            f"{plan.folder}: steps of this round are taken, and the answers that they were learnt from are gone; put "
+            "the folder back, or train again with --overwrite"
         )
     return True
 
 
-def _clear_others(folder: Path, fingerprint: dict[str, Any]) -> None:
+def _clear_others(plan: RoundPlan) -> None:
     """Make room where the folder holds a round that this one does not go on with."""
     for name in (COMPLETE, BEGUN):
-        path = folder / name
-        if path.is_file() and read_json(path).get("fingerprint") != fingerprint:
-            logger.info("%s: made with another adapter or other settings; it is made again", folder)
-            clear(folder, last=name)
+        path = plan.folder / name
+        if path.is_file() and read_json(path).get("fingerprint") != plan.fingerprint:
+            logger.info("%s: made with another adapter or other settings; it is made again", plan.folder)
+            clear(plan.folder, last=name)
             return
 
 
-def _make(
-    config: KDConfig,
-    part: Round,
-    requests: list[Request],
-    tokenizers: Tokenizers,
-    folder: Path,
-    fingerprint: dict[str, Any],
-    adapter: Path | None,
-) -> None:
-    """Answer, cache, and say in round.json what came of it; goes on where a killed one was."""
-    write_json(folder / BEGUN, {"fingerprint": fingerprint})
+def _make(config: KDConfig, tokenizers: Tokenizers, plan: RoundPlan) -> None:
+    """Answer, cache, and say in round.json what came of it; goes on where a killed one was.
+
+    Its seconds are those of the session that ends it.
+    """
+    folder = plan.folder
+    write_json(folder / BEGUN, {"fingerprint": plan.fingerprint})
     date = Path(config.experiment_dir) / "prompt_date.json"
     if date.is_file():  # a template that asks for the day reads the experiment's in the round too
         shutil.copy(date, folder / date.name)
 
     # 1. the student answers
     begin = time.monotonic()
-    _answer(config, requests, folder, adapter)
-    release_memory()
+    _answer(config, plan)
+    release_memory()  # the student's, for the teacher
     answered = time.monotonic()
     answers = read_jsonl(folder / "sft" / "sft_train_data.jsonl")
-    _write_clean(folder, requests, answers)
+    _write_clean(folder, plan.requests, answers)
     pairs = read_own_pairs(folder, tokenizers, config.max_length)
     if not pairs:
         raise UserError(
@@ -342,26 +345,27 @@ def _make(
     # 2. the teacher reads the answers
     if config.teacher_signal != "online":
         make_cache(_cache_config(config, folder), own_answers=True)
-        release_memory()
-    seconds = {"answering_seconds": answered - begin, "caching_seconds": time.monotonic() - answered}
+        release_memory()  # the teacher's, for training
 
     # 3. what came of it, which makes the round complete
-    facts = round_facts(part, requests, answers, pairs)
-    write_json(folder / COMPLETE, facts | seconds | {"fingerprint": fingerprint})
+    facts = round_facts(plan.part, plan.requests, answers, pairs)
+    facts |= {"answering_seconds": answered - begin, "caching_seconds": time.monotonic() - answered}
+    write_json(folder / COMPLETE, facts | {"fingerprint": plan.fingerprint})
     (folder / BEGUN).unlink()
     logger.info(
         "round %d: %d answers in %.0f s, %d of them ended, %.0f tokens each; %.0f s until the teacher had read them",
-        part.number,
+        plan.part.number,
         len(answers),
-        seconds["answering_seconds"],
+        facts["answering_seconds"],
         facts["ended"],
         facts["mean_length"],
-        seconds["caching_seconds"],
+        facts["caching_seconds"],
     )
 
 
-def _answer(config: KDConfig, requests: list[Request], folder: Path, adapter: Path | None) -> None:
+def _answer(config: KDConfig, plan: RoundPlan) -> None:
     """Append the answers that the folder lacks."""
+    folder, requests = plan.folder, plan.requests
     target = folder / "sft" / "sft_train_data.jsonl"
     repair_jsonl_tail(target)
     stored = read_jsonl(target) if target.is_file() and target.stat().st_size else []
@@ -370,21 +374,9 @@ def _answer(config: KDConfig, requests: list[Request], folder: Path, adapter: Pa
     if len(done) == len(requests):
         return
     require_disk(folder, len(requests) * (4 * requests[0].sampling.max_new_tokens + 2000), "the student's answers")
-    model, settings, serve = config.model_name_or_path, _engine_settings(config), own_serve(config)
-    planned, place, served_name = None, str(adapter) if adapter else "", ""
-    if serve is not None:
-        serve = with_open_port(serve)
-        planned = _student_server(config, serve, place)
-        served_name = adapter_name(serve.program, model, STUDENT) if place else ""
-        place = ""  # the server has it
-    engine = make_engine(
-        settings, model, config.student_devices, serve, served_name,
-        adapter=place, experiment_dir=config.experiment_dir,
-    )  # fmt: skip
     refused = sum(row["finish_reason"] == "refused" for row in stored)
     with (
-        started(planned, folder / "server.log"),
-        opened(engine) as generate,
+        _student(config, plan) as generate,
         Progress(len(requests), f"own answers ({folder.name})") as progress,
     ):
         progress.skip(len(done))
@@ -393,9 +385,23 @@ def _answer(config: KDConfig, requests: list[Request], folder: Path, adapter: Pa
             progress.advance(len(rows))
 
 
-def _student_server(config: KDConfig, serve: Serve, adapter: str) -> PlannedServer:
-    adapters = {STUDENT: adapter} if adapter else {}
-    return students_server(serve, config.model_name_or_path, adapters, config.student_devices)
+@contextlib.contextmanager
+def _student(config: KDConfig, plan: RoundPlan) -> Iterator[Generate]:
+    """The student with its adapter, loaded here or behind a server that is started for it."""
+    model, adapter, serve = config.model_name_or_path, str(plan.adapter or ""), own_serve(config)
+    planned, served_name = None, ""
+    if serve is not None:
+        serve = with_open_port(serve)
+        adapters = {STUDENT: adapter} if adapter else {}
+        planned = students_server(serve, model, adapters, config.student_devices)
+        served_name = adapter_name(serve.program, model, STUDENT) if adapter else ""
+        adapter = ""  # the server has it
+    engine = make_engine(
+        _engine_settings(config), model, config.student_devices, serve, served_name,
+        adapter=adapter, experiment_dir=config.experiment_dir,
+    )  # fmt: skip
+    with started(planned, plan.folder / "server.log"), opened(engine) as generate:
+        yield generate
 
 
 def _write_clean(folder: Path, requests: list[Request], answers: list[dict[str, Any]]) -> None:
@@ -471,6 +477,7 @@ def round_facts(
     reasons = Counter(row["finish_reason"] for row in answers)
     sampled = {(row["id"], row["sample_index"]): row["num_tokens"] for row in answers}
     tokens = sum(len(pair.student.response_ids) for pair in pairs)
+    counted = [(pair, sampled[_key(pair.student)]) for pair in pairs]
     return {
         "round": part.number,
         "first_step": part.first_step + 1,
@@ -483,7 +490,9 @@ def round_facts(
         "truncated": reasons["length"],
         "empty": sum(not row["response"].strip() for row in answers),
         "mean_length": tokens / len(pairs),
-        "encoded_otherwise": sum(len(p.student.response_ids) != sampled[_key(p.student)] for p in pairs),
+        "encoded_otherwise": sum(
+            count is not None and len(pair.student.response_ids) != count for pair, count in counted
+        ),
         "left_out": len(requests) - len(pairs),
         "sampling": asdict(requests[0].sampling),
         "seeds": [requests[0].seed, requests[-1].seed],

@@ -224,15 +224,8 @@ def idle_settings(config: KDConfig) -> set[str]:
     """Settings that have no effect on what this run learns, because of others."""
     idle = set()
     if config.alpha == 0:  # the teacher is not asked
-        idle |= {
-            "temperature",
-            "teacher_temperature",
-            "teacher_top_k",
-            "teacher_top_p",
-            "divergence",
-            "beta",
-            *ON_POLICY,
-        }
+        idle |= {"temperature", "teacher_temperature", "teacher_top_k", "teacher_top_p", "divergence", "beta"}
+        idle |= set(ON_POLICY)
     elif not config.on_policy:  # all but the one that is 0, which must stay so
         idle |= set(ON_POLICY) - {"on_policy_fraction" if config.on_policy_rounds else "on_policy_rounds"}
     if config.divergence != "jsd":

@@ -134,11 +134,7 @@ def train(run: Run, folder: Path) -> None:
             # the student that answers for the next round is read from its checkpoint
             saves = _due(config.save_steps, run.step, last) or (run.step == run.end and not last)
             if measures or saves or _due(config.logging_steps, run.step, last):
-                row = {"step": run.step, **window.means(run.accelerator), "lr": lr}
-                if run.own:
-                    row["round"] = run.own.round
-                _refuse_nan(row, folder)
-                _write_row(run, folder, row)
+                row = _write_window(run, folder, window, lr)
                 window = Window()
                 if progress:
                     progress.say(
@@ -450,6 +446,16 @@ class Window:
             "tokens_per_second": tokens / self.seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
+
+
+def _write_window(run: Run, folder: Path, window: Window, lr: float) -> dict[str, Any]:
+    """One row of the log, which it returns."""
+    row = {"step": run.step, **window.means(run.accelerator), "lr": lr}
+    if run.own:
+        row["round"] = run.own.round
+    _refuse_nan(row, folder)
+    _write_row(run, folder, row)
+    return row
 
 
 def _write_row(run: Run, folder: Path, row: dict[str, Any]) -> None:

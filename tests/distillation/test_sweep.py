@@ -15,7 +15,7 @@ import yaml
 
 from src.distillation import sweep
 from src.distillation.kd import run_kd_pipeline
-from src.distillation.kd_config import SECTION, KDConfig
+from src.distillation.kd_config import ON_POLICY, SECTION, KDConfig
 from src.distillation.sweep import Outcome, idle_settings, make_plan, read_grid, results, run_plan
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.report.sweep import csv_text, markdown, plot
@@ -113,7 +113,7 @@ def test_an_idle_setting_changes_nothing(values, tmp_path, change, one, other):
 
 def test_a_setting_that_matters_is_not_idle(values):
     assert idle_settings(build_config(KDConfig, values | {"alpha": 0.5, "divergence": "jsd"})) == {
-        "num_train_epochs", "packing", "tokens_per_batch"
+        "num_train_epochs", "packing", "tokens_per_batch", *ON_POLICY[1:]
     }  # fmt: skip
     assert "packing" not in idle_settings(build_config(KDConfig, values | {"lora_dropout": 0.1}))
 

@@ -400,6 +400,15 @@ def test_results_of_another_version_are_refused_only_where_they_matter(evaluatio
         find_evaluation(tmp_path / "evaluation", run)
 
 
+def test_the_students_own_answers_are_named(facts):
+    own = {"on_policy_rounds": 4, "on_policy_fraction": 0.5, "on_policy_temperature": 0.7, "on_policy_top_p": 1.0,
+           "on_policy_top_k": 0}  # fmt: skip
+    line = "- On-policy: 4 rounds, in which a share of 0.5 of the rows were the student's own answers (drawn at T = 0.7"
+    assert line in model_card(replace(facts, config=facts.config | own))
+    for idle in ({"on_policy_rounds": 0}, {"on_policy_fraction": 0.0}, {"arm": "sft"}):
+        assert "On-policy" not in model_card(replace(facts, config=facts.config | own | idle))
+
+
 def test_it_says_whose_adapter_training_went_on_from(facts):
     """By the run's name and the hash of the weights; the way to it is nobody else's business."""
     begun = {"init_from": "/home/someone/runs/gpu_optimized_kd_1/final_model/", "fingerprint": {"init_from": "ab" * 32}}
