@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CUT = -1e30  # a logit of probability exactly 0 at any temperature; finite, for 0 * log 0 would be NaN in a divergence
+EXCLUDED = -1e30  # a logit of probability exactly 0; finite at T > 1e-8, for 0 * log 0 would be NaN in a divergence
 
 
 class Candidates(NamedTuple):
@@ -48,7 +48,7 @@ def candidates(logits_BV: Tensor, temperature: float, top_k: int, top_p: float) 
 
 
 def cut_to_candidates(logits_BV: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The logits, overwritten with CUT for every token that cannot be drawn.
+    """The logits, overwritten with EXCLUDED for every token that cannot be drawn.
 
     Their softmax at `temperature` is then `p' = p * 1[kept] / sum_kept p`.
 
@@ -59,5 +59,5 @@ def cut_to_candidates(logits_BV: Tensor, temperature: float, top_k: int, top_p: 
     kept = candidates(logits_BV, temperature, top_k, top_p)
     if kept.ids is None:
         return logits_BV
-    logits = torch.where(kept.probabilities > 0, kept.logits, CUT)
-    return logits_BV.fill_(CUT).scatter_(1, kept.ids, logits)
+    logits = torch.where(kept.probabilities > 0, kept.logits, EXCLUDED)
+    return logits_BV.fill_(EXCLUDED).scatter_(1, kept.ids, logits)

@@ -452,11 +452,7 @@ def _prepare(
 
     # 2. where it was left: adapters before the model is wrapped, the rest after
     final, checkpoint = folder / "final_model", part.checkpoint
-    if checkpoint or final.is_dir():
-        load_adapter(model, final if final.is_dir() else checkpoint)
-    elif start := find_start(config):
-        begin_from(model, start)
-        logger.info("beginning from the adapter %s", start.folder)
+    _fill_adapters(config, model, final if final.is_dir() else checkpoint)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model), device_placement=[False, False])
     compiled = config.compile_loss is not False and compiler_works(accelerator.device.type, config.divergence)
     run = Run(
@@ -498,6 +494,15 @@ def _try_out(run: Run, layers_compiled: bool) -> None:
         run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
     set_seed(config.seed)  # whatever was tried before, training draws the same
     run.took_effect |= {"compile_layers": layers_compiled, "liger": liger, "tokens_per_batch": run.cutting.tokens}
+
+
+def _fill_adapters(config: KDConfig, model: PeftModel, left: Path | None) -> None:
+    """With the weights of where the run was left; at its beginning with those of `init_from`, or as they are."""
+    if left:
+        load_adapter(model, left)
+    elif start := find_start(config):
+        begin_from(model, start)
+        logger.info("beginning from the adapter %s", start.folder)
 
 
 def _go_on(run: Run, folder: Path, checkpoint: Path | None) -> None:

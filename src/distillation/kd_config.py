@@ -215,11 +215,8 @@ class KDConfig(Conduct):
         for name, known in CHOICES.items():  # a caller in Python has passed no parser
             value = getattr(self, name)
             _need(value in known, f"{name}: invalid choice: {value!r} (choose from {', '.join(known)})")
-        own = self.teacher_temperature
         _need(0 < self.temperature < math.inf, f"temperature must be above 0, got {self.temperature}")
-        _need(own is None or 0 < own < math.inf, f"teacher_temperature must be above 0, got {own}")
-        _need(self.teacher_top_k >= 0, f"teacher_top_k must be 0 (all) or more, got {self.teacher_top_k}")
-        _need(0 < self.teacher_top_p <= 1, f"teacher_top_p must be above 0 and at most 1, got {self.teacher_top_p}")
+        self._check_teachers_own()
         _need(0 <= self.alpha <= 1, f"alpha must be between 0 and 1, got {self.alpha}")
         # nearer to either end fp32 rounds the mixture to one of its parts, and the loss may be infinite
         beta_fits = self.divergence != "jsd" or 1e-6 <= self.beta <= 1 - 1e-6
@@ -227,17 +224,6 @@ class KDConfig(Conduct):
         topk_fits = self.teacher_signal != "topk" or self.divergence == "forward_kl" or self.alpha == 0
         _need(
             topk_fits, f"a top-k cache knows forward_kl only; {self.divergence} needs --teacher_signal hidden or online"
-        )
-        cut = self.alpha > 0 and (self.teacher_top_k > 0 or self.teacher_top_p < 1)
-        _need(
-            not cut or self.divergence != "reverse_kl",
-            "reverse_kl is infinite where teacher_top_k or teacher_top_p leave the teacher a probability of 0; take "
-            "--divergence forward_kl or jsd, or leave both out",
-        )
-        _need(
-            not cut or self.teacher_signal != "topk",
-            "teacher_top_k and teacher_top_p cut the teacher's whole distribution, which a top-k cache does not have; "
-            "take --teacher_signal hidden or online, or leave both out",
         )
         self._check_on_policy()
         _need(0 <= self.validation_fraction < 0.5, "validation_fraction must be at least 0 and below 0.5")
@@ -271,6 +257,25 @@ class KDConfig(Conduct):
     def own_sampling(self, max_new_tokens: int) -> Sampling:
         """How the student's own answers are drawn."""
         return Sampling(self.on_policy_temperature, self.on_policy_top_p, self.on_policy_top_k, max_new_tokens)
+
+    def _check_teachers_own(self) -> None:
+        """Temperature and filters of the teacher's softmax alone."""
+        own, k, mass = self.teacher_temperature, self.teacher_top_k, self.teacher_top_p
+        _need(own is None or 0 < own < math.inf, f"teacher_temperature must be above 0, got {own}")
+        _need(k >= 0, f"teacher_top_k must be 0 (all) or more, got {k}")
+        _need(0 < mass <= 1, f"teacher_top_p must be above 0 and at most 1, got {mass}")
+        if self.alpha == 0 or (k == 0 and mass == 1):
+            return
+        _need(
+            self.divergence != "reverse_kl",
+            "reverse_kl is infinite where teacher_top_k or teacher_top_p leave the teacher a probability of 0; take "
+            "--divergence forward_kl or jsd, or leave both out",
+        )
+        _need(
+            self.teacher_signal != "topk",
+            "teacher_top_k and teacher_top_p cut the teacher's whole distribution, which a top-k cache does not have; "
+            "take --teacher_signal hidden or online, or leave both out",
+        )
 
 
 def _need(good: bool, message: str) -> None:

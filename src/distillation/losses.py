@@ -275,7 +275,7 @@ class _Objective(NamedTuple):
 def _as_sampled(teacher_CW: Tensor, o: _Objective) -> Tensor:
     """The teacher's logits after its map, cut to what sampling could have drawn; overwritten where there is no map.
 
-    It is done before the chunk's kernel, of which all three forms then know nothing of it.
+    It is done before the chunk's kernel, none of whose three forms knows of it.
     """
     mapped = teacher_CW if o.teacher_map == IDENTITY else o.teacher_map(teacher_CW)
     # padding is no candidate: only a view of the shared columns is looked at

@@ -644,7 +644,7 @@ def test_distilling_is_what_training_on_all_its_samples_would_be(k, mass):
 
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 def test_a_student_that_is_the_cut_teacher_has_nothing_to_learn(kind):
-    """Student logits = log p' (CUT where p' = 0): D and its gradient are 0."""
+    """Student logits = log p' (EXCLUDED where p' = 0): D and its gradient are 0."""
     _, _, theirs, their_head, labels = make_case()
     cut = {"teacher_temperature": 0.7, "teacher_top_k": 8, "teacher_top_p": 0.8}
     logits = cut_to_candidates(theirs @ their_head.T, 0.7, 8, 0.8) / 0.7
