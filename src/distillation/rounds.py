@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 
-from src.distillation.base import encode_row, model_fingerprint
+from src.distillation.base import EncodedRow, encode_row, model_fingerprint
 from src.distillation.batching import (
     Pair,
     StepOrder,
@@ -262,7 +262,7 @@ def open_round(config: KDConfig, accelerator: Accelerator, tokenizers: Tokenizer
     return OwnRows(part.number, part.first_step, by_step, teacher)
 
 
-def _key(row: Any) -> tuple[str, int]:
+def _key(row: EncodedRow | Request) -> tuple[str, int]:
     return row.id, row.sample_index
 
 
@@ -349,6 +349,7 @@ def _make(config: KDConfig, tokenizers: Tokenizers, plan: RoundPlan) -> None:
 
     # 3. what came of it, which makes the round complete
     facts = round_facts(plan.part, plan.requests, answers, pairs)
+    facts |= {"seed": config.seed}  # of which each answer's is made
     facts |= {"answering_seconds": answered - begin, "caching_seconds": time.monotonic() - answered}
     write_json(folder / COMPLETE, facts | {"fingerprint": plan.fingerprint})
     (folder / BEGUN).unlink()
@@ -495,5 +496,4 @@ def round_facts(
         ),
         "left_out": len(requests) - len(pairs),
         "sampling": asdict(requests[0].sampling),
-        "seeds": [requests[0].seed, requests[-1].seed],
     }
