@@ -41,46 +41,45 @@ def on_policy(fraction: float, steps: int = STEPS, **settings: Any) -> dict[str,
     return rounds | {"on_policy_max_new_tokens": 128, "on_policy_batch_size": 96} | settings
 
 
+SOFT: dict[str, Any] = {"temperature": 1.0, "alpha": 0.8}
+
+
 def candidates() -> list[Arm]:
     """What the table's settings are chosen among."""
-    found = []
+    found = [candidate("sft", alpha=0.0)]
     for temperature in (1.0, 2.5):
         for alpha in (0.5, 0.8, 1.0):
             for target, own in (("soft", {}), ("sampled", SAMPLED)):
                 name = f"kd_T{temperature:g}_alpha{alpha:g}_{target}"
-                settings = {"temperature": temperature, "alpha": alpha, **own}
-                found.append(Arm(name, name, settings, CHOOSING_STEPS))
-    for divergence in ("reverse_kl", "jsd"):
-        sharp = SHARPENED if divergence == "reverse_kl" else SAMPLED
-        for target, own in (("soft", {}), ("sampled", sharp)):
-            settings = {"temperature": 1.0, "alpha": 0.8, "divergence": divergence, **own}
-            found.append(Arm(f"{divergence}_{target}", f"{divergence}_{target}", settings, CHOOSING_STEPS))
-    for divergence in ("forward_kl", "reverse_kl", "jsd"):
-        sharp = SHARPENED if divergence == "reverse_kl" else SAMPLED
-        for target, own in (("soft", {}), ("sampled", sharp)):
-            name = f"on_policy_{divergence}_{target}"
-            settings = {"temperature": 1.0, "alpha": 0.8, "divergence": divergence, **own}
-            found.append(Arm(name, name, on_policy(0.5, CHOOSING_STEPS, **settings), CHOOSING_STEPS))
+                found.append(candidate(name, temperature=temperature, alpha=alpha, **own))
+    for divergence, own in (("reverse_kl", SHARPENED), ("jsd", SAMPLED)):
+        found.append(candidate(f"{divergence}_soft", **SOFT, divergence=divergence))
+        found.append(candidate(f"{divergence}_sampled", **SOFT, divergence=divergence, **own))
+    for divergence, own in (("forward_kl", SAMPLED), ("reverse_kl", SHARPENED), ("jsd", SAMPLED)):
+        for target, targeted in (("soft", {}), ("sampled", own)):
+            settings = on_policy(0.5, CHOOSING_STEPS, **SOFT, divergence=divergence, **targeted)
+            found.append(candidate(f"on_policy_{divergence}_{target}", **settings))
     return found
+
+
+def candidate(name: str, **settings: Any) -> Arm:
+    """Its runs lie beside those of the table, hence a name of its own."""
+    return Arm(f"candidate_{name}", name, settings, CHOOSING_STEPS)
 
 
 CANDIDATES = candidates()
 
 ARMS = [
     Arm("sft", "SFT (alpha = 0)", {"alpha": 0.0}),
-    Arm("kd_T2.5", "KD, T = 2.5, alpha = 0.8", {"temperature": 2.5, "alpha": 0.8}),
-    Arm("kd_T1", "KD, T = 1, alpha = 0.8", {"temperature": 1.0, "alpha": 0.8}),
-    Arm("kd_sampled", "KD, as sampled, alpha = 0.8", {"temperature": 1.0, "alpha": 0.8, **SAMPLED}),
-    Arm("reverse_kl", "reverse KL", {"temperature": 1.0, "alpha": 0.8, "divergence": "reverse_kl"}),
-    Arm("jsd", "JSD", {"temperature": 1.0, "alpha": 0.8, "divergence": "jsd"}),
-    Arm("on_policy_half", "on-policy, f = 0.5", on_policy(0.5, temperature=1.0, alpha=0.8)),
-    Arm("on_policy_all", "on-policy, f = 1", on_policy(1.0, temperature=1.0, alpha=0.8)),
-    Arm("kd_begun", "half of the steps of KD", {"temperature": 1.0, "alpha": 0.8}, STEPS // 2),
-    Arm(
-        "on_policy_after",
-        "KD, then on-policy, f = 1",
-        on_policy(1.0, STEPS // 2, temperature=1.0, alpha=0.8),
-        STEPS // 2,
-        "kd_begun",
-    ),
+    Arm("kd_T2.5", "KD, T = 2.5", {"temperature": 2.5, "alpha": 0.8}),
+    Arm("kd_T1", "KD, T = 1", SOFT),
+    Arm("kd_sampled", "KD, as sampled", SOFT | SAMPLED),
+    Arm("reverse_kl", "reverse KL", SOFT | {"divergence": "reverse_kl"}),
+    Arm("jsd", "JSD", SOFT | {"divergence": "jsd"}),
+    Arm("on_policy_half", "on-policy, f = 0.5", on_policy(0.5, **SOFT)),
+    Arm("on_policy_all", "on-policy, f = 1", on_policy(1.0, **SOFT)),
+    Arm("kd_begun", "half of the steps of KD", SOFT, STEPS // 2),
+    Arm("on_policy_after", "KD, then on-policy, f = 1", on_policy(1.0, STEPS // 2, **SOFT), STEPS // 2, "kd_begun"),
+    # the control of the arm before: what a second warm-up and schedule do by themselves
+    Arm("kd_after", "KD, then KD", SOFT, STEPS // 2, "kd_begun"),
 ]

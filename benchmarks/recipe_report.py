@@ -1,13 +1,13 @@
 """recipes.json and recipes.md from the records of benchmarks/recipes.py: means over seeds, paired intervals, costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks.recipe_arms import ARMS, CANDIDATES, SEEDS
-from src.evaluation.statistics import Estimate, crossed, excludes_zero
+from src.evaluation.statistics import ALPHA, crossed, difference, holm
 from src.utils.common import UserError, provenance
 
 CELLS = ("greedy", "T=0.7")
@@ -31,7 +31,7 @@ class Phase:
 
     def of_arm(self, name: str, seeds: Sequence[int]) -> list[Record]:
         """An arm's records, one a seed; none where one is missing: the mean of fewer seeds is of other seeds."""
-        by_seed = {record["seed"]: record for record in self.records if record["arm"]["name"] == name}
+        by_seed = {record["seed"]: record for record in self.records if record["name"] == name}
         return [by_seed[seed] for seed in seeds] if by_seed.keys() >= set(seeds) else []
 
     def domains(self) -> dict[str, np.ndarray]:
@@ -51,18 +51,12 @@ def right_SP(records: Sequence[Record], cell: str) -> np.ndarray:
     return np.array([record["graded"][cell]["right"] for record in records], float)
 
 
-def interval(estimate: Estimate) -> dict[str, Any]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "differs": excludes_zero(estimate)}
-
-
-def accuracy_differences(
-    one: Sequence[Record], other: Sequence[Record], cell: str, phase: Phase
-) -> dict[str, dict[str, Any]]:
+def accuracy_difference(one: Sequence[Record], other: Sequence[Record], cell: str, phase: Phase) -> dict[str, Any]:
     """Domain -> one less the other, paired by prompt and seed."""
     gaps_SP = right_SP(one, cell) - right_SP(other, cell)
     found = {}
     for domain, mask in phase.domains().items():
-        found[domain] = interval(crossed(gaps_SP[:, mask], phase.families()[mask].tolist()))
+        found[domain] = asdict(crossed(gaps_SP[:, mask], phase.families()[mask].tolist()))
     return found
 
 
@@ -78,7 +72,19 @@ def own_difference(one: Sequence[Record], other: Sequence[Record], phase: Phase)
             rows.append([by_id[key] for key in ids])
         return np.array(rows)
 
-    return interval(crossed(sums_SP(one) - sums_SP(other), [family[key] for key in ids]))
+    return asdict(crossed(sums_SP(one) - sums_SP(other), [family[key] for key in ids]))
+
+
+def add_corrections(differences: Sequence[dict[str, Any]]) -> None:
+    """Holm's correction, `corrected_p`, among all arms that are compared with the same one: of their accuracies over
+    both domains and both ways of sampling, and of their reverse KL by itself. What lies below is not tested."""
+    for other in dict.fromkeys(found["against"] for found in differences):
+        own = [found for found in differences if found["against"] == other]
+        tests = [[found["accuracy"][cell][POOLED] for found in own for cell in CELLS]]
+        tests.append([found["own_reverse_kl"] for found in own])
+        for family in tests:
+            for test, p in zip(family, holm([test["p"] for test in family]), strict=True):
+                test["corrected_p"] = p
 
 
 def accuracies(records: Sequence[Record], phase: Phase) -> dict[str, Any]:
@@ -106,29 +112,36 @@ def own_facts(records: Sequence[Record]) -> dict[str, float]:
 def facts_of(name: str, records: Sequence[Record], phase: Phase) -> dict[str, Any]:
     """All that the table says of an arm or a model."""
     facts: dict[str, Any] = {"name": name, "seeds": [record["seed"] for record in records]}
+    facts["made_of"] = {key: records[0]["made_of"][key] for key in ("arm", "after")}
     facts["accuracy"] = accuracies(records, phase)
     for key in ("tokens", "repetition", "truncated"):
         facts[key] = {cell: float(np.mean([record["graded"][cell][key] for record in records])) for cell in CELLS}
     if "own" in records[0]:
         facts["own_samples"] = own_facts(records)
     if "heldout" in records[0]:
-        after = [record["heldout"]["after"] for record in records]
+        after = [record["heldout"] for record in records]
         facts["heldout"] = {measure: float(np.mean([row[measure] for row in after])) for measure in MEASURES}
         costs = [record["cost"] for record in records]
-        facts["cost"] = {key: float(np.mean([cost.get(key, 0) for cost in costs])) for key in costs[0]}
+        facts["cost"] = {key: float(np.mean([cost[key] for cost in costs])) for key in costs[0]}
     return facts
 
 
 def ranked_candidates(phase: Phase) -> list[dict[str, Any]]:
-    """The best first: by the mean accuracy over both ways of sampling, on the validation rows."""
-    found = []
+    """The best first, by the mean accuracy over both ways of sampling on the validation rows; with the interval of each
+    one's distance from the best, over families of prompts: one seed says nothing about seeds."""
+    found, means_P = [], {}
     for arm in CANDIDATES:
         records = phase.of_arm(arm.name, SEEDS[:1])
         if records:
-            facts = facts_of(arm.name, records, phase)
-            mean = sum(facts["accuracy"][cell][POOLED]["mean"] for cell in CELLS) / len(CELLS)
-            found.append({"settings": arm.settings, "mean_accuracy": mean} | facts)
-    return sorted(found, key=lambda facts: -facts["mean_accuracy"])
+            means_P[arm.about] = np.mean([right_SP(records, cell)[0] for cell in CELLS], axis=0)
+            accuracy = {cell: float(right_SP(records, cell).mean()) for cell in CELLS}
+            found.append({"name": arm.about, "settings": arm.settings, "accuracy": accuracy})
+    found.sort(key=lambda facts: -means_P[facts["name"]].mean())
+    for facts in found:
+        own, best = means_P[facts["name"]], means_P[found[0]["name"]]
+        facts["mean_accuracy"] = float(own.mean())
+        facts["less_than_best"] = difference(own, best, phase.families().tolist(), seed=0)._asdict()
+    return found
 
 
 def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
@@ -138,45 +151,47 @@ def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
         UserError: no arm of the table has all its seeds yet.
     """
     arms = {arm.name: table.of_arm(arm.name, SEEDS) for arm in ARMS}
+    unfinished = [name for name, records in arms.items() if not records]
     arms = {name: records for name, records in arms.items() if records}
     if not arms:
         raise UserError("no arm has a record of every seed yet; run `table` first")
-    models = {record["arm"]["name"]: [record] for record in table.records if record["arm"]["name"] in MODELS}
     differences = []
     for name, records in arms.items():
         for other in AGAINST:
             if other == name or other not in arms:
                 continue
-            cells = {cell: accuracy_differences(records, arms[other], cell, table) for cell in CELLS}
+            cells = {cell: accuracy_difference(records, arms[other], cell, table) for cell in CELLS}
             own = own_difference(records, arms[other], table)
             differences.append({"arm": name, "against": other, "accuracy": cells, "own_reverse_kl": own})
-    by_name = {arm.name: arm for arm in ARMS}
+    add_corrections(differences)
+    about = {arm.name: arm.about for arm in ARMS} | ABOUT_MODELS
+    models = {record["name"]: [record] for record in table.records if record["name"] in ABOUT_MODELS}
+    used = [record["provenance"] for record in table.records]
     return {
         "prompts": {domain: int(mask.sum()) for domain, mask in table.domains().items()},
         "families": len(set(table.families())),
         "seeds": list(SEEDS),
         "validation_prompts": len(choosing.prompts),
+        "unfinished": unfinished,
         "candidates": ranked_candidates(choosing),
-        "models": [facts_of(name, models[name], table) for name in MODELS if name in models],
-        "arms": [
-            {"about": by_name[name].about, "steps": by_name[name].steps, "settings": by_name[name].settings}
-            | facts_of(name, records, table)
-            for name, records in arms.items()
+        "models": [
+            {"about": about[name]} | facts_of(name, models[name], table) for name in ABOUT_MODELS if name in models
         ],
+        "arms": [{"about": about[name]} | facts_of(name, records, table) for name, records in arms.items()],
         "differences": differences,
-        "commits": sorted({r["provenance"]["git_commit"] for records in arms.values() for r in records}),
+        "commits": sorted({made["git_commit"] for made in used}),
+        "changed_files": any(made["git_dirty"] for made in used),
         "provenance": provenance(),
     }
 
 
-MODELS = ("base", "teacher")
 ABOUT_MODELS = {"base": "student before", "teacher": "teacher"}
 
 
 def signed(found: dict[str, Any], scale: float, digits: int) -> str:
-    """`**+4.2** (1.0 to 7.4)`, bold where 0 is outside the interval."""
+    """`**+4.2** (1.0 to 7.4)`, bold where it holds after correction."""
     value = f"{scale * found['value']:+.{digits}f}"
-    value = f"**{value}**" if found["differs"] else value
+    value = f"**{value}**" if found.get("corrected_p", 1.0) <= ALPHA else value
     if found["low"] is None:
         return value
     return f"{value} ({scale * found['low']:.{digits}f} to {scale * found['high']:.{digits}f})"
@@ -190,26 +205,38 @@ def heading(*names: str) -> list[str]:
     return [row(names), "|" + "---|" * len(names)]
 
 
+def what_was_asked(results: dict[str, Any]) -> list[str]:
+    """One line above the tables: n, seeds, and what is not there."""
+    prompts = ", ".join(f"{count} of {domain}" for domain, count in results["prompts"].items() if domain != POOLED)
+    seeds = ", ".join(map(str, results["seeds"]))
+    line = (
+        f"{results['prompts'][POOLED]} prompts ({prompts}) in {results['families']} families; training seeds {seeds}."
+    )
+    if results["unfinished"]:
+        line += f" Not finished, and left out: {', '.join(results['unfinished'])}."
+    return [line]
+
+
 def accuracy_table(results: dict[str, Any]) -> list[str]:
     """Every model and arm: right answers (%), closeness, and what the answers look like at T = 0.7."""
-    lines = heading(
-        "recipe", "greedy", "T = 0.7", "KL", "NLL", "agreement", "reverse KL of own answers", "tokens", "repeated"
-    )
+    names = ("greedy", "T = 0.7", "KL", "NLL", "agreement", "reverse KL, an answer", "a token", "tokens", "repeated")
+    lines = heading("recipe", *names)
     for facts in [*results["models"], *results["arms"]]:
         held, own = facts.get("heldout"), facts["own_samples"]
-        cells = [facts.get("about") or ABOUT_MODELS[facts["name"]]]
+        cells = [facts["about"]]
         for cell in CELLS:
             cells.append(f"{100 * facts['accuracy'][cell][POOLED]['mean']:.1f}")
         for measure in MEASURES:
             cells.append(f"{held[measure]:.3f}" if held else "")
-        cells += [f"{own['reverse_kl_an_answer']:.2f}", f"{facts['tokens']['T=0.7']:.0f}"]
-        lines.append(row([*cells, f"{100 * facts['repetition']['T=0.7']:.1f} %"]))
+        cells += [f"{own['reverse_kl_an_answer']:.2f}", f"{own['reverse_kl_a_token']:.3f}"]
+        cells += [f"{facts['tokens']['T=0.7']:.0f}", f"{100 * facts['repetition']['T=0.7']:.1f} %"]
+        lines.append(row(cells))
     return lines
 
 
 def difference_table(results: dict[str, Any]) -> list[str]:
     about = {facts["name"]: facts["about"] for facts in results["arms"]}
-    lines = heading("recipe", "against", "greedy, points", "T = 0.7, points", "reverse KL of own answers, nats")
+    lines = heading("recipe", "against", "greedy, points", "T = 0.7, points", "reverse KL, nats an answer")
     for found in results["differences"]:
         cells = [about[found["arm"]], about[found["against"]]]
         cells += [signed(found["accuracy"][cell][POOLED], 100, 1) for cell in CELLS]
@@ -221,7 +248,7 @@ def domain_table(results: dict[str, Any]) -> list[str]:
     domains = [domain for domain in results["prompts"] if domain != POOLED]
     lines = heading("recipe", *(f"{domain}, {cell}" for domain in domains for cell in CELLS))
     for facts in [*results["models"], *results["arms"]]:
-        cells = [facts.get("about") or ABOUT_MODELS[facts["name"]]]
+        cells = [facts["about"]]
         for domain in domains:
             for cell in CELLS:
                 found = facts["accuracy"][cell][domain]
@@ -231,32 +258,33 @@ def domain_table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+COSTS = {
+    "student_tokens_trained": "student trains on",
+    "student_tokens_written": "student writes",
+    "teacher_tokens_written": "teacher wrote of what is learned",
+    "teacher_tokens_read_of_own": "teacher reads of the student's",
+}
+
+
 def cost_table(results: dict[str, Any]) -> list[str]:
-    lines = heading(
-        "recipe",
-        "student tokens trained on",
-        "student tokens written",
-        "teacher tokens read of these",
-        "training, s",
-        "rounds, s",
-    )
+    """In thousands of tokens."""
+    lines = heading("recipe, thousands of tokens", *COSTS.values())
     for facts in results["arms"]:
-        cost = facts["cost"]
-        names = ("student_tokens_trained", "student_tokens_written", "teacher_tokens_read_of_own", "train_seconds")
-        cells = [facts["about"], *(f"{cost.get(name, 0):,.0f}" for name in names)]
-        lines.append(row([*cells, f"{cost['round_seconds']:,.0f}"]))
+        lines.append(row([facts["about"], *(f"{facts['cost'][name] / 1000:.1f}" for name in COSTS)]))
     return lines
 
 
 def candidate_table(results: dict[str, Any]) -> list[str]:
-    lines = heading("candidate", "greedy", "T = 0.7", "mean")
+    lines = heading("candidate", "greedy", "T = 0.7", "mean", "less than the best, points")
     for facts in results["candidates"]:
-        cells = [f"{100 * facts['accuracy'][cell][POOLED]['mean']:.1f}" for cell in CELLS]
-        lines.append(row([f"`{facts['name']}`", *cells, f"{100 * facts['mean_accuracy']:.1f}"]))
+        cells = [f"{100 * facts['accuracy'][cell]:.1f}" for cell in CELLS]
+        cells += [f"{100 * facts['mean_accuracy']:.1f}", signed(facts["less_than_best"], 100, 1)]
+        lines.append(row([f"`{facts['name']}`", *cells]))
     return lines
 
 
 TABLES = {
+    "asked": what_was_asked,
     "accuracy": accuracy_table,
     "differences": difference_table,
     "domains": domain_table,

@@ -7,17 +7,18 @@
 
 Each run leaves OUTPUT/records/PHASE/NAME_seed_N.json and is not made again; a killed one goes on. Started several times
 at once (OMP_NUM_THREADS=1 each), the processes share the runs out between them. What is compared stands in
-recipe_arms.py, the profile in recipes.yaml.
+recipe_arms.py, the profile in recipes.yaml, what is made of the records in recipe_report.py.
 """
 
 import argparse
 import gc
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ from torch import Tensor
 
 from benchmarks.recipe_arms import ARMS, CANDIDATES, SEEDS, Arm
 from benchmarks.recipe_report import Phase, make_results, markdown
-from src.distillation.base import EncodedRow, encode_row, end_of_turn_id, load_model, load_tokenizer
-from src.distillation.batching import consecutive, is_validation
+from src.distillation.base import EncodedRow, encode_row, end_of_turn_id, load_model, load_tokenizer, model_fingerprint
+from src.distillation.batching import clean_hashes, consecutive, is_validation
 from src.distillation.engines import EngineSettings, make_engine, opened
 from src.distillation.kd import SECTION, KDConfig, run_kd_pipeline
 from src.distillation.lora import merge_adapter
 from src.distillation.losses import chunk_tokens, divergence, product
 from src.distillation.sft import Request, Sampling, make_requests
 from src.distillation.teacher import Reader, model_reader
+from src.distillation.teacher_cache import read_index
 from src.evaluation.results import repetition
 from src.grading.graders import grade_all, read_dataset
 from src.grading.rows import Row, family_of
@@ -45,18 +47,23 @@ from src.utils.common import (
     ROOT,
     UserError,
     append_jsonl,
+    finish_stage,
     logger,
     provenance,
     read_json,
     read_jsonl,
+    refuse_mismatch,
     repair_jsonl_tail,
     run_cli,
     sha256_file,
+    sha256_text,
+    stage_state,
+    start_stage,
     write_json,
     write_jsonl,
     write_text,
 )
-from src.utils.config import read_merged, read_profile
+from src.utils.config import build_config, read_merged, read_profile
 from src.utils.stages import locked
 
 PROFILE = Path(__file__).with_name("recipes.yaml")
@@ -66,28 +73,65 @@ BATCH = 128  # answers in one forward pass
 # how answers are graded: greedily, and drawn from the model's own distribution, which no filter mends
 GRADED = {"greedy": Sampling(0.0, 1.0, 0, LONGEST), "T=0.7": Sampling(0.7, 1.0, 0, LONGEST)}
 OWN = Sampling(1.0, 1.0, 0, LONGEST)  # samples of the student itself, on which the reverse KL is measured
-OWN_PROMPTS = 48  # of each domain
+MEASURED_PROMPTS = 48  # of each domain: own samples, and the teacher's answers on which KL and NLL are measured
 READ_TOKENS = 2048  # in one pass
 PHASES = {"choose": CANDIDATES, "table": ARMS}
+MODELS = {"base": "model_name_or_path", "teacher": "teacher_model_name_or_path"}  # measured beside the arms
+WAIT = 20.0  # seconds between two looks whether an arm that another goes on from is trained
+
+
+@dataclass(frozen=True)
+class Job:
+    """One record: an arm with a seed, or a model that is not trained (`arm` None, seed 0).
+
+    folder: of the whole comparison; phase: of `PHASES`.
+    """
+
+    name: str
+    arm: Arm | None
+    seed: int
+    phase: str
+    folder: Path
+    profile: dict[str, Any]
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "records" / self.phase / f"{self.name}.json"
+
+    @property
+    def answers(self) -> Path:
+        return self.folder / "answers" / self.phase / f"{self.name}.jsonl"
+
+    def run_of(self, arm_name: str) -> Path:
+        return self.folder / "train" / f"{arm_name}_seed_{self.seed}"
+
+
+# --- what there is to make
 
 
 def prepare(arguments: argparse.Namespace) -> None:
     """The stages before training, with the profile."""
     for stage in STAGES:
         if stage == "cache_teacher":
-            keep_heldout(Path(read_merged(PROFILE)["experiment_dir"]) / "sft")
+            keep_measured(Path(read_merged(PROFILE)["experiment_dir"]) / "sft")
         command = [sys.executable, str(ROOT / "scripts" / f"{stage}.py"), "--config", str(PROFILE)]
         subprocess.run(command, cwd=ROOT, check=True)
 
 
-def keep_heldout(folder: Path) -> None:
-    """Measure KL and NLL on a part of the evaluation rows: every run does, and all of them would take it minutes."""
+def keep_measured(folder: Path) -> None:
+    """Cut the evaluation's clean rows down to those on which KL and NLL are measured, for every run measures them; all
+    prompts are graded all the same. stats.json still counts what there was."""
     path = folder / "sft_eval_data_clean.jsonl"
-    rows = read_jsonl(path)
-    chosen = []
+    write_jsonl(path, measured_of(read_jsonl(path)))
+
+
+def measured_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each domain the first by their ids, which are hashes."""
+    chosen: list[dict[str, Any]] = []
     for domain in sorted({row["domain"] for row in rows}):
-        chosen += sorted((row for row in rows if row["domain"] == domain), key=lambda row: row["id"])[:OWN_PROMPTS]
-    write_jsonl(path, chosen)
+        own = sorted((row for row in rows if row["domain"] == domain), key=lambda row: row["id"])
+        chosen += own[:MEASURED_PROMPTS]
+    return chosen
 
 
 def asked_rows(phase: str, profile: dict[str, Any]) -> list[Row]:
@@ -99,76 +143,100 @@ def asked_rows(phase: str, profile: dict[str, Any]) -> list[Row]:
     return [row for row in rows if is_validation(row["id"], profile["validation_fraction"])]
 
 
-def train(arm: Arm, seed: int, profile: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One training run in `folder`/train/NAME, which is gone on with if it was killed."""
-    settings = profile | arm.settings
-    settings |= {"seed": seed, "max_steps": arm.steps, "warmup_steps": arm.steps // 10}
-    settings |= {"eval_steps": 0, "save_steps": max(10, arm.steps // 2)}
-    if arm.after:
-        settings["init_from"] = str(folder / "train" / f"{arm.after}_seed_{seed}" / "final_model")
-    return run_kd_pipeline(settings | {"output_dir": str(folder / "train" / f"{arm.name}_seed_{seed}")})
+def jobs_of(phase: str, folder: Path, only: Sequence[str] = ()) -> list[Job]:
+    """All records of a phase: every arm with one seed, before any has a second; then the models.
+
+    Raises:
+        UserError: `only` names an arm that there is not.
+    """
+    profile = read_profile(PROFILE, SECTION, KDConfig)
+    arms = {arm.name: arm for arm in PHASES[phase]}
+    if unknown := set(only) - {*arms, *MODELS}:
+        raise UserError(f"--only {min(unknown)}: no such arm in {phase}; there are {', '.join([*arms, *MODELS])}")
+    jobs = []
+    for seed in SEEDS if phase == "table" else SEEDS[:1]:
+        for arm in arms.values():
+            jobs.append(Job(f"{arm.name}_seed_{seed}", arm, seed, phase, folder, profile))
+    jobs += [Job(name, None, 0, phase, folder, profile) for name in MODELS]
+    return [job for job in jobs if not only or (job.arm.name if job.arm else job.name) in only]
 
 
-def requests_of(rows: Sequence[Row], phase: str) -> list[Request]:
-    """All answers that are wanted of an arm; the seeds are the same for all: common random numbers."""
+def made_of(job: Job) -> dict[str, Any]:
+    """What tells a record from one that another version of the comparison made."""
+    data = Path(read_merged(PROFILE)["data_dir"])
+    after = next((arm for arm in ARMS if job.arm and arm.name == job.arm.after), None)
+    facts = {
+        "arm": asdict(job.arm) if job.arm else job.name,
+        "after": asdict(after) if after else None,
+        "seed": job.seed,
+        "training": job.profile,
+        "rows": clean_hashes(Path(job.profile["experiment_dir"]) / "sft"),
+        "prompts": sha256_file(data / f"{'eval' if job.phase == 'table' else 'train'}_dataset.jsonl"),
+        "sampling": {name: asdict(sampling) for name, sampling in {**GRADED, "own": OWN}.items()},
+        "measured_prompts": MEASURED_PROMPTS,
+    }
+    return json.loads(json.dumps(facts))
+
+
+# --- one record
+
+
+def train(job: Job) -> dict[str, Any]:
+    """The arm's training run, which is gone on with if it was killed."""
+    assert job.arm is not None
+    settings = job.profile | job.arm.settings
+    settings |= {"seed": job.seed, "max_steps": job.arm.steps, "warmup_steps": job.arm.steps // 10}
+    settings |= {"eval_steps": 0, "save_steps": max(10, job.arm.steps // 2)}
+    if job.arm.after:
+        settings["init_from"] = str(job.run_of(job.arm.after) / "final_model")
+    return run_kd_pipeline(settings | {"output_dir": str(job.run_of(job.arm.name))})
+
+
+def requests_of(job: Job) -> list[Request]:
+    """All answers that are wanted; the seeds are the same for all arms: common random numbers."""
+    rows = asked_rows(job.phase, job.profile)
     requests: list[Request] = []
     for name, sampling in GRADED.items():
         requests += make_requests(rows, 1, 0, sampling, name)
-    if phase == "table":
-        requests += make_requests(own_prompts(rows), 1, 0, OWN, "own")
+    if job.phase == "table":
+        requests += make_requests(measured_of(rows), 1, 0, OWN, "own")
     return requests
 
 
-def own_prompts(rows: Sequence[Row]) -> list[Row]:
-    """Of each domain the first by their ids, which are hashes."""
-    chosen = []
-    for domain in sorted({row["domain"] for row in rows}):
-        own = sorted((row for row in rows if row["domain"] == domain), key=lambda row: row["id"])
-        chosen += own[:OWN_PROMPTS]
-    return chosen
-
-
-def answers_of(model: str, adapter: str, rows: Sequence[Row], phase: str, path: Path) -> list[dict[str, Any]]:
-    """Every answer of a model (with an adapter merged), appended to `path` as they come."""
-    requests = requests_of(rows, phase)
+def answer(job: Job, model: str, adapter: str) -> list[dict[str, Any]]:
+    """Every answer of a model (with an adapter merged), stored as they come; another model's are thrown away."""
+    requests, path, marker = requests_of(job), job.answers, job.answers.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = sha256_file(Path(adapter) / "adapter_model.safetensors") if adapter else ""
+    asked = sha256_text(json.dumps([asdict(request) for request in requests]))
+    fingerprint = {"model": model_fingerprint(model), "adapter": weights, "requests": asked, "batch_size": BATCH}
+    others = marker.is_file() and read_json(marker)["fingerprint"] != fingerprint
+    if stage_state(marker, fingerprint, overwrite=others, outputs=[path]) == "done":
+        return read_jsonl(path)
+    start_stage(marker, fingerprint)
+    path.touch()
     repair_jsonl_tail(path)
-    stored = read_jsonl(path) if path.is_file() and path.stat().st_size else []
+    stored = read_jsonl(path) if path.stat().st_size else []
     known = {(row["id"], row["seed"]) for row in stored}
     done = frozenset(request for request in requests if (request.id, request.seed) in known)
-    engine = make_engine(EngineSettings(batch_size=BATCH), model, (), adapter=adapter)
-    with opened(engine) as generate:
+    with opened(make_engine(EngineSettings(batch_size=BATCH), model, (), adapter=adapter)) as generate:
         for part in generate(requests, done):
             append_jsonl(path, part)
     gc.collect()
-    return sorted(read_jsonl(path), key=lambda row: (row["id"], row["seed"]))
-
-
-def graded(answers: Sequence[dict[str, Any]], rows: Sequence[Row], sampling: Sampling) -> dict[str, Any]:
-    """Which are right, in the order of `rows`, and what the answers look like."""
-    by_id = {answer["id"]: answer for answer in answers if answer["sampling"] == asdict(sampling)}
-    given = [by_id[row["id"]] for row in rows]
-    grades = grade_all(
-        [(row, answer["response"], answer["finish_reason"]) for row, answer in zip(rows, given, strict=True)],
-        Sandbox("none", "there is no code to run"),
-    )
-    return {
-        "right": [grade.outcome == "correct" for grade in grades],
-        "tokens": [answer["num_tokens"] for answer in given],
-        "repetition": [repetition(answer["response"]) for answer in given],
-        "truncated": sum(answer["finish_reason"] == "length" for answer in given),
-    }
+    finish_stage(marker, fingerprint)
+    return read_jsonl(path)
 
 
 def encoded(answers: Sequence[dict[str, Any]], tokenizer: Any) -> list[EncodedRow]:
-    """Sampled answers as the models read them; one that was cut ends where it was cut."""
+    """Sampled answers as the models read them; one that was cut ends where it was cut, see `rounds.read_own_pairs`."""
     rows, end = [], end_of_turn_id(tokenizer)
-    for answer in answers:
-        messages = [{"role": "user", "content": answer["prompt"]}, {"role": "assistant", "content": answer["response"]}]
-        row = {"id": answer["id"], "messages": messages, "finish_reason": answer["finish_reason"]}
-        ids = encode_row(tokenizer, row, end)
-        if answer["finish_reason"] == "length" and ids.response_ids[-1] == end:
-            ids = replace(ids, response_ids=ids.response_ids[:-1])
-        rows.append(ids)
+    for given in sorted(answers, key=lambda row: row["id"]):
+        text = given["response"]
+        if given["finish_reason"] == "length":
+            text = text.rstrip("\ufffd")  # a part of a character
+        messages = [{"role": "user", "content": given["prompt"]}, {"role": "assistant", "content": text}]
+        row = {"id": given["id"], "messages": messages, "finish_reason": given["finish_reason"]}
+        rows.append(encode_row(tokenizer, row, end))
     return [row for row in rows if row.response_ids]
 
 
@@ -178,13 +246,17 @@ def logits_of(reader: Reader, hidden_NH: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reverse_kl(student: Reader, teacher: Reader, rows: Sequence[EncodedRow]) -> list[float]:
-    """KL(student || teacher) at T = 1, summed over the tokens of each row: on the student's own samples its mean over
-    rows is the KL of the two distributions over whole answers, up to the cut (MiniLLM, Gu et al. 2024, equation 1)."""
+    """KL(student || teacher) at T = 1, summed over the tokens of each row.
+
+    On the student's own samples its mean over rows estimates the KL of the two distributions over whole answers, up to
+    the cut, by the chain rule (what MiniLLM minimises: Gu et al. 2024, equation 1).
+    """
     sums: list[float] = []
+    size = chunk_tokens(student.vocab_size)
     for batch in consecutive(rows, READ_TOKENS, len):
-        states = [reader.hidden(batch) for reader in (student, teacher)]
+        states = [reader.hidden(batch).split(size) for reader in (student, teacher)]
         parts = []
-        for student_NH, teacher_NH in zip(*(s.split(chunk_tokens(student.vocab_size)) for s in states), strict=True):
+        for student_NH, teacher_NH in zip(*states, strict=True):
             log_q = torch.log_softmax(logits_of(student, student_NH), -1)
             log_p = torch.log_softmax(logits_of(teacher, teacher_NH), -1)
             parts.append(divergence(log_p, log_q, "reverse_kl"))
@@ -194,133 +266,161 @@ def reverse_kl(student: Reader, teacher: Reader, rows: Sequence[EncodedRow]) -> 
 
 
 def own_samples(answers: Sequence[dict[str, Any]], model: str, adapter: str, teacher: str) -> dict[str, Any]:
-    """Tokens and reverse KL of a student's own answers at T = 1."""
+    """Tokens and reverse KL of a model's own answers at T = 1."""
     tokenizer = load_tokenizer(model)
-    chosen = [answer for answer in answers if answer["sampling"] == asdict(OWN)]
-    rows = encoded(chosen, tokenizer)
+    rows = encoded([given for given in answers if given["sampling"] == asdict(OWN)], tokenizer)
     student = load_model(model, torch.float32)
     if adapter:
         student = merge_adapter(student, adapter)
+    models = (student, load_model(teacher, torch.float32))
     size = max(tokenizer.get_vocab().values()) + 1
-    readers = [
-        model_reader(m, tokenizer.pad_token_id, False).cut(size) for m in (student, load_model(teacher, torch.float32))
-    ]
-    sums = reverse_kl(*readers, rows)
+    readers = [model_reader(loaded, tokenizer.pad_token_id, packing=False).cut(size) for loaded in models]
     return {
         "ids": [row.id for row in rows],
         "tokens": [len(row.response_ids) for row in rows],
-        "reverse_kl": [round(value, 5) for value in sums],
+        "reverse_kl": reverse_kl(*readers, rows),
     }
 
 
-def cost_of(arm: Arm, results: dict[str, Any], run: Path) -> dict[str, Any]:
-    """What a run took: tokens that the student trained on and wrote, and that the teacher wrote and read."""
-    rounds = [read_json(path) for path in sorted(run.glob("rounds/*/round.json"))]
-    return {
-        "train_steps": results["steps"],
-        "train_seconds": results["train_seconds"],
+def cost_of(job: Job, arm: Arm) -> dict[str, float]:
+    """Tokens that an arm takes, with those of the arm that it goes on from.
+
+    The teacher's answers count as often as they are learned from, at their mean length. Seconds are not told, for runs
+    share the machine.
+    """
+    results = read_json(job.run_of(arm.name) / "kd_results.json")
+    rounds = [read_json(path) for path in sorted(job.run_of(arm.name).glob("rounds/*/round.json"))]
+    own_rows = sum(facts["rows"] for facts in rounds)
+    config = build_config(KDConfig, job.profile | arm.settings)
+    index = read_index(Path(config.experiment_dir) / "teacher_cache")
+    answers = arm.steps * config.rows_per_step - own_rows
+    cost = {
+        "steps": results["steps"],
         "student_tokens_trained": results["train_tokens"],
         "student_tokens_written": sum(facts["sampled_tokens"] for facts in rounds),
+        "teacher_tokens_written": answers * index["tokens"] / len(index["rows"]),
         "teacher_tokens_read_of_own": sum(facts["tokens_read"] for facts in rounds),
-        "round_seconds": sum(facts["answering_seconds"] + facts["caching_seconds"] for facts in rounds),
     }
+    if arm.after:
+        before = cost_of(job, next(own for own in ARMS if own.name == arm.after))
+        cost = {name: value + before[name] for name, value in cost.items()}
+    return cost
 
 
-def answers_path(folder: Path, phase: str, name: str) -> Path:
-    return folder / "answers" / phase / f"{name}.jsonl"
+def make(job: Job) -> dict[str, Any]:
+    """Train, answer and measure; what the record holds."""
+    facts: dict[str, Any] = {"name": job.arm.name if job.arm else job.name, "seed": job.seed, "made_of": made_of(job)}
+    model, adapter = job.profile[MODELS.get(job.name, "model_name_or_path")], ""
+    if job.arm:
+        results = train(job)
+        adapter = str(job.run_of(job.arm.name) / "final_model")
+        facts |= {"heldout": results["after"], "cost": cost_of(job, job.arm)}
+    answers = answer(job, model, adapter)
+    if job.phase == "table":
+        facts["own"] = own_samples(answers, model, adapter, job.profile["teacher_model_name_or_path"])
+    return facts | {"answers_sha256": sha256_file(job.answers), "provenance": provenance()}
 
 
-def measure(name: str, adapter: str, phase: str, folder: Path, profile: dict[str, Any], model: str) -> dict[str, Any]:
-    """The answers of one model, and what only models can tell of them; `report` grades them."""
-    rows, path = asked_rows(phase, profile), answers_path(folder, phase, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    answers = answers_of(model, adapter, rows, phase, path)
-    found: dict[str, Any] = {"answers_sha256": sha256_file(path)}
-    if phase == "table":
-        teacher = profile["teacher_model_name_or_path"]
-        found["own"] = own_samples(answers, model, adapter, teacher)
-    return found
+# --- all records
 
 
-def run_arm(arm: Arm, seed: int, phase: str, folder: Path, profile: dict[str, Any]) -> dict[str, Any]:
-    """Train and measure; what its record holds."""
-    started = time.monotonic()
-    run = folder / "train" / f"{arm.name}_seed_{seed}"
-    results = train(arm, seed, profile, folder)
-    found = measure(run.name, str(run / "final_model"), phase, folder, profile, profile["model_name_or_path"])
-    return {
-        "arm": asdict(arm),
-        "seed": seed,
-        "heldout": {name: results[name] for name in ("before", "after", "teacher")},
-        "cost": cost_of(arm, results, run),
-        **found,
-        "adapter_sha256": results["adapter_sha256"],
-        "wall_seconds": time.monotonic() - started,
-        "provenance": provenance(),
-    }
+def is_made(job: Job) -> bool:
+    """Whether the record is there.
+
+    Raises:
+        UserError: it was made with other settings or rows.
+    """
+    if not job.record.is_file():
+        return False
+    way_out = f"move it and {job.run_of(job.arm.name) if job.arm else job.answers} away to have it made again"
+    refuse_mismatch(job.record, read_json(job.record)["made_of"], made_of(job), way_out)
+    return True
 
 
-def run_model(name: str, phase: str, folder: Path, profile: dict[str, Any]) -> dict[str, Any]:
-    """Measure the bare student or the teacher."""
-    key = "model_name_or_path" if name == "base" else "teacher_model_name_or_path"
-    found = measure(name, "", phase, folder, profile, profile[key])
-    return {"arm": {"name": name}, "seed": None, **found, "provenance": provenance()}
+def waits(job: Job) -> bool:
+    """Whether the run that this one goes on from is not there yet."""
+    return bool(job.arm and job.arm.after) and not (job.run_of(job.arm.after) / "kd_results.json").is_file()
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Make every record of a phase that is missing; runs that another process makes are left to it."""
-    folder, phase = Path(arguments.output), arguments.phase
-    profile = read_profile(PROFILE, SECTION, KDConfig)
-    records = folder / "records" / phase
-    records.mkdir(parents=True, exist_ok=True)
-    (folder / "train").mkdir(exist_ok=True)
-    seeds = SEEDS if phase == "table" else SEEDS[:1]
-    arms = [arm for arm in PHASES[phase] if not arguments.only or arm.name in arguments.only]
-    todo: list[tuple[str, Arm | None, int]] = []
-    for seed in seeds:  # all arms with one seed, before any has a second
-        todo += [(f"{arm.name}_seed_{seed}", arm, seed) for arm in arms]
-    if not arguments.only:
-        todo += [("base", None, 0), ("teacher", None, 0)]
-    for name, arm, seed in todo:
-        path = records / f"{name}.json"
-        try:
-            with locked(records / f".{name}.lock", timeout=0):
-                if path.is_file():
-                    continue
-                logger.info("%s: %s", phase, name)
-                made = run_arm(arm, seed, phase, folder, profile) if arm else run_model(name, phase, folder, profile)
-                write_json(path, made)
-        except Timeout:
-            continue
+    """Make every record of a phase that is missing; what another process makes is left to it and looked at later.
+
+    Raises:
+        UserError: an arm goes on from one that is not there and is not asked for.
+    """
+    folder = Path(arguments.output)
+    left = jobs_of(arguments.phase, folder, arguments.only)
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    names = {job.arm.name for job in left if job.arm}
+    for job in left:
+        if waits(job) and job.arm.after not in names:
+            raise UserError(f"{job.name} goes on from {job.arm.after}, which is not trained; add it to --only")
+    while left:
+        waiting = []
+        for job in left:
+            job.record.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with locked(job.record.with_name(f".{job.name}.lock"), timeout=0):
+                    if is_made(job):
+                        continue
+                    if waits(job):
+                        waiting.append(job)
+                        continue
+                    logger.info("%s: %s", job.phase, job.name)
+                    write_json(job.record, make(job))
+            except Timeout:  # another process makes it, or dies of it
+                waiting.append(job)
+        left = waiting
+        if left:
+            time.sleep(WAIT)
 
 
-def read_records(folder: Path, phase: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+# --- what came of it
+
+
+def graded(answers: Sequence[dict[str, Any]], rows: Sequence[Row], sampling: Sampling) -> dict[str, Any]:
+    """Which are right, in the order of `rows`, and what the answers look like."""
+    by_id = {given["id"]: given for given in answers if given["sampling"] == asdict(sampling)}
+    given = [by_id[row["id"]] for row in rows]
+    grades = grade_all(
+        [(row, one["response"], one["finish_reason"]) for row, one in zip(rows, given, strict=True)],
+        Sandbox("none", "there is no code to run"),
+    )
+    return {
+        "right": [grade.outcome == "correct" for grade in grades],
+        "tokens": [one["num_tokens"] for one in given],
+        "repetition": [repetition(one["response"]) for one in given],
+        "truncated": sum(one["finish_reason"] == "length" for one in given),
+    }
+
+
+def read_phase(phase: str, folder: Path) -> Phase:
     """What there is of a phase, every answer graded.
 
     Raises:
-        UserError: the answers of a record are not those that it was made with.
+        UserError: a record was made with other settings, or its answers are not those that it was made with.
     """
+    rows = asked_rows(phase, read_profile(PROFILE, SECTION, KDConfig))
     records = []
-    for path in sorted((folder / "records" / phase).glob("*.json")):
-        answers = answers_path(folder, phase, path.stem)
-        record = read_json(path)
-        if not answers.is_file() or sha256_file(answers) != record["answers_sha256"]:
-            raise UserError(f"{answers}: missing or not as it was written; delete {path} and run `{phase}` again")
-        given = read_jsonl(answers)
-        records.append(record | {"graded": {cell: graded(given, rows, s) for cell, s in GRADED.items()}})
-    return records
+    for job in jobs_of(phase, folder):
+        if not is_made(job):
+            continue
+        record = read_json(job.record)
+        if not job.answers.is_file() or sha256_file(job.answers) != record["answers_sha256"]:
+            raise UserError(
+                f"{job.answers}: missing or not as it was written; delete it, if it is there, and {job.record}, and "
+                f"run `{phase}` again"
+            )
+        answers = read_jsonl(job.answers)
+        records.append(record | {"graded": {cell: graded(answers, rows, s) for cell, s in GRADED.items()}})
+    prompts = [{"id": row["id"], "domain": row["domain"], "family": family_of(row)} for row in rows]
+    return Phase(prompts, records)
 
 
 def report(arguments: argparse.Namespace) -> None:
     """recipes.json and recipes.md."""
-    profile = read_profile(PROFILE, SECTION, KDConfig)
     folder = Path(arguments.output)
-    phases = {}
-    for phase in PHASES:
-        rows = asked_rows(phase, profile)
-        prompts = [{"id": row["id"], "domain": row["domain"], "family": family_of(row)} for row in rows]
-        phases[phase] = Phase(prompts, read_records(folder, phase, rows))
-    results = make_results(phases["choose"], phases["table"])
+    results = make_results(*(read_phase(phase, folder) for phase in PHASES))
     write_json(Path(arguments.json or folder / "recipes.json"), results)
     write_text(folder / "recipes.md", markdown(results))
     print(markdown(results))

@@ -3,6 +3,7 @@ says what the records say."""
 
 import argparse
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -18,16 +19,16 @@ from src.distillation.kd import KDConfig
 from src.distillation.sft import Sampling
 from src.distillation.teacher import model_reader
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
-from src.evaluation.statistics import crossed
+from src.evaluation.statistics import crossed, holm
 from src.grading.rows import dataset_row
-from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
+from src.utils.common import UserError, read_json, read_jsonl, sha256_file, write_jsonl
 from src.utils.config import build_config, read_profile
 
 
 def test_every_arm_is_a_run_and_all_take_equally_many_steps():
     profile = read_profile(recipes.PROFILE, recipes.SECTION, KDConfig)
     by_name = {arm.name: arm for arm in ARMS}
-    assert len(by_name) == len(ARMS)
+    assert len({arm.name for arm in [*ARMS, *CANDIDATES]}) == len(ARMS) + len(CANDIDATES)  # their runs lie side by side
     begun = {arm.after for arm in ARMS if arm.after}
     for arm in [*ARMS, *CANDIDATES]:
         config = build_config(KDConfig, profile | arm.settings)
@@ -81,23 +82,26 @@ def experiment(tmp_path, tiny_models, monkeypatch):
         Arm("begun", "begun", {"temperature": 1.0}, 2),
         Arm("after", "after", on_policy(1.0, 10, temperature=1.0), 2, "begun"),
     ]
+    candidate = Arm("candidate_sft", "sft", {"alpha": 0.0}, 1)
+    monkeypatch.setattr(recipes, "ARMS", arms)
+    monkeypatch.setattr(recipes, "WAIT", 0.1)
     monkeypatch.setattr(recipes, "PROFILE", tmp_path / "recipes.yaml")
-    monkeypatch.setattr(recipes, "PHASES", {"choose": arms[:1], "table": arms})
+    monkeypatch.setattr(recipes, "PHASES", {"choose": [candidate], "table": arms})
     monkeypatch.setattr(recipes, "OWN", Sampling(1.0, 1.0, 0, 8))
     monkeypatch.setattr(recipes, "GRADED", {n: Sampling(t, 1.0, 0, 8) for n, t in (("greedy", 0.0), ("T=0.7", 0.7))})
     for module in (recipes, recipe_report):
         monkeypatch.setattr(module, "SEEDS", (1, 2))
     monkeypatch.setattr(recipe_report, "ARMS", arms)
-    monkeypatch.setattr(recipe_report, "CANDIDATES", arms[:1])
+    monkeypatch.setattr(recipe_report, "CANDIDATES", [candidate])
     monkeypatch.setattr(recipe_report, "AGAINST", ("sft",))
     return tmp_path
 
 
-def asked(folder, phase: str) -> argparse.Namespace:
-    return argparse.Namespace(phase=phase, output=str(folder / "out"), only=[], json=None)
+def asked(folder, phase: str, *only: str) -> argparse.Namespace:
+    return argparse.Namespace(phase=phase, output=str(folder / "out"), only=only, json=None)
 
 
-def test_runs_are_made_once_and_the_report_says_what_they_answered(experiment):
+def test_runs_are_made_once_and_the_report_says_what_they_answered(experiment, monkeypatch):
     for phase in ("choose", "table"):
         recipes.work(asked(experiment, phase))
     records = sorted((experiment / "out" / "records" / "table").glob("*.json"))
@@ -107,13 +111,16 @@ def test_runs_are_made_once_and_the_report_says_what_they_answered(experiment):
     recipes.work(asked(experiment, "table"))
     assert [path.stat().st_mtime_ns for path in records] == written  # nothing was made twice
 
-    # the arm that goes on from another: its own answers, and that other's adapter
-    after = read_json(experiment / "out" / "records" / "table" / "after_seed_2.json")
+    # the arm that goes on from another: its own answers, that other's adapter, and the cost of both
+    after, begun = (read_json(path) for path in records if path.stem in ("after_seed_2", "begun_seed_2"))
     rounds = sorted((experiment / "out" / "train" / "after_seed_2" / "rounds").glob("*/round.json"))
     assert after["cost"]["student_tokens_written"] == sum(read_json(path)["sampled_tokens"] for path in rounds) > 0
-    config = read_json(experiment / "out" / "train" / "after_seed_2" / "kd_config.json")
-    begun = read_json(experiment / "out" / "records" / "table" / "begun_seed_2.json")
-    assert config["fingerprint"]["init_from"] == begun["adapter_sha256"]
+    run = experiment / "out" / "train" / "after_seed_2"
+    weights = experiment / "out" / "train" / "begun_seed_2" / "final_model" / "adapter_model.safetensors"
+    assert read_json(run / "kd_config.json")["fingerprint"]["init_from"] == sha256_file(weights)
+    assert after["cost"]["steps"] == 4
+    trained = read_json(run / "kd_results.json")["train_tokens"] + begun["cost"]["student_tokens_trained"]
+    assert after["cost"]["student_tokens_trained"] == trained
 
     recipes.report(asked(experiment, "report"))
     results = read_json(experiment / "out" / "recipes.json")
@@ -130,9 +137,43 @@ def test_runs_are_made_once_and_the_report_says_what_they_answered(experiment):
 
     # answers that are not those of the record are refused
     path = experiment / "out" / "answers" / "table" / "sft_seed_1.jsonl"
-    path.write_text(path.read_text(encoding="utf-8").replace("stop", "length"), encoding="utf-8")
+    kept = path.read_text(encoding="utf-8")
+    path.write_text(kept.replace("stop", "length"), encoding="utf-8")
     with pytest.raises(UserError, match=r"sft_seed_1\.jsonl: missing or not as it was written"):
         recipes.report(asked(experiment, "report"))
+    path.write_text(kept, encoding="utf-8")
+
+    # an arm that means another thing now is not taken for what was measured
+    changed = [Arm("sft", "SFT", {"alpha": 0.0, "learning_rate": 1e-3}, 2)]
+    monkeypatch.setitem(recipes.PHASES, "table", changed)
+    with pytest.raises(UserError, match=r"sft_seed_1\.json was made with arm = .* move it and .*train/sft_seed_1 away"):
+        recipes.work(asked(experiment, "table"))
+
+
+def test_answers_of_other_weights_are_thrown_away(experiment, tiny_models):
+    [job] = recipes.jobs_of("choose", experiment / "out", ["base"])
+    first = recipes.answer(job, tiny_models.student, "")
+    written = job.answers.stat().st_mtime_ns
+    assert recipes.answer(job, tiny_models.student, "") == first
+    assert job.answers.stat().st_mtime_ns == written
+    assert recipes.answer(job, tiny_models.teacher, "") != first
+
+
+def test_what_cannot_be_made_is_said(experiment):
+    with pytest.raises(UserError, match="--only kd: no such arm in table; there are sft, begun, after, base, teacher"):
+        recipes.work(asked(experiment, "table", "kd"))
+    with pytest.raises(UserError, match="after_seed_1 goes on from begun, which is not trained; add it to --only"):
+        recipes.work(asked(experiment, "table", "after"))
+
+
+def test_a_cut_answer_ends_where_it_was_cut(tiny_models):
+    tokenizer = load_tokenizer(tiny_models.student)
+    given = {"prompt": "What?", "finish_reason": "length"}
+    answers = [given | {"id": "a", "response": "so"}, given | {"id": "b", "response": "s\ufffd"}]
+    answers += [given | {"id": "c", "response": ""}, given | {"id": "d", "response": "", "finish_reason": "stop"}]
+    end = end_of_turn_id(tokenizer)
+    found = {row.id: tokenizer.decode(row.response_ids) for row in recipes.encoded(answers, tokenizer)}
+    assert found == {"a": "so", "b": "s", "d": tokenizer.decode([end])}
 
 
 def test_settings_are_chosen_on_validation_rows_and_judged_on_others(experiment):
@@ -159,43 +200,56 @@ def test_reverse_kl_is_that_of_full_logits(tiny_models, clean_rows):
 
 
 def record(arm: str, seed: int, right: list[int], own: list[float]) -> dict:
-    graded = {
-        "right": [bool(r) for r in right],
-        "tokens": [3] * len(right),
-        "repetition": [0.0] * len(right),
-        "truncated": 0,
+    graded = {"right": [bool(r) for r in right], "tokens": [3] * len(right)}
+    graded |= {"repetition": [0.0] * len(right), "truncated": 0}
+    return {
+        "name": arm,
+        "seed": seed,
+        "made_of": {"arm": arm, "after": None},
+        "graded": dict.fromkeys(recipe_report.CELLS, graded),
+        "own": {"ids": [str(i) for i in range(len(own))], "tokens": [2] * len(own), "reverse_kl": own},
+        "provenance": {"git_commit": "abc", "git_dirty": False},
     }
-    samples = {"ids": [str(i) for i in range(len(own))], "tokens": [2] * len(own), "reverse_kl": own}
-    return {"arm": {"name": arm}, "seed": seed, "graded": dict.fromkeys(recipe_report.CELLS, graded), "own": samples,
-            "provenance": {"git_commit": "abc"}}  # fmt: skip
 
 
-def test_differences_are_paired_by_prompt_and_seed():
+def test_differences_are_paired_by_prompt_and_seed_and_corrected():
     prompts = [{"id": str(i), "domain": "ab"[i % 2], "family": str(i // 2)} for i in range(8)]
     generator = np.random.default_rng(0)
-    right = generator.integers(0, 2, (2, 3, 8))
-    own = generator.random((2, 3, 4))
+    right = generator.integers(0, 2, (3, 3, 8))
+    own = generator.random((3, 3, 4))
     records = []
-    for arm, name in enumerate(("sft", "kd_T1")):
+    for arm, name in enumerate(("sft", "kd_T1", "jsd")):
         for seed in (1, 2, 3):
             records.append(record(name, seed, right[arm, seed - 1].tolist(), own[arm, seed - 1].tolist()))
     phase = Phase(prompts, records[::-1])  # in no order
     results = recipe_report.make_results(Phase(prompts, []), phase)
-    [found] = [d for d in results["differences"] if d["arm"] == "kd_T1"]
+    found = {d["arm"]: d for d in results["differences"] if d["against"] == "sft"}
     families = [prompt["family"] for prompt in prompts]
-    wanted = crossed((right[1] - right[0]).astype(float), families)
-    assert found["accuracy"]["greedy"]["both"] == recipe_report.interval(wanted)
-    wanted = crossed((right[1] - right[0]).astype(float)[:, ::2], families[::2])
-    assert found["accuracy"]["T=0.7"]["a"] == recipe_report.interval(wanted)
-    assert found["own_reverse_kl"] == recipe_report.interval(crossed(own[1] - own[0], families[:4]))
+    gaps = (right[1] - right[0]).astype(float)
+    holms = holm([crossed((right[arm] - right[0]).astype(float), families).p for arm in (1, 1, 2, 2)])
+    wanted = asdict(crossed(gaps, families)) | {"corrected_p": holms[0]}
+    assert found["kd_T1"]["accuracy"]["greedy"]["both"] == wanted
+    assert found["kd_T1"]["accuracy"]["T=0.7"]["a"] == asdict(crossed(gaps[:, ::2], families[::2]))
+    own_p = holm([crossed(own[arm] - own[0], families[:4]).p for arm in (1, 2)])
+    wanted = asdict(crossed(own[2] - own[0], families[:4])) | {"corrected_p": own_p[1]}
+    assert found["jsd"]["own_reverse_kl"] == wanted
     assert json.loads(json.dumps(results)) == results
 
 
-def test_an_arm_that_lacks_a_seed_is_left_out():
+def test_an_arm_that_lacks_a_seed_is_left_out_and_named():
     prompts = [{"id": "0", "domain": "a", "family": "0"}, {"id": "1", "domain": "a", "family": "1"}]
     records = [record("sft", seed, [1, 0], [0.1, 0.2]) for seed in (1, 2, 3)]
     records += [record("kd_T1", seed, [1, 1], [0.1, 0.2]) for seed in (1, 2)]
     results = recipe_report.make_results(Phase(prompts, []), Phase(prompts, records))
     assert [facts["name"] for facts in results["arms"]] == ["sft"]
+    assert "kd_T1" in results["unfinished"]
+    assert "left out: kd_T2.5, kd_T1," in recipe_report.what_was_asked(results)[0]
     with pytest.raises(UserError, match="no arm has a record of every seed"):
         recipe_report.make_results(Phase(prompts, []), Phase(prompts, records[3:]))
+
+
+def test_what_holds_is_bold():
+    found = {"value": 0.042, "low": 0.01, "high": 0.074, "corrected_p": 0.03}
+    assert recipe_report.signed(found, 100, 1) == "**+4.2** (1.0 to 7.4)"
+    assert recipe_report.signed(found | {"corrected_p": 0.06}, 100, 1) == "+4.2 (1.0 to 7.4)"
+    assert recipe_report.signed(found | {"low": None}, 100, 1) == "**+4.2**"

@@ -1,5 +1,6 @@
 """Intervals cover what they say, tests err as seldom as they say, and a planted gain is found as often as they say."""
 
+from dataclasses import astuple
 from itertools import product
 from math import comb
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest, norm, t
+from scipy.stats import binom, binomtest, norm, t, ttest_1samp
 
 from src.evaluation import statistics
 from src.evaluation.statistics import (
     ALPHA,
+    Crossed,
     Estimate,
     by_family,
     crossed,
@@ -355,25 +357,23 @@ def test_crossed_is_students_interval_where_one_of_the_two_varies_alone():
     by_prompt = crossed(np.tile(values, (3, 1)), alone(4))  # every seed says the same
     by_seed = crossed(np.tile(values[:, None], (1, 5)), alone(5))  # every prompt says the same
     half = t.ppf(0.975, 3) * values.std(ddof=1) / 2
-    for found in (by_prompt, by_seed):
-        assert found == pytest.approx(Estimate(values.mean(), values.mean() - half, values.mean() + half))
+    for found, share in ((by_prompt, 0.0), (by_seed, 1.0)):
+        assert found.value == pytest.approx(values.mean())
+        assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half))
+        assert found.p == pytest.approx(ttest_1samp(values, 0).pvalue)
+        assert found.seed_share == pytest.approx(share)
 
 
 def test_crossed_counts_a_family_as_one():
-    values = np.array([[1.0, 0.0, 1.0, 1.0]] * 2)
+    values = np.array([[1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]])
     twice = crossed(np.repeat(values, 3, axis=1), np.repeat(alone(4), 3).tolist())
-    assert twice == pytest.approx(crossed(values, alone(4)))
-
-
-def test_crossed_weighs():
-    values, weights = np.array([[1.0, 4.0], [2.0, 5.0]]), np.array([[3.0, 1.0], [2.0, 2.0]])
-    assert crossed(values, alone(2), weights).value == pytest.approx((values * weights).sum() / 8)
-    assert crossed(values, alone(2), np.ones((2, 2))) == crossed(values, alone(2))
+    assert astuple(twice) == pytest.approx(astuple(crossed(values, alone(4))))
 
 
 def test_crossed_leaves_one_seed_open():
-    assert crossed(np.array([[1.0, 0.0]]), alone(2)) == Estimate(0.5, None, None)
-    assert crossed(np.zeros((2, 2)), alone(2)) == Estimate(0.0, 0.0, 0.0)
+    assert crossed(np.array([[1.0, 0.0]]), alone(2)) == Crossed(0.5, None, None, None, None)
+    assert crossed(np.zeros((2, 2)), alone(2)) == Crossed(0.0, 0.0, 0.0, 1.0, None)
+    assert crossed(np.ones((2, 2)), alone(2)).p == 0.0
 
 
 @pytest.mark.parametrize("of_seeds", [0.0, 0.03, 0.1])
@@ -382,10 +382,12 @@ def test_crossed_covers(of_seeds):
 
     Three seeds tell little of how seeds vary: where these decide, an interval of 95 % covers 90.
     """
-    generator, covered = np.random.default_rng(0), []
+    generator, covered, called = np.random.default_rng(0), [], []
     families = np.repeat(np.arange(31), 10)
     for _ in range(1000):
         values = generator.normal(0, of_seeds, (3, 1)) + generator.normal(0, 0.1, 31)[families]
         found = crossed(values + generator.normal(0, 0.5, (3, 310)), families.tolist())
         covered.append(found.low <= 0 <= found.high)
+        called.append(found.p <= ALPHA)
     assert 0.88 <= np.mean(covered) <= 0.98
+    assert np.mean(called) == pytest.approx(1 - np.mean(covered))
