@@ -1,7 +1,8 @@
 """The filters of sampling, top-k and top-p: which tokens can be drawn, and with what probability.
 
 Answers are drawn through them (`sft.sample_tokens`), and a teacher's logits are cut by them (`losses.kd_loss`), so that
-what a student is taught is what the text was drawn from. Shapes: B rows of V logits, of which K are looked at.
+what a student is taught is what such text was drawn from; a server may filter otherwise (see `losses`). Shapes: B rows
+of V logits, of which K are looked at.
 """
 
 import math
