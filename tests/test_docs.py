@@ -42,6 +42,7 @@ PLANNED = "tests/test_docs.py::test_the_plans_in_the_readme_are_the_planners"
 PLANNED_HERE = "tests/test_docs.py::test_the_plans_in_the_hardware_page_are_the_planners"
 # its client sends what curl does here
 SERVED = "tests/distillation/test_export.py::test_transformers_serve_answers_as_the_evaluation_does"
+RECIPES = "tests/test_recipes.py::test_runs_are_made_once_and_the_report_says_what_they_answered"
 SWEEP = f"python scripts/sweep.py {EMBEDDED} --alpha 0 0.5 0.8 1 --temperature 1 2.5 --seed 1 2"
 # A command that needs no GPU -> the test that runs it (on tiny or reduced inputs), or the script of CI that does.
 RUN_BY = {
@@ -106,6 +107,19 @@ RUN_BY = {
         f"{BENCHMARKS}::test_teacher_generation_writes_its_record",
     "python benchmarks/sweep_generation.py --mode medium --output benchmarks/results/sweep_generation.json":
         f"{BENCHMARKS}::test_sweep_generation_asks_both_for_the_same_answers",
+    f"python scripts/run_improved_kd.py {EMBEDDED} --temperature 1 --teacher_temperature 0.2 --teacher_top_k 20 "
+    "--teacher_top_p 0.9":
+        "tests/distillation/test_kd.py::test_what_the_teachers_sampling_kept_is_a_setting_of_the_run",
+    f"python scripts/run_improved_kd.py {EMBEDDED} --on_policy_rounds 5 --on_policy_fraction 0.5":
+        "tests/distillation/test_rounds.py::test_a_run_killed_anywhere_ends_as_an_uninterrupted_one",
+    f"python scripts/run_improved_kd.py {EMBEDDED} --init_from RUN --on_policy_rounds 5 --on_policy_fraction 1":
+        "tests/distillation/test_rounds.py::test_a_run_that_begins_from_an_adapter_answers_with_it",
+    "python benchmarks/recipes.py prepare":
+        "tests/test_recipes.py::test_prepare_runs_the_stages_and_keeps_few_rows_to_measure_on",
+    "python benchmarks/recipes.py choose":
+        "tests/test_recipes.py::test_runs_are_made_once_and_the_report_says_what_they_answered",
+    "python benchmarks/recipes.py table": RECIPES,
+    "python benchmarks/recipes.py report": RECIPES,
     "python benchmarks/plan.py --hardware none --output benchmarks/results/plan.json":
         f"{BENCHMARKS}::test_plan_measures_every_stage_as_the_overlay_says",
 }  # fmt: skip

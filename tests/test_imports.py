@@ -33,7 +33,10 @@ ALLOWED = {
     "examples": {"src"},
     "tests": {"src", "benchmarks", "tests"},
     "benchmarks": {"src"} | {
-        f"benchmarks.{name}" for name in ("harness", "kd_reference", "step_parts", "train_job", "train_peers")
+        f"benchmarks.{name}"
+        for name in (
+            "harness", "kd_reference", "recipe_arms", "recipe_report", "step_parts", "train_job", "train_peers"
+        )
     },
 }  # fmt: skip
 

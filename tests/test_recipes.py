@@ -4,6 +4,7 @@ says what the records say."""
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +100,21 @@ def experiment(tmp_path, tiny_models, monkeypatch):
 
 def asked(folder, phase: str, *only: str) -> argparse.Namespace:
     return argparse.Namespace(phase=phase, output=str(folder / "out"), only=only, json=None)
+
+
+def test_prepare_runs_the_stages_and_keeps_few_rows_to_measure_on(experiment, monkeypatch):
+    """Before the teacher reads them; the rows that are graded stay."""
+    made = []
+
+    def run(command, **_):
+        made.append((Path(command[1]).stem, len(read_jsonl(experiment / "rows" / "sft" / "sft_eval_data_clean.jsonl"))))
+        assert command[2:] == ["--config", str(experiment / "recipes.yaml")]
+
+    monkeypatch.setattr(recipes.subprocess, "run", run)
+    monkeypatch.setattr(recipes, "MEASURED_PROMPTS", 2)
+    recipes.prepare(asked(experiment, "prepare"))
+    assert made == [(stage, 4 if stage == "cache_teacher" else 12) for stage in recipes.STAGES]
+    assert len(read_jsonl(experiment / "data" / "eval_dataset.jsonl")) == 12
 
 
 def test_runs_are_made_once_and_the_report_says_what_they_answered(experiment, monkeypatch):

@@ -106,10 +106,15 @@ def adapter_folder(path: str, flag: str) -> Path:
     """The folder of an adapter that is named by a run's folder or by itself.
 
     Raises:
-        UserError: there is none; `flag` is what named it.
+        UserError: there is none, or not yet; `flag` is what named it.
     """
     folder = Path(path)
     folder = folder / "final_model" if (folder / "final_model").is_dir() else folder
+    if (folder / "kd_config.json").is_file():
+        raise UserError(
+            f"--{flag} {path}: a run without a final_model, unfinished or moved away; go on with it by its command, "
+            "or name the folder where its final_model is"
+        )
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"--{flag} {path}: no adapter_config.json there; name a run folder or its final_model")
     return folder

@@ -1,15 +1,20 @@
 """The filters of sampling, top-k and top-p: which tokens can be drawn, and with what probability.
 
 Answers are drawn through them (`sft.sample_tokens`), and a teacher's logits are cut by them (`losses.kd_loss`), so that
-what a student is taught is what the text was drawn from. Shapes: B rows of V logits, of which K are looked at.
+what a student is taught is what such text was drawn from; a server may filter otherwise (see `losses`). Shapes: B rows
+of V logits, of which K are looked at.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 EXCLUDED = -1e30  # a logit of probability exactly 0; finite at T > 1e-8, for 0 * log 0 would be NaN in a divergence
+# Of a 24th of the rows a sort for top-p alone fits into the 2 bytes an entry that losses.KERNEL_BYTES has beside both
+# models' logits: it takes 25, and 44 while CUDA sorts (two buffers of pairs, keys; ATen/native/cuda/SortStable.cu).
+SORT_PARTS = 24
 
 
 class Candidates(NamedTuple):
@@ -56,8 +61,11 @@ def cut_to_candidates(logits_BV: Tensor, temperature: float, top_k: int, top_p: 
         >>> cut_to_candidates(torch.tensor([[1.0, 3.0, 2.0]]), 1.0, 2, 1.0)
         tensor([[-1.0000e+30,  3.0000e+00,  2.0000e+00]])
     """
-    kept = candidates(logits_BV, temperature, top_k, top_p)
-    if kept.ids is None:
-        return logits_BV
-    logits = torch.where(kept.probabilities > 0, kept.logits, EXCLUDED)
-    return logits_BV.fill_(EXCLUDED).scatter_(1, kept.ids, logits)
+    sorts = top_p < 1 and not top_k
+    rows = math.ceil(len(logits_BV) / SORT_PARTS) if sorts else len(logits_BV)
+    for part_BV in logits_BV.split(max(1, rows)):
+        kept = candidates(part_BV, temperature, top_k, top_p)
+        if kept.ids is not None:
+            logits = torch.where(kept.probabilities > 0, kept.logits, EXCLUDED)
+            part_BV.fill_(EXCLUDED).scatter_(1, kept.ids, logits)
+    return logits_BV

@@ -46,7 +46,7 @@ class Conduct:
     init_from: str | None = setting(
         None,
         "begin from the adapter of a run (its folder, or final_model) instead of a fresh one; optimiser and "
-        "schedule begin anew",
+        "schedule begin anew; the adapter is read again whenever the run is gone on with or asked for, so keep it",
     )
     experiment_dir: str = setting(
         "outputs/experiment/default", "its folder sft/ holds the clean rows; runs go beside it"

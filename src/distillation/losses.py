@@ -16,7 +16,9 @@ probable tokens as sampling cuts it, `teacher_top_k` and `teacher_top_p`:
     p' = p * 1[kept] / sum_kept p
 
 At T = 1, and with all three as the teacher's answers were sampled, the target is the distribution that the text was
-drawn from: the gradient of the divergence is then what that of the cross-entropy is on average over such labels.
+drawn from: the gradient of the divergence is then what that of the cross-entropy is on average over such labels. This
+is exact for an engine that filters in the order of `filters.candidates` (vLLM does, SGLang and llama.cpp do not), and
+for all answers that were given; those that cleaning keeps are of that distribution given that they were kept.
 
 Shape letters: N response tokens, C tokens of one chunk, V shared vocabulary, H student width, G teacher width, K kept
 tokens.

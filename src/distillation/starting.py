@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 
 from src.distillation.base import adapter_folder, base_of_adapter, model_fingerprint
@@ -16,6 +16,14 @@ from src.distillation.kd_config import KDConfig
 from src.utils.common import UserError, read_json, sha256_file
 
 WEIGHTS = "adapter_model.safetensors"
+# ways to begin that leave the model's own weights alone; all others (pissa, olora, loftq ...) train beside changed ones
+KEEP_MODEL = (True, False, "gaussian", "orthogonal", "eva")
+# of an adapter's settings, those compared by themselves, and those that its weights' function does not depend on
+COMPARED = ("r", "lora_alpha", "target_modules", "base_model_name_or_path", "revision", "init_lora_weights")
+WITHOUT_EFFECT = (
+    "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,16 +63,25 @@ def find_start(config: KDConfig) -> Start | None:
 def _check_kind(folder: Path, found: dict[str, Any]) -> None:
     """Refuse what has the weights of a plain LoRA adapter and is another function of them.
 
+    A setting that this peft does not know counts as one that changes the function.
+
     Raises:
         UserError: names the setting.
     """
-    plain = {"peft_type": "LORA", "use_rslora": False, "alpha_pattern": {}}
-    for name, value in plain.items():
-        if (found.get(name) or value) != value:
-            raise UserError(
-                f"--init_from {folder}: its {name} is {found[name]}; training goes on from plain LoRA adapters alone, "
-                "so merge it into its model, and name that with --model_name_or_path"
-            )
+    plain = LoraConfig().to_dict()
+    wrong = [name for name in sorted(found.keys() - {*COMPARED, *WITHOUT_EFFECT}) if _is_set(found, plain, name)]
+    if found.get("init_lora_weights", True) not in KEEP_MODEL:
+        wrong.append("init_lora_weights")
+    if wrong:
+        raise UserError(
+            f"--init_from {folder}: its {wrong[0]} is {found[wrong[0]]!r}; training goes on from plain LoRA adapters "
+            "alone, so merge it into its model, and name that with --model_name_or_path"
+        )
+
+
+def _is_set(found: dict[str, Any], plain: dict[str, Any], name: str) -> bool:
+    """Null, false and empty are one: versions of peft write a default in either way."""
+    return bool(found[name]) and found[name] != plain.get(name)
 
 
 def _check_base(folder: Path, found: dict[str, Any], student: str) -> None:
@@ -74,7 +91,15 @@ def _check_base(folder: Path, found: dict[str, Any], student: str) -> None:
         UserError: it is of another model, or its own cannot be had to compare the two.
     """
     base, run = base_of_adapter(found), folder.parent / "kd_config.json"
-    theirs = read_json(run)["fingerprint"]["student"] if run.is_file() else model_fingerprint(base)
+    if run.is_file():
+        theirs = read_json(run).get("fingerprint", {}).get("student")
+        if theirs is None:
+            raise UserError(
+                f"--init_from {folder}: {run} beside it has no fingerprint of a student, so it is of no run of this "
+                "project; move the adapter to a folder by itself, and name that"
+            )
+    else:
+        theirs = model_fingerprint(base)
     if theirs != model_fingerprint(student):
         raise UserError(
             f"--init_from {folder}: it is an adapter of {base!r} ({theirs}), this run's student is {student!r}, "

@@ -140,8 +140,15 @@ def test_an_adapter_of_another_make_is_refused(settings, first, tiny_teacher, ti
     ("entry", "words"),
     [
         ({"use_rslora": True}, "its use_rslora is True; training goes on from plain LoRA"),
-        ({"peft_type": "LOHA"}, "its peft_type is LOHA"),
+        ({"peft_type": "LOHA"}, "its peft_type is 'LOHA'"),
         ({"alpha_pattern": {"q_proj": 3}}, "its alpha_pattern is "),
+        ({"init_lora_weights": "pissa"}, "its init_lora_weights is 'pissa'; training goes on from plain LoRA"),
+        ({"init_lora_weights": "pissa_niter_16"}, "its init_lora_weights is 'pissa_niter_16'"),
+        ({"init_lora_weights": "olora"}, "its init_lora_weights is 'olora'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "its init_lora_weights is 'loftq'"),
+        ({"alora_invocation_tokens": [1, 2]}, r"its alora_invocation_tokens is \[1, 2\]"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "its layer_replication is "),
+        ({"use_of_a_later_peft": True}, "its use_of_a_later_peft is True"),
         ({"base_model_name_or_path": "/gone/student"}, "/gone/student"),
     ],
 )
@@ -150,6 +157,32 @@ def test_what_would_load_and_be_another_function_is_refused(settings, first, tmp
     folder = shutil.copytree(first["final_model"], tmp_path / "adapter")
     write_json(folder / "adapter_config.json", read_json(folder / "adapter_config.json") | entry)
     refused(settings | {"init_from": str(folder)}, words)
+
+
+def test_how_an_adapter_was_begun_and_written_is_of_no_account(settings, first, tmp_path):
+    """Defaults as another peft writes them, and a beginning that leaves the model's own weights as they are."""
+    folder = shutil.copytree(first["final_model"], tmp_path / "adapter")
+    other = {"init_lora_weights": "gaussian", "lora_dropout": 0.1, "alpha_pattern": None, "use_of_a_later_peft": False}
+    write_json(folder / "adapter_config.json", read_json(folder / "adapter_config.json") | other)
+    still = settings | {"init_from": str(folder), "learning_rate": 1e-30, "max_steps": 1}
+    assert_same_weights(first, run_kd_pipeline(still))
+
+
+def test_a_run_that_is_unfinished_or_of_no_known_make_is_refused(settings, first, tmp_path):
+    run = shutil.copytree(first["run_dir"], tmp_path / "run")
+    write_json(run / "kd_config.json", {"model": "student"})
+    refused(settings | {"init_from": str(run)}, "kd_config.json beside it has no fingerprint of a student")
+    (run / "final_model").rename(tmp_path / "adapter")
+    refused(settings | {"init_from": str(run)}, "run: a run without a final_model, unfinished or moved away")
+
+
+def test_a_run_is_found_again_where_the_adapter_lies_now(settings, first, tmp_path):
+    """By the adapter's content; once it is gone nothing says which run is meant."""
+    begun = settings | {"init_from": first["run_dir"], "max_steps": 1}
+    second = run_kd_pipeline(begun)
+    moved = Path(first["final_model"]).rename(tmp_path / "moved")
+    refused(begun, "a run without a final_model")
+    assert run_kd_pipeline(begun | {"init_from": str(moved)})["run_dir"] == second["run_dir"]
 
 
 def test_weights_that_do_not_fit_or_are_no_safetensors_are_refused(settings, first, tmp_path):

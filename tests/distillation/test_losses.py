@@ -25,6 +25,7 @@ from src.distillation.losses import (
     shared_head,
 )
 from src.distillation.sft import Sampling, sample_tokens
+from src.planning.trace import LiveBytes
 
 N, V, H, G = 37, 61, 16, 24  # tokens, vocabulary, student width, teacher width
 EIGHT_A_CHUNK = 4 * losses.CHUNK_TENSORS * V * 8
@@ -665,6 +666,26 @@ def test_filters_that_leave_all_change_nothing(kind, k):
     gradients = [torch.autograd.grad(sums.loss, case[:2]) for sums, case in zip((default, said), cases, strict=True)]
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("k", "mass"), [(0, 0.9), (20, 0.9), (20, 1.0)])
+def test_cutting_fits_where_the_gradient_will_be(k, mass):
+    """A chunk of the kernel's is reckoned with both models' logits and the gradient, and it has to do with that.
+
+    Sorted at once it would be 25 bytes an entry.
+    """
+    logits = torch.empty(832, 50_000, device="meta")
+    with LiveBytes([logits]) as live:
+        cut_to_candidates(logits, 0.7, k, mass)
+    assert 0 < live.peak / logits.numel() <= losses.KERNEL_BYTES - 2 * 4
+
+
+@pytest.mark.parametrize("rows", [0, 1, 23, 50])
+def test_cutting_in_parts_is_cutting_row_by_row(rows):
+    logits = torch.randn(rows, V)
+    one_by_one = [cut_to_candidates(row.clone(), 0.7, 0, 0.8) for row in logits.split(1) if len(row)]
+    expected = torch.cat([logits[:0], *one_by_one])
+    assert torch.equal(cut_to_candidates(logits, 0.7, 0, 0.8), expected)
 
 
 def test_padded_columns_are_no_candidates():
