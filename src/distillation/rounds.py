@@ -434,7 +434,8 @@ def read_own_pairs(folder: Path, tokenizers: Tokenizers, max_length: int) -> lis
     rows = read_clean(path, own_answers=True) if path.stat().st_size else []
     pairs = []
     for row in rows:
-        student, teacher = (encode_row(tokenizer, row, end) for tokenizer in (tokenizers.student, tokenizers.teacher))
+        student = encode_row(tokenizers.student, row, end, own_answer=True)
+        teacher = encode_row(tokenizers.teacher, row, end, own_answer=True)
         if student.response_ids and max(len(student), len(teacher)) <= max_length:
             pairs.append(Pair(student, teacher, own=True))
     return pairs

@@ -298,7 +298,7 @@ def _read_rows(
     for split, path in files.items():
         hashes[path.name] = sha256_file(path) if path.is_file() else None
         for row in read_clean(path, own_answers):
-            rows.append(encode_row(tokenizer, row, end_id))
+            rows.append(encode_row(tokenizer, row, end_id, own_answers))
             if split == "eval" or is_validation(row["id"], config.validation_fraction):
                 measuring.add(_key(rows[-1]))
     if len({_key(row) for row in rows}) < len(rows):  # `read_clean` has looked at each file by itself

@@ -197,7 +197,7 @@ def test_a_steps_gradient_is_that_of_the_formula(settings, kind, fraction):
 
     loss, kd, ce, tokens = 0.0, 0.0, 0.0, 0
     for row in theirs + own:
-        encoded = encode_row(tokenizer, row, 258)
+        encoded = encode_row(tokenizer, row, 258, row in own)
         assert (encoded.response_ids[-1] == 258) == (row.get("finish_reason") != "length")
         ours = response_logits(model, encoded, 261)
         with torch.no_grad():
@@ -258,18 +258,19 @@ def test_an_answer_that_was_cut_has_no_end(make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_end|>\\n'", "' <|im_end|>\\n'")
     row = {"id": "a", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So it is"}]}
-    ended = encode_row(tokenizer, row | {"finish_reason": "stop"}, 258)
-    cut = encode_row(tokenizer, row | {"finish_reason": "length"}, 258)
+    ended = encode_row(tokenizer, row | {"finish_reason": "stop"}, 258, own_answer=True)
+    cut = encode_row(tokenizer, row | {"finish_reason": "length"}, 258, own_answer=True)
     assert ended == encode_row(tokenizer, row, 258)
+    assert ended == encode_row(tokenizer, row | {"finish_reason": "length"}, 258), "a teacher's row is as it ever was"
     assert (cut.prompt_ids, cut.response_ids) == (ended.prompt_ids, ended.response_ids[:-2])
     assert tokenizer.decode(ended.response_ids) == "So it is <|im_end|>"
     row["messages"][-1]["content"] = "<|im_end|> is text"
-    spelt = encode_row(tokenizer, row | {"finish_reason": "length"}, 258)
+    spelt = encode_row(tokenizer, row | {"finish_reason": "length"}, 258, own_answer=True)
     assert tokenizer.decode(spelt.response_ids) == "<|im_end|> is text"
     assert 258 not in spelt.response_ids
     row["messages"][-1]["content"] = ""
-    assert encode_row(make_tokenizer(), row | {"finish_reason": "stop"}, 258).response_ids == (258,)
-    assert encode_row(make_tokenizer(), row | {"finish_reason": "length"}, 258).response_ids == ()
+    assert encode_row(make_tokenizer(), row | {"finish_reason": "stop"}, 258, own_answer=True).response_ids == (258,)
+    assert encode_row(make_tokenizer(), row | {"finish_reason": "length"}, 258, own_answer=True).response_ids == ()
 
 
 def test_answers_become_rows(tmp_path, make_tokenizer):
