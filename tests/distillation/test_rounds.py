@@ -1,6 +1,8 @@
 """On-policy rounds: what a step learns from, that nothing is lost with a kill, and that idle settings do nothing."""
 
 import re
+import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -427,30 +429,90 @@ def test_cpu_training_beside_a_gpu_is_refused(settings, monkeypatch):
         rounds.check_rounds(config)
 
 
-def test_a_round_of_another_adapter_is_made_again(settings, tmp_path, monkeypatch, caplog):
-    """Half made or whole, where no step was taken from it; but not where steps were."""
+def damage(path: Path) -> None:
+    """One bit of a file's last byte."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_round_that_is_not_as_it_was_made(settings, tmp_path, monkeypatch, caplog):
+    """Of another adapter or damaged it is made again, unless steps were taken from it; its cache is in any case."""
     caplog.set_level("INFO")
-    target = settings | {"teacher_signal": "online", "output_dir": str(tmp_path / "run")}
+    cached(settings)
+    target = settings | {"output_dir": str(tmp_path / "run")}
     whole = run_kd_pipeline(target | {"output_dir": str(tmp_path / "whole")})
     folder = tmp_path / "run" / "rounds" / "round_02"
+    clean = folder / "sft" / "sft_train_data_clean.jsonl"
 
     def cut_at(module: ModuleType, name: str, calls: int) -> None:
+        caplog.clear()
         with monkeypatch.context() as patch:
             patch.setattr(module, name, kill_after(calls, getattr(module, name)))
             with pytest.raises(Killed):
                 run_kd_pipeline(target)
 
+    # 1. before a step is taken from it
     cut_at(rounds, "append_jsonl", 4)  # three batches of the first round, one of the second
     for marker in ("begun.json", "round.json"):
         made = read_json(folder / marker)
-        write_json(folder / marker, {"fingerprint": made["fingerprint"] | {"adapter": "another"}})
-        caplog.clear()
+        write_json(folder / marker, made | {"fingerprint": made["fingerprint"] | {"adapter": "another"}})
         cut_at(training, "take_step", 0)
         assert "round_02: made with another adapter or other settings; it is made again" in caplog.text
-    cut_at(training, "take_step", 2)  # a step of the round is in checkpoint-4
-    folder.rename(tmp_path / "away")
-    refused(target, "round_02: steps of this round are taken, .* put the folder back, or train again with --overwrite")
-    (tmp_path / "away").rename(folder)
+    damage(clean)
+    cut_at(training, "take_step", 0)
+    assert re.search(r"round_02: sft/.*_clean.jsonl, which .* is not as it was written; the round is made again",
+                     caplog.text)  # fmt: skip
+
+    # 2. a step of it is in checkpoint-4
+    cut_at(training, "take_step", 2)
+    assert "made again" not in caplog.text
+    for lost, fault in ((folder, "round.json, .* is gone"), (folder / "round.json", "round.json, .* is gone"),
+                        (clean.parent, "sft/sft_train_data_clean.jsonl, .* is gone")):  # fmt: skip
+        lost.rename(tmp_path / "away")
+        refused(
+            target, f"round_02: steps of this round are taken, and {fault}; put the folder back as it was, or train"
+        )
+        shutil.rmtree(lost, ignore_errors=True)
+        (tmp_path / "away").rename(lost)
+    good = clean.read_text()
+    clean.write_text(good.replace("assistant", "assistant "))
+    refused(target, "round_02: steps of this round are taken, and .* is not as it was written; put the folder back")
+    clean.write_text(good)
+    requests = read_json(folder / "round.json")
+    write_json(folder / "round.json", requests | {"fingerprint": requests["fingerprint"] | {"requests": "others"}})
+    refused(target, "round_02: steps of this round are taken, and round.json is of another round; put the folder back")
+    write_json(folder / "round.json", requests)
+
+    # 3. the cache follows from the answers
+    cache = folder / "teacher_cache"
+    damage(cache / "shard_00000.safetensors")
+    cut_at(rounds, "_count", 0)  # killed while it is made again
+    assert "shard_00000.safetensors: not as it was written, its hash is another; the cache is made again" in caplog.text
+    assert (folder / "begun.json").is_file()
+    shutil.rmtree(cache)
     resumed = run_kd_pipeline(target)
     assert_same_run(whole, resumed)
     assert round_files(whole) == round_files(resumed)
+    assert not (cache / "head.safetensors").exists(), "training reads the head of the run's own cache"
+
+
+def test_a_rounds_cache_of_other_rows_is_made_again(settings, caplog):
+    """And read as the run's own was, whatever the run's settings are by now."""
+    cached(settings, packing=False)
+    config = build_config(KDConfig, settings)
+    folder = Path(settings["experiment_dir"])
+    made = [make_cache(rounds._cache_config(config, folder), own_answers=True) for _ in range(2)]
+    assert "made of other rows or settings; the cache is made again" in caplog.text
+    assert caplog.text.count("made again") == 1
+    assert made[0] == made[1]
+    assert (made[0]["packing"], made[0]["head"]) == (False, None)
+
+
+def test_the_seconds_of_all_sessions_are_counted(tmp_path):
+    write_json(tmp_path / "begun.json", {"fingerprint": {}, "answering_seconds": 0.0, "caching_seconds": 0.0})
+    began = time.monotonic()
+    for name, ago in (("answering_seconds", 7), ("answering_seconds", 5), ("caching_seconds", 3)):
+        rounds._count(tmp_path, name, began - ago)
+    counted = read_json(tmp_path / "begun.json")
+    assert [counted[name] for name in ("answering_seconds", "caching_seconds")] == pytest.approx([12, 3], abs=0.5)
