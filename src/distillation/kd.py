@@ -488,7 +488,8 @@ def _prepare(
 def _try_out(run: Run, layers_compiled: bool) -> None:
     """Decide what only trying tells."""
     config = run.config
-    alone = config.teacher_signal != "online" or not config.teacher_devices
+    beside = config.teacher_signal == "online" or config.on_policy  # the teacher is in this process, now or in a round
+    alone = not (beside and config.teacher_devices)
     liger = use_liger(causal_lm(run.model), config.liger, lambda: probe_gradients(run), alone)
     if run.cutting.tokens == 0 and config.packing and config.tokens_per_batch is None:
         run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
@@ -603,7 +604,9 @@ def _load_student(config: KDConfig, accelerator: Accelerator) -> PreTrainedModel
 def _load_teacher(config: KDConfig, accelerator: Accelerator, data: TrainingData, pad_id: int) -> Reader:
     """The resident teacher."""
     name, devices, dtype = config.teacher_model_name_or_path, config.teacher_devices, config.dtype
-    teacher = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
+    teacher = load_model(
+        name, dtype, place(name, devices, dtype, config.gpu_memory_gb, config.cpu_offload) if devices else None
+    )
     teacher.requires_grad_(False)
     if not devices:
         teacher.to(accelerator.device)  # one a rank

@@ -84,6 +84,9 @@ class Conduct:
     )
     student_devices: list[int] = setting([], "GPUs the student is spread over (one process)")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    cpu_offload: bool = setting(
+        False, "keep the teacher's layers beyond gpu_memory_gb in CPU memory; they pass through a GPU as they run"
+    )
     on_policy_batch_size: int = setting(32, "rows in one forward pass of the student that answers for a round")
     on_policy_serve: str = setting(
         "", "the server that a round starts for its answers and stops: {command: vllm} or sglang, as `serve` elsewhere"

@@ -32,7 +32,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 
-from src.distillation.base import EncodedRow, encode_row, model_fingerprint
+from src.distillation.base import EncodedRow, encode_row, model_bytes, model_fingerprint, place
 from src.distillation.batching import (
     Pair,
     StepOrder,
@@ -115,7 +115,7 @@ def rounds_of(config: KDConfig, steps: int) -> list[Round]:
 
 
 def check_rounds(config: KDConfig) -> None:
-    """Refuse what no round can be made with, before anything is read.
+    """Refuse what no round can be made with, before anything is done.
 
     Raises:
         UserError: says what, and the way out.
@@ -135,8 +135,21 @@ def check_rounds(config: KDConfig) -> None:
         )
     if serve is not None and serve.model:
         raise UserError("on_policy_serve answers as the student and its adapter; take model out of it")
-    if config.teacher_signal == "online":
-        return
+    if config.load_in_4bit:
+        logger.warning(
+            "own answers: the student that learns is in 4 bits, the one that answers is its bf16 model with the "
+            "adapter, of which nothing is measured here"
+        )
+    if config.teacher_signal != "online":
+        _check_teacher(config)
+
+
+def _check_teacher(config: KDConfig) -> None:
+    """Refuse a teacher that cannot read a round's answers, before the student has given any.
+
+    Raises:
+        UserError: it is a server's, another than the cache's, or its GPUs are not there or do not hold it.
+    """
     folder = Path(config.experiment_dir) / "teacher_cache"
     index = read_index(folder)
     if is_served(index):
@@ -148,6 +161,29 @@ def check_rounds(config: KDConfig) -> None:
         raise UserError(
             f"{folder} is of another teacher than {config.teacher_model_name_or_path!r} is now, and rounds ask both; "
             "run scripts/cache_teacher.py --overwrite"
+        )
+    _check_place(config, torch.bfloat16 if index["bf16"] else torch.float32)
+
+
+def _check_place(config: KDConfig, dtype: torch.dtype) -> None:
+    """Refuse GPUs that are not there or do not hold the teacher.
+
+    Raises:
+        UserError: says which, and the settings that give it room.
+    """
+    name = config.teacher_model_name_or_path
+    try:
+        placed = place(name, config.teacher_devices, dtype, config.gpu_memory_gb, config.cpu_offload)
+    except UserError as error:
+        raise UserError(f"on-policy rounds, where the teacher reads the student's answers: {error}") from None
+    if placed is None or set(placed) != {""}:
+        return
+    [device] = placed.values()  # all of it on one GPU, whatever gpu_memory_gb says
+    room, needed = torch.cuda.get_device_properties(device).total_memory, model_bytes(name, dtype)
+    if needed > room:
+        raise UserError(
+            f"on-policy rounds: the teacher, which reads the student's answers, has {needed / 1e9:.1f} GB of weights, "
+            f"GPU {device} has {room / 1e9:.1f} GB; spread it with --teacher_devices 0 1 ..., or pass --cpu_offload"
         )
 
 
@@ -259,9 +295,9 @@ def open_round(config: KDConfig, accelerator: Accelerator, tokenizers: Tokenizer
     if config.teacher_signal != "online":
         teacher = _open_own_cache(config, folder, list(pairs.values()))
     by_step: list[list[Pair]] = [[] for _ in range(part.end - part.first_step)]
-    for place, request in enumerate(plan.requests):
+    for index, request in enumerate(plan.requests):
         if pair := pairs.get(_key(request)):
-            by_step[place // config.own_rows_per_step].append(pair)
+            by_step[index // config.own_rows_per_step].append(pair)
     return OwnRows(part.number, part.first_step, by_step, teacher)
 
 
@@ -503,6 +539,7 @@ def _cache_config(config: KDConfig, folder: Path) -> CacheTeacherConfig:
         packing=index["packing"],
         teacher_devices=config.teacher_devices,
         gpu_memory_gb=config.gpu_memory_gb,
+        cpu_offload=config.cpu_offload,
     )
 
 

@@ -14,7 +14,16 @@ from peft import load_peft_weights
 from transformers import set_seed
 
 from src.distillation import kd, rounds, training
-from src.distillation.base import EncodedRow, encode_row, load_model, load_tokenizer
+from src.distillation.base import (
+    EncodedRow,
+    config_folder,
+    encode_row,
+    layer_device_map,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    model_bytes,
+)
 from src.distillation.batching import Pair, StepOrder, Tokenizers, is_validation, read_clean
 from src.distillation.kd import run_kd_pipeline
 from src.distillation.kd_config import ON_POLICY, KDConfig
@@ -24,8 +33,8 @@ from src.distillation.sft import Request, Sampling, answer_row
 from src.distillation.sweep import idle_settings
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.evaluation import arms
-from src.utils.common import UserError, read_json, read_jsonl, sha256_file, write_json
-from src.utils.config import build_config
+from src.utils.common import ROOT, UserError, read_json, read_jsonl, sha256_file, write_json
+from src.utils.config import build_config, read_merged
 from tests.stub_server import starts, write_stub
 
 MEASURED = ("tokens_per_second", "peak_memory_mb")  # columns of metrics.jsonl that no two runs share
@@ -434,6 +443,45 @@ def damage(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+def test_a_teacher_that_has_no_place_is_refused_before_anything_is_answered(settings, monkeypatch):
+    cached(settings)
+    refused(
+        settings | {"teacher_devices": [0]}, "where the teacher reads .* is to go on GPUs .*, but this machine has none"
+    )
+    config = build_config(KDConfig, settings)
+    needed = model_bytes(settings["teacher_model_name_or_path"], torch.float32)
+    monkeypatch.setattr(rounds, "place", lambda *arguments: {"": 0})
+    for room in (needed, needed - 1):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, room=room: SimpleNamespace(total_memory=room)
+        )
+        if room < needed:
+            with pytest.raises(UserError, match=r"the teacher, which reads .* spread it with --teacher_devices"):
+                rounds.check_rounds(config)
+        else:
+            rounds.check_rounds(config)
+
+
+@pytest.mark.parametrize("hardware", sorted(path.stem for path in (ROOT / "configs" / "hardware").glob("*.yaml")))
+def test_every_overlay_has_a_place_for_the_teacher_of_a_round(hardware):
+    """The reference's, within what a GPU may hold; the embedding and some layers of it are on a GPU."""
+    merged = read_merged(ROOT / "configs" / "qwen3_30b_to_8b.yaml", hardware)
+    training, cache = merged["run_improved_kd"], merged["cache_teacher"]
+    devices = training["teacher_devices"]
+    assert (devices, training["cpu_offload"]) == (cache["teacher_devices"], cache["cpu_offload"])
+    teacher = meta_model(config_folder(merged["teacher_model_name_or_path"]))
+    budget = training["gpu_memory_gb"]
+    placed = layer_device_map(teacher, devices, torch.bfloat16, budget, training["cpu_offload"])
+    assert set(devices) <= set(placed.values())
+    assert ("cpu" in placed.values()) == (hardware == "2x24")
+
+
+def test_a_student_in_4_bits_answers_in_bf16(settings, caplog):
+    cached(settings)
+    rounds.check_rounds(build_config(KDConfig, settings | {"load_in_4bit": True}))
+    assert "the one that answers is its bf16 model with the adapter" in caplog.text
 
 
 def test_a_round_that_is_not_as_it_was_made(settings, tmp_path, monkeypatch, caplog):
