@@ -137,7 +137,7 @@ class KDConfig(Conduct):
     on_policy_top_p: float = setting(1.0, "nucleus of the student's answers; 1 is off")
     on_policy_top_k: int = setting(0, "candidates a token of the student's answers; 0 is off")
     on_policy_max_new_tokens: int = setting(
-        768, "longest answer of the student, end of turn included; max_length may lower it"
+        768, "longest answer of the student, end of turn included; a prompt that leaves it no room is not asked"
     )
 
     # rows and steps; batch_size x gradient_accumulation_steps rows make a step, whatever its passes are

@@ -90,10 +90,8 @@ class Round:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a student can be asked, a dataset row (`id, system, prompt`) for each of the run's training rows, and how.
-
-    Its answers fit into max_length beside the longest of them, so that none needs to be dropped.
-    """
+    """What a student can be asked, a dataset row (`id, system, prompt`) for each training row whose prompt leaves room
+    for the longest answer within max_length; and how."""
 
     rows: list[dict[str, str]]
     sampling: Sampling
@@ -202,11 +200,11 @@ def read_prompts(config: KDConfig, data: TrainingData) -> Prompts:
     """What the student will be asked.
 
     Raises:
-        UserError: a training row is a longer conversation; names it.
+        UserError: a training row is a longer conversation, which is named; or too few prompts leave room.
     """
     path = clean_files(Path(config.experiment_dir) / "sft")["train"]
     messages = {(row["id"], row.get("sample_index", 0)): row["messages"][:-1] for row in read_clean(path)}
-    rows = []
+    room, rows = config.max_length - config.on_policy_max_new_tokens, []
     for pair in data.train:
         asked = messages[pair.student.id, pair.student.sample_index]
         roles = [message["role"] for message in asked]
@@ -215,15 +213,35 @@ def read_prompts(config: KDConfig, data: TrainingData) -> Prompts:
                 f"{path}: row {pair.student.id} asks with messages of {', '.join(roles)}; on-policy rounds ask single "
                 "turns, of a user after a system message or none: take such rows out, or leave on_policy_rounds out"
             )
+        if max(len(pair.student.prompt_ids), len(pair.teacher.prompt_ids)) > room:
+            continue
         system = asked[0]["content"] if len(asked) == 2 else ""
         rows.append({"id": pair.student.id, "system": system, "prompt": asked[-1]["content"]})
-    longest = max(max(len(pair.student.prompt_ids), len(pair.teacher.prompt_ids)) for pair in data.train)
-    most = min(config.on_policy_max_new_tokens, config.max_length - longest)
-    if most < config.on_policy_max_new_tokens:
-        logger.info(
-            "own answers: %d tokens at most (max_length %d, longest prompt %d)", most, config.max_length, longest
+    _check_prompts(config, len(rows), len(data.train))
+    return Prompts(rows, config.own_sampling(config.on_policy_max_new_tokens))
+
+
+def _check_prompts(config: KDConfig, asked: int, there: int) -> None:
+    """Say how many prompts are not asked.
+
+    Raises:
+        UserError: not even one step's are.
+    """
+    most = config.on_policy_max_new_tokens
+    if asked < config.own_rows_per_step:
+        raise UserError(
+            f"{asked} of {there} training prompts leave room for an answer of {most} tokens within max_length = "
+            f"{config.max_length}, and the student is asked {config.own_rows_per_step} a step; lower "
+            "--on_policy_max_new_tokens, or raise --max_length"
         )
-    return Prompts(rows, config.own_sampling(most))
+    if asked < there:
+        logger.info(
+            "own answers: %d of %d training prompts are not asked, they leave no room for %d tokens within %d",
+            there - asked,
+            there,
+            most,
+            config.max_length,
+        )
 
 
 def requests_of(config: KDConfig, part: Round, prompts: Prompts) -> list[Request]:

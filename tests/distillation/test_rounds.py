@@ -24,7 +24,7 @@ from src.distillation.base import (
     meta_model,
     model_bytes,
 )
-from src.distillation.batching import Pair, StepOrder, Tokenizers, is_validation, read_clean
+from src.distillation.batching import Pair, StepOrder, Tokenizers, TrainingData, is_validation, read_clean
 from src.distillation.kd import run_kd_pipeline
 from src.distillation.kd_config import ON_POLICY, KDConfig
 from src.distillation.lora import add_lora
@@ -33,7 +33,7 @@ from src.distillation.sft import Request, Sampling, answer_row
 from src.distillation.sweep import idle_settings
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.evaluation import arms
-from src.utils.common import ROOT, UserError, read_json, read_jsonl, sha256_file, write_json
+from src.utils.common import ROOT, UserError, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from src.utils.config import build_config, read_merged
 from tests.stub_server import starts, write_stub
 
@@ -408,6 +408,28 @@ def refused(settings: dict, words: str) -> None:
 )
 def test_wrong_settings(settings, change, words):
     refused(settings | {"teacher_signal": "online"} | change, words)
+
+
+def test_prompts_that_leave_no_room_are_not_asked(settings, caplog):
+    """So that no long prompt shortens the answers to all others."""
+    caplog.set_level("INFO")
+    path = Path(settings["experiment_dir"]) / "sft" / "sft_train_data_clean.jsonl"
+    clean = [{"id": f"r{i}", "messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]}
+             for i in range(12)]  # fmt: skip
+    write_jsonl(path, clean)
+    pairs = []
+    for i in range(12):
+        student, teacher = (EncodedRow(f"r{i}", (1,) * length, (2,)) for length in (100 + i, 90 + 3 * i))
+        pairs.append(Pair(student, teacher))
+    data = TrainingData(pairs, [], [], {}, 0)
+    config = build_config(KDConfig, settings | {"max_length": 130})  # prompts of 106 tokens leave it room
+    prompts = rounds.read_prompts(config, data)
+    assert [row["id"] for row in prompts.rows] == [f"r{i}" for i in range(6)]
+    assert prompts.sampling.max_new_tokens == 24
+    assert "6 of 12 training prompts are not asked, they leave no room for 24 tokens within 130" in caplog.text
+    words = r"3 of 12 training prompts leave room .* asked 4 a step; lower --on_policy_max_new_tokens, or raise --max_l"
+    with pytest.raises(UserError, match=words):  # 102 tokens: the student's
+        rounds.read_prompts(build_config(KDConfig, settings | {"max_length": 126}), data)
 
 
 def test_longer_conversations_are_refused(settings, clean_rows, write_sft):
