@@ -128,7 +128,7 @@ class KDConfig(Conduct):
         "hidden", "the teacher's beliefs: hidden or topk from scripts/cache_teacher.py, online from a resident teacher"
     )
 
-    # rounds of the student's own answers: GKD (Agarwal et al. 2024, algorithm 1) with lambda = on_policy_fraction
+    # rounds of the student's own answers: with alpha = 1 GKD (Agarwal et al. 2024, algorithm 1), lambda = the fraction
     on_policy_rounds: int = setting(
         0, "parts of the run, before each of which the student answers prompts of the training rows; 0: none"
     )

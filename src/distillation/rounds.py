@@ -3,8 +3,8 @@
 A run is cut into `on_policy_rounds` parts. Before the first step of each the student, with its adapter so far, answers
 prompts of the training rows by an engine of stage 1, and the teacher's states of these answers are cached by the code
 of `cache_teacher`. A round's end is a checkpoint and its beginning a resume, so that nothing else needs the GPUs
-meanwhile, and a killed round goes on as a killed run does. With lambda the share of own answers this is GKD (Agarwal et
-al. 2024, algorithm 1), sampled a round at a time.
+meanwhile, and a killed round goes on as a killed run does. With alpha = 1 and lambda the share of own answers this is
+GKD (Agarwal et al. 2024, algorithm 1), sampled a round at a time.
 
 A round's folder in the run's, `rounds/round_01/`, has the formats of an experiment:
 
@@ -600,3 +600,10 @@ def round_facts(
         "left_out": len(requests) - len(pairs),
         "sampling": asdict(requests[0].sampling),
     }
+
+
+def rounds_cost(run: Path) -> dict[str, Any]:
+    """What kd_results.json says of all rounds of the run in the folder `run`, as far as they are there."""
+    names = ("rows", "tokens", "answering_seconds", "caching_seconds")
+    made = [read_json(path) for path in sorted(run.glob(f"rounds/*/{COMPLETE}"))]
+    return {"made": len(made)} | {name: sum(facts[name] for facts in made) for name in names}

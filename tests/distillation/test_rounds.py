@@ -206,7 +206,7 @@ def test_a_steps_gradient_is_that_of_the_formula(settings, kind, fraction):
     assert len(own) == 8 * fraction
     assert {row["finish_reason"] for row in own} == {"stop", "length"}, "the test wants both"
 
-    loss, kd, ce, tokens = 0.0, 0.0, 0.0, 0
+    loss, kd, ce, tokens, own_kd, own_tokens = 0.0, 0.0, 0.0, 0, 0.0, 0
     for row in theirs + own:
         encoded = encode_row(tokenizer, row, 258, row in own)
         assert (encoded.response_ids[-1] == 258) == (row.get("finish_reason") != "length")
@@ -215,18 +215,35 @@ def test_a_steps_gradient_is_that_of_the_formula(settings, kind, fraction):
             log_p = (response_logits(teacher, encoded, 261) / 2.5).log_softmax(-1)
         part = divergence(log_p, (ours / 2.5).log_softmax(-1), kind).sum()
         loss, kd, tokens = loss + 0.7 * 2.5**2 * part, kd + part.item(), tokens + len(encoded.response_ids)
-        if row in theirs:
+        if row in own:
+            own_kd, own_tokens = own_kd + part.item(), own_tokens + len(encoded.response_ids)
+        else:
             labels = torch.tensor(encoded.response_ids)
             part = torch.nn.functional.cross_entropy(ours, labels, reduction="sum")
             loss, ce = loss + 0.3 * part, ce + part.item()
     (loss / tokens).backward()
     [row] = losses_of(results)
-    found = [row[name] for name in ("loss", "kd_loss", "ce_loss")]
-    assert found == pytest.approx([loss.item() / tokens, kd / tokens, ce / tokens], rel=1e-4)
+    found = [row[name] for name in ("loss", "kd_loss", "ce_loss", "on_policy_kd_loss")]
+    wanted = [loss.item() / tokens, kd / tokens, ce / tokens, own_kd / own_tokens]
+    assert found == pytest.approx(wanted, rel=1e-4)
     made = load_peft_weights(results["final_model"])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.testing.assert_close(made[name.replace(".default", "")], -parameter.grad, atol=2e-5, rtol=1e-3)
+
+
+def test_the_divergence_on_own_rows_is_a_mean_over_their_tokens():
+    """Of all steps of a row of the log: one without an own row is no 0, and a long answer weighs as its tokens."""
+    one_process = SimpleNamespace(num_processes=1, device="cpu", reduce=lambda tensor: tensor)
+
+    def logged(*own: tuple[float, int]) -> dict[str, float]:
+        steps = [training.StepFacts(torch.tensor([1.0, 2.0, 3.0, *sums]), 0.1, 9) for sums in own]
+        return training.Window(steps, seconds=1.0).means(one_process)
+
+    row = logged((6.0, 3), (0.0, 0), (8.0, 1))
+    assert [row[name] for name in ("loss", "kd_loss", "ce_loss")] == pytest.approx([1, 2, 3])
+    assert row["on_policy_kd_loss"] == pytest.approx(14 / 4)
+    assert "on_policy_kd_loss" not in logged((0.0, 0))
 
 
 def test_own_answers_take_the_last_places_of_a_step():
@@ -306,9 +323,13 @@ def test_answers_become_rows(tmp_path, make_tokenizer):
         read_clean(tmp_path / "sft" / "sft_train_data_clean.jsonl")
 
 
-def test_what_round_json_says_is_true(settings):
+def test_what_a_run_says_of_its_rounds_is_true(settings, monkeypatch):
+    """round.json, kd_results.json, the card; and the disk's room is asked for beside what rounds have left."""
     index = cached(settings)
-    folder = Path(run_kd_pipeline(settings | {"save_total_limit": 0})["run_dir"])
+    asked_for: list[float] = []
+    monkeypatch.setattr(kd, "require_disk", lambda folder, needed, what: asked_for.append(needed))
+    results = run_kd_pipeline(settings | {"save_total_limit": 0})
+    folder = Path(results["run_dir"])
     for number in (1, 2):
         of_round = folder / "rounds" / f"round_0{number}"
         facts, own = read_json(of_round / "round.json"), read_json(of_round / "teacher_cache" / "index.json")
@@ -324,7 +345,16 @@ def test_what_round_json_says_is_true(settings):
         assert facts["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
         assert own["teacher"] == index["teacher"]
         assert list(own["data"]) == ["sft_train_data_clean.jsonl"]
-    assert "; 4 of them are answers of its own, made in 2 rounds" in (folder / "final_model" / "README.md").read_text()
+    made = [read_json(path) for path in sorted(folder.glob("rounds/*/round.json"))]
+    summed = {name: sum(facts[name] for facts in made) for name in results["rounds"] if name != "made"}
+    assert results["rounds"] == {"made": 2, **summed}
+    assert min(summed["rows"], summed["tokens"], summed["answering_seconds"], summed["caching_seconds"]) > 0
+    there = sum(path.stat().st_size for number in (2, 3) for path in (folder / f"checkpoint-{number}").iterdir())
+    assert asked_for == [asked_for[0], asked_for[0] - there]
+    assert (
+        "; up to 4 of them are answers of its own, made in 2 rounds"
+        in (folder / "final_model" / "README.md").read_text()
+    )
     assert facts["fingerprint"]["adapter"] == sha256_file(folder / "checkpoint-3" / "adapter_model.safetensors")
 
 
