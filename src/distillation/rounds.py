@@ -382,9 +382,9 @@ def _fault_of_answers(plan: RoundPlan) -> str | None:
     if any(stored["fingerprint"].get(name) != plan.fingerprint[name] for name in FOR_GOOD):
         return f"{COMPLETE} is of another round"
     if not clean.is_file():
-        return f"sft/{clean.name}, which they were learnt from, is gone"
+        return f"sft/{clean.name}, which is learned from, is gone"
     if sha256_file(clean) != stored.get("clean_sha256"):
-        return f"sft/{clean.name}, which they were learnt from, is not as it was written"
+        return f"sft/{clean.name}, which is learned from, is not as it was written"
     return None
 
 

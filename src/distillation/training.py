@@ -221,7 +221,7 @@ def run_passes(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
             parts = [loss.detach(), found.kd / tokens, found.ce / tokens]
             if run.own:
                 own_tokens = sum(len(row.student.response_ids) for row in taken if row.own)
-                parts += [found.own_kd, found.own_kd.new_tensor(own_tokens)]
+                parts += [found.own_kd, torch.full_like(found.own_kd, own_tokens)]
             # stays on the device: asking for a value would wait for the GPU
             sums += torch.stack(parts).to(sums.device)
     return sums, sum(len(rows[index].student) for part in mine for index in part)
@@ -310,10 +310,9 @@ def _mixed_loss(
 ) -> PassSums:
     """The sums of a pass with rows of both kinds: alpha * T^2 * D of all tokens, (1 - alpha) * CE of the teacher's.
 
-    With alpha = 1 and lambda the share of own rows this is GKD's objective (Agarwal et al. 2024, algorithm 1; below 1
-    the teacher's rows have their cross-entropy beside it); with reverse KL
-    the own rows' part is MiniLLM's direction (Gu et al. 2024, equation 1), without its gradient through the sampling:
-    the answers are given, as they are in GKD.
+    With alpha = 1 and lambda the share of own rows this is GKD's objective (Agarwal et al. 2024, algorithm 1); below 1
+    the teacher's rows have their cross-entropy beside it. With reverse KL the own rows' part is MiniLLM's direction (Gu
+    et al. 2024, equation 1), without its gradient through the sampling: the answers are given, as they are in GKD.
     """
     counts = torch.tensor([len(row.student.response_ids) for row in rows])
     is_own = torch.tensor([row.own for row in rows]).repeat_interleave(counts)  # [N]

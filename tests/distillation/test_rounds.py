@@ -40,14 +40,12 @@ from tests.stub_server import starts, write_stub
 MEASURED = ("tokens_per_second", "peak_memory_mb")  # columns of metrics.jsonl that no two runs share
 
 
-@pytest.fixture
-def settings(tmp_path, tiny_teacher, ending_teacher, clean_rows, write_sft):
-    """A run of six steps in two rounds, of a student some of whose answers end."""
-    experiment = write_sft(tmp_path / "experiment" / "tiny", clean_rows(40), clean_rows(8, start=100))
-    return {
+@pytest.fixture(scope="module")
+def settings_in(tiny_teacher, ending_teacher, clean_rows, write_sft):
+    """`settings_in(folder)`: a run of six steps in two rounds, of a student some of whose answers end."""
+    plain = {
         "model_name_or_path": ending_teacher,
         "teacher_model_name_or_path": tiny_teacher,
-        "experiment_dir": str(experiment),
         "learning_rate": 1e-2,
         "warmup_steps": 0,
         "batch_size": 4,
@@ -64,6 +62,25 @@ def settings(tmp_path, tiny_teacher, ending_teacher, clean_rows, write_sft):
         "on_policy_batch_size": 4,
         "on_policy_max_new_tokens": 24,
     }
+
+    def made(folder: Path) -> dict:
+        experiment = write_sft(folder / "experiment" / "tiny", clean_rows(40), clean_rows(8, start=100))
+        return plain | {"experiment_dir": str(experiment)}
+
+    return made
+
+
+@pytest.fixture
+def settings(settings_in, tmp_path):
+    return settings_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(settings_in, tmp_path_factory):
+    """What such a run gives where nothing comes between."""
+    settings = settings_in(tmp_path_factory.mktemp("whole"))
+    cached(settings)
+    return run_kd_pipeline(settings)
 
 
 def cached(settings: dict, **changes) -> dict:
@@ -128,9 +145,8 @@ KILLS = [
 ]
 
 
-def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(settings, tmp_path, monkeypatch):
+def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(settings, whole, tmp_path, monkeypatch):
     cached(settings)
-    whole = run_kd_pipeline(settings | {"output_dir": str(tmp_path / "whole")})
     cut = settings | {"output_dir": str(tmp_path / "cut")}
     for module, name, calls in KILLS:
         with monkeypatch.context() as patch:
@@ -301,7 +317,7 @@ def test_an_answer_that_was_cut_has_no_end(make_tokenizer):
     assert encode_row(make_tokenizer(), row | {"finish_reason": "length"}, 258, own_answer=True).response_ids == ()
 
 
-def test_answers_become_rows(tmp_path, make_tokenizer):
+def test_answers_become_rows(tmp_path, make_tokenizer, caplog):
     """A character that the cut has torn is taken off; what a server refused is left out; the order is the requests'."""
     requests = [Request(f"q{i}", 0, "Be brief." if i else "", "Hi", i, Sampling(max_new_tokens=4)) for i in range(6)]
     said = [("caf\ufffd", "length"), ("caf\ufffd", "stop"), ("", "stop"), ("", "length"), ("no", "refused"),
@@ -319,6 +335,13 @@ def test_answers_become_rows(tmp_path, make_tokenizer):
     assert {name: facts[name] for name in ("rows", "ended", "truncated", "empty", "left_out", "encoded_otherwise")} == {
         "rows": 3, "ended": 3, "truncated": 2, "empty": 2, "left_out": 3, "encoded_otherwise": 3
     }  # fmt: skip
+    caplog.set_level("INFO")
+    facts |= {"answering_seconds": 1.0, "caching_seconds": 0.0}
+    rounds._say_round(facts, answers)
+    assert "3 ended, 2 cut off, 2 empty" in caplog.text
+    assert "little can be learned" not in caplog.text
+    rounds._say_round(facts, answers[:4])
+    assert "3 of 4 answers are empty or cut off, and little can be learned from such" in caplog.text
     with pytest.raises(UserError, match="the assistant's answer is empty"):  # but in a round
         read_clean(tmp_path / "sft" / "sft_train_data_clean.jsonl")
 
@@ -536,12 +559,11 @@ def test_a_student_in_4_bits_answers_in_bf16(settings, caplog):
     assert "the one that answers is its bf16 model with the adapter" in caplog.text
 
 
-def test_a_round_that_is_not_as_it_was_made(settings, tmp_path, monkeypatch, caplog):
+def test_a_round_that_is_not_as_it_was_made(settings, whole, tmp_path, monkeypatch, caplog):
     """Of another adapter or damaged it is made again, unless steps were taken from it; its cache is in any case."""
     caplog.set_level("INFO")
     cached(settings)
     target = settings | {"output_dir": str(tmp_path / "run")}
-    whole = run_kd_pipeline(target | {"output_dir": str(tmp_path / "whole")})
     folder = tmp_path / "run" / "rounds" / "round_02"
     clean = folder / "sft" / "sft_train_data_clean.jsonl"
 
