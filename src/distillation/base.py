@@ -708,12 +708,17 @@ def ending_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return ending if answer_turn(ending, hello) == turn else copy.deepcopy(tokenizer)
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], end_id: int) -> EncodedRow:
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], end_id: int, own_answer: bool = False
+) -> EncodedRow:
     """One clean row (`id`, `messages` ending with the assistant's) -> token ids.
 
     Prompt ids and response ids together are what the model reads where its own template renders the conversation, up to
-    and with the end of the turn. An answer that was cut off (`finish_reason` is "length") goes up to its cut: an end
-    there would teach to stop in the middle of a sentence.
+    and with the end of the turn.
+
+    Args:
+        own_answer: the student gave it, in an on-policy round. One that was cut off (`finish_reason` is "length") then
+            goes up to its cut: it said no end, which would teach to stop in the middle of a sentence.
 
     Raises:
         UserError: the template cannot be answered, see `answer_turn`.
@@ -721,7 +726,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], end_id: 
     turn = answer_turn(tokenizer, row["messages"][:-1])
     text = _as_rendered(tokenizer, turn, row["messages"])
     [start] = prompt_ids(tokenizer, [turn.prompt])
-    is_cut = row.get("finish_reason") == "length"
+    is_cut = own_answer and row.get("finish_reason") == "length"
     text, end = (text, []) if is_cut else (text + turn.gap, [end_id])
     if any(word in text for word in _control_words(tokenizer)):
         response = response_ids(tokenizer, text)

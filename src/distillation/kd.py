@@ -21,7 +21,6 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from src.distillation.base import (
-    ModelName,
     causal_lm,
     compile_layers,
     count_parameters,
@@ -52,7 +51,8 @@ from src.distillation.kd_config import SECTION, KDConfig
 from src.distillation.lora import add_lora
 from src.distillation.losses import compiler_works
 from src.distillation.packing import ATTENTION, check_packing
-from src.distillation.rounds import check_rounds, open_round, plan_round, read_prompts, rounds_of
+from src.distillation.rounds import check_rounds, open_round, plan_round, read_prompts, rounds_cost, rounds_of
+from src.distillation.run_card import model_card, teachers_own
 from src.distillation.run_folder import (
     claim_folder,
     cut_metrics,
@@ -416,6 +416,7 @@ def _run_part(
             "arm": config.arm,
             **_heldout(run, folder),
             **training_facts(folder),
+            **({"rounds": rounds_cost(folder)} if config.on_policy else {}),
             "trainable_parameters": count_parameters(run.model, trainable=True),
             "total_parameters": count_parameters(run.model),
             # an export merges whatever lies in final_model by then: the numbers above are of these very weights
@@ -488,7 +489,8 @@ def _prepare(
 def _try_out(run: Run, layers_compiled: bool) -> None:
     """Decide what only trying tells."""
     config = run.config
-    alone = config.teacher_signal != "online" or not config.teacher_devices
+    beside = config.teacher_signal == "online" or config.on_policy  # the teacher is in this process, now or in a round
+    alone = not (beside and config.teacher_devices)
     liger = use_liger(causal_lm(run.model), config.liger, lambda: probe_gradients(run), alone)
     if run.cutting.tokens == 0 and config.packing and config.tokens_per_batch is None:
         run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
@@ -552,7 +554,9 @@ def _add_adapters(config: KDConfig, student: PreTrainedModel, folder: Path) -> P
     checkpoints = config.save_total_limit or 2
     # an adapter and the optimiser's two moments each, one checkpoint more while it is written, and the final model
     need = 4 * count_parameters(model, trainable=True) * (3 * checkpoints + 4)
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # of a run that goes on
+    there = 0  # of a run that goes on; what rounds have left takes room beside it
+    for written in (*folder.glob("checkpoint-*"), folder / "final_model"):
+        there += sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     require_disk(folder, max(0, need - there), "the run's checkpoints")
     return model
 
@@ -603,7 +607,9 @@ def _load_student(config: KDConfig, accelerator: Accelerator) -> PreTrainedModel
 def _load_teacher(config: KDConfig, accelerator: Accelerator, data: TrainingData, pad_id: int) -> Reader:
     """The resident teacher."""
     name, devices, dtype = config.teacher_model_name_or_path, config.teacher_devices, config.dtype
-    teacher = load_model(name, dtype, place(name, devices, dtype, config.gpu_memory_gb) if devices else None)
+    teacher = load_model(
+        name, dtype, place(name, devices, dtype, config.gpu_memory_gb, config.cpu_offload) if devices else None
+    )
     teacher.requires_grad_(False)
     if not devices:
         teacher.to(accelerator.device)  # one a rank
@@ -611,15 +617,6 @@ def _load_teacher(config: KDConfig, accelerator: Accelerator, data: TrainingData
     if config.packing:
         check_packing(teacher, [pair.teacher for pair in data.train], pad_id)
     return model_reader(teacher, pad_id, config.packing)
-
-
-def _teachers_own(config: KDConfig) -> str:
-    """How the teacher's softmax differs from the student's: " (the teacher at 0.2, top_k 20, top_p 0.9)"."""
-    cut = [f"top_k {config.teacher_top_k}"] if config.teacher_top_k else []
-    cut += [f"top_p {config.teacher_top_p:g}"] if config.teacher_top_p < 1 else []
-    if config.teacher_temperature is None and not cut:
-        return ""
-    return f" (the teacher at {', '.join([f'{config.teacher_temperature or config.temperature:g}', *cut])})"
 
 
 def _say_sizes(run: Run, trainable: int) -> None:
@@ -658,7 +655,7 @@ def _say_sizes(run: Run, trainable: int) -> None:
         config.alpha,
         config.temperature,
         config.divergence,
-        _teachers_own(config),
+        teachers_own(config),
         1 - config.alpha,
         run.student.vocab_size,
         signals[config.teacher_signal],
@@ -682,64 +679,6 @@ def _say_rounds(run: Run) -> None:
     )
 
 
-MODEL_CARD = """---
-library_name: peft
-{base_model}tags: [knowledge-distillation, lora]
----
-# {experiment}: {arm}
-
-LoRA adapter of {student}, rank {rank}, trained on {rows} answers of {teacher} in {steps} steps of {rows_per_step}
-rows{bits}{rounds}{start}. It ends a turn with `{end}`: stop there (`generation_config.json` says so too).
-Objective: {alpha} x T^2 x {divergence}(teacher, student) at T = {temperature}{own}, plus {ce} x cross-entropy; seed
-{seed}.
-
-Every setting is in `kd_config.json` of the run, every measured number in `kd_results.json`.
-"""
-
-
-def _cited(model: ModelName) -> str:
-    return f"`{model.id}`" + (f" (revision `{model.revision}`)" if model.revision else "")
-
-
-def _model_card(config: KDConfig, rows: int, steps: int, end: str, began: str | None = None) -> str:
-    """`began`: the sha256 of the adapter that `init_from` named when the run began."""
-    student = model_name(config.model_name_or_path)
-    start = ""
-    if config.init_from:  # the run's name, without the way to it
-        run = Path(config.init_from.rstrip("/").removesuffix("/final_model")).name
-        start = f", from the adapter of `{run}` on (sha256 {(began or '')[:16]})"
-    # a hub id, or nothing: the hub refuses a card that names a path
-    base_model = "" if Path(student.id).exists() else f"base_model: {student.id}\n"
-    bits = ", with the student's weights in 4 bits (NF4); it is added to them in bf16" if config.load_in_4bit else ""
-    rounds = ""
-    if config.on_policy:
-        rounds = (
-            f"; {config.own_rows_per_step} of them are answers of its own, made in {config.on_policy_rounds} rounds, "
-            "which the divergence alone is taken on"
-        )
-    return MODEL_CARD.format(
-        base_model=base_model,
-        student=_cited(student),
-        teacher=_cited(model_name(config.teacher_model_name_or_path)),
-        bits=bits,
-        rounds=rounds,
-        start=start,
-        rows=rows,
-        experiment=Path(config.experiment_dir).name,
-        arm="kd" if config.alpha > 0 else "sft control",
-        steps=steps,
-        rows_per_step=config.rows_per_step,
-        alpha=config.alpha,
-        divergence=config.divergence,
-        temperature=config.temperature,
-        ce=round(1 - config.alpha, 6),
-        rank=config.lora_r,
-        seed=config.seed,
-        end=end,
-        own=_teachers_own(config),
-    )
-
-
 def _save_final(run: Run, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with contextlib.ExitStack() as stack:
         main = run.accelerator.is_main_process
@@ -753,7 +692,7 @@ def _save_final(run: Run, folder: Path, tokenizer: PreTrainedTokenizerBase) -> N
         GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(made)
         steps, end = training_facts(folder)["steps"], tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
         began = read_json(folder / "kd_config.json")["fingerprint"].get("init_from")
-        write_text(made / "README.md", _model_card(run.config, len(run.data.train), steps, end, began))
+        write_text(made / "README.md", model_card(run.config, len(run.data.train), steps, end, began))
 
 
 def _heldout(run: Run, folder: Path) -> dict[str, Any]:

@@ -84,6 +84,9 @@ class Conduct:
     )
     student_devices: list[int] = setting([], "GPUs the student is spread over (one process)")
     gpu_memory_gb: float = setting(36.0, "weights one GPU may hold, 1e9 bytes")
+    cpu_offload: bool = setting(
+        False, "keep the teacher's layers beyond gpu_memory_gb in CPU memory; they pass through a GPU as they run"
+    )
     on_policy_batch_size: int = setting(32, "rows in one forward pass of the student that answers for a round")
     on_policy_serve: str = setting(
         "", "the server that a round starts for its answers and stops: {command: vllm} or sglang, as `serve` elsewhere"
@@ -125,7 +128,7 @@ class KDConfig(Conduct):
         "hidden", "the teacher's beliefs: hidden or topk from scripts/cache_teacher.py, online from a resident teacher"
     )
 
-    # rounds of the student's own answers: GKD (Agarwal et al. 2024, algorithm 1) with lambda = on_policy_fraction
+    # rounds of the student's own answers: with alpha = 1 GKD (Agarwal et al. 2024, algorithm 1), lambda = the fraction
     on_policy_rounds: int = setting(
         0, "parts of the run, before each of which the student answers prompts of the training rows; 0: none"
     )
@@ -134,7 +137,7 @@ class KDConfig(Conduct):
     on_policy_top_p: float = setting(1.0, "nucleus of the student's answers; 1 is off")
     on_policy_top_k: int = setting(0, "candidates a token of the student's answers; 0 is off")
     on_policy_max_new_tokens: int = setting(
-        768, "longest answer of the student, end of turn included; max_length may lower it"
+        768, "longest answer of the student, end of turn included; a prompt that leaves it no room is not asked"
     )
 
     # rows and steps; batch_size x gradient_accumulation_steps rows make a step, whatever its passes are

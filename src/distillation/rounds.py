@@ -3,15 +3,19 @@
 A run is cut into `on_policy_rounds` parts. Before the first step of each the student, with its adapter so far, answers
 prompts of the training rows by an engine of stage 1, and the teacher's states of these answers are cached by the code
 of `cache_teacher`. A round's end is a checkpoint and its beginning a resume, so that nothing else needs the GPUs
-meanwhile, and a killed round goes on as a killed run does. With lambda the share of own answers this is GKD (Agarwal et
-al. 2024, algorithm 1), sampled a round at a time.
+meanwhile, and a killed round goes on as a killed run does. With alpha = 1 and lambda the share of own answers this is
+GKD (Agarwal et al. 2024, algorithm 1), sampled a round at a time.
 
 A round's folder in the run's, `rounds/round_01/`, has the formats of an experiment:
 
     sft/sft_train_data.jsonl        the student's answers as they came; a killed round goes on with those it lacks
     sft/sft_train_data_clean.jsonl  what is learned from; `finish_reason` is `stop`, or `length` where one was cut off
     teacher_cache/                  what the teacher believes of them; not of a resident teacher
-    round.json                      what was answered and how; written last, so that a round with it is complete
+    round.json                      what was answered and how; written last
+    begun.json                      while it is worked on: a round with round.json and without this is complete
+
+Steps must not be learnt from other answers than those before them: round.json has the hash of what is learned from. The
+cache follows from it and the teacher, so that one that is damaged is made again.
 """
 
 import contextlib
@@ -28,7 +32,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import release_memory
 
-from src.distillation.base import EncodedRow, encode_row, model_fingerprint
+from src.distillation.base import EncodedRow, encode_row, model_bytes, model_fingerprint, place
 from src.distillation.batching import (
     Pair,
     StepOrder,
@@ -62,7 +66,7 @@ from src.utils.common import (
 from src.utils.stages import clear, hold
 
 COMPLETE = "round.json"
-BEGUN = "begun.json"  # the fingerprint of a round that is not complete
+BEGUN = "begun.json"  # of a round that is worked on: its fingerprint, and the seconds that it took so far
 STUDENT = "student"  # what a server calls the adapter that answers
 LEARNT_FROM = ("stop", "length")  # an answer that a server refused, or ended in a way of its own, says nothing
 LOOK = 1.0  # seconds between two looks of the ranks that wait; a collective call would time out after minutes
@@ -86,10 +90,8 @@ class Round:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a student can be asked, a dataset row (`id, system, prompt`) for each of the run's training rows, and how.
-
-    Its answers fit into max_length beside the longest of them, so that none needs to be dropped.
-    """
+    """What a student can be asked, a dataset row (`id, system, prompt`) for each training row whose prompt leaves room
+    for the longest answer within max_length; and how."""
 
     rows: list[dict[str, str]]
     sampling: Sampling
@@ -111,7 +113,7 @@ def rounds_of(config: KDConfig, steps: int) -> list[Round]:
 
 
 def check_rounds(config: KDConfig) -> None:
-    """Refuse what no round can be made with, before anything is read.
+    """Refuse what no round can be made with, before anything is done.
 
     Raises:
         UserError: says what, and the way out.
@@ -131,8 +133,21 @@ def check_rounds(config: KDConfig) -> None:
         )
     if serve is not None and serve.model:
         raise UserError("on_policy_serve answers as the student and its adapter; take model out of it")
-    if config.teacher_signal == "online":
-        return
+    if config.load_in_4bit:
+        logger.warning(
+            "own answers: the student that learns is in 4 bits, the one that answers is its bf16 model with the "
+            "adapter, of which nothing is measured here"
+        )
+    if config.teacher_signal != "online":
+        _check_teacher(config)
+
+
+def _check_teacher(config: KDConfig) -> None:
+    """Refuse a teacher that cannot read a round's answers, before the student has given any.
+
+    Raises:
+        UserError: it is a server's, another than the cache's, or its GPUs are not there or do not hold it.
+    """
     folder = Path(config.experiment_dir) / "teacher_cache"
     index = read_index(folder)
     if is_served(index):
@@ -144,6 +159,29 @@ def check_rounds(config: KDConfig) -> None:
         raise UserError(
             f"{folder} is of another teacher than {config.teacher_model_name_or_path!r} is now, and rounds ask both; "
             "run scripts/cache_teacher.py --overwrite"
+        )
+    _check_place(config, torch.bfloat16 if index["bf16"] else torch.float32)
+
+
+def _check_place(config: KDConfig, dtype: torch.dtype) -> None:
+    """Refuse GPUs that are not there or do not hold the teacher.
+
+    Raises:
+        UserError: says which, and the settings that give it room.
+    """
+    name = config.teacher_model_name_or_path
+    try:
+        placed = place(name, config.teacher_devices, dtype, config.gpu_memory_gb, config.cpu_offload)
+    except UserError as error:
+        raise UserError(f"on-policy rounds, where the teacher reads the student's answers: {error}") from None
+    if placed is None or set(placed) != {""}:
+        return
+    [device] = placed.values()  # all of it on one GPU, whatever gpu_memory_gb says
+    room, needed = torch.cuda.get_device_properties(device).total_memory, model_bytes(name, dtype)
+    if needed > room:
+        raise UserError(
+            f"on-policy rounds: the teacher, which reads the student's answers, has {needed / 1e9:.1f} GB of weights, "
+            f"GPU {device} has {room / 1e9:.1f} GB; spread it with --teacher_devices 0 1 ..., or pass --cpu_offload"
         )
 
 
@@ -162,11 +200,11 @@ def read_prompts(config: KDConfig, data: TrainingData) -> Prompts:
     """What the student will be asked.
 
     Raises:
-        UserError: a training row is a longer conversation; names it.
+        UserError: a training row is a longer conversation, which is named; or too few prompts leave room.
     """
     path = clean_files(Path(config.experiment_dir) / "sft")["train"]
     messages = {(row["id"], row.get("sample_index", 0)): row["messages"][:-1] for row in read_clean(path)}
-    rows = []
+    room, rows = config.max_length - config.on_policy_max_new_tokens, []
     for pair in data.train:
         asked = messages[pair.student.id, pair.student.sample_index]
         roles = [message["role"] for message in asked]
@@ -175,15 +213,35 @@ def read_prompts(config: KDConfig, data: TrainingData) -> Prompts:
                 f"{path}: row {pair.student.id} asks with messages of {', '.join(roles)}; on-policy rounds ask single "
                 "turns, of a user after a system message or none: take such rows out, or leave on_policy_rounds out"
             )
+        if max(len(pair.student.prompt_ids), len(pair.teacher.prompt_ids)) > room:
+            continue
         system = asked[0]["content"] if len(asked) == 2 else ""
         rows.append({"id": pair.student.id, "system": system, "prompt": asked[-1]["content"]})
-    longest = max(max(len(pair.student.prompt_ids), len(pair.teacher.prompt_ids)) for pair in data.train)
-    most = min(config.on_policy_max_new_tokens, config.max_length - longest)
-    if most < config.on_policy_max_new_tokens:
-        logger.info(
-            "own answers: %d tokens at most (max_length %d, longest prompt %d)", most, config.max_length, longest
+    _check_prompts(config, len(rows), len(data.train))
+    return Prompts(rows, config.own_sampling(config.on_policy_max_new_tokens))
+
+
+def _check_prompts(config: KDConfig, asked: int, there: int) -> None:
+    """Say how many prompts are not asked.
+
+    Raises:
+        UserError: not even one step's are.
+    """
+    most = config.on_policy_max_new_tokens
+    if asked < config.own_rows_per_step:
+        raise UserError(
+            f"{asked} of {there} training prompts leave room for an answer of {most} tokens within max_length = "
+            f"{config.max_length}, and the student is asked {config.own_rows_per_step} a step; lower "
+            "--on_policy_max_new_tokens, or raise --max_length"
         )
-    return Prompts(rows, config.own_sampling(most))
+    if asked < there:
+        logger.info(
+            "own answers: %d of %d training prompts are not asked, they leave no room for %d tokens within %d",
+            there - asked,
+            there,
+            most,
+            config.max_length,
+        )
 
 
 def requests_of(config: KDConfig, part: Round, prompts: Prompts) -> list[Request]:
@@ -233,32 +291,31 @@ def plan_round(
 
 
 def open_round(config: KDConfig, accelerator: Accelerator, tokenizers: Tokenizers, plan: RoundPlan) -> OwnRows:
-    """The student's own answers for a round, made where they are not there yet.
+    """The student's own answers for a round, made where they are not there yet, as is what is damaged of the cache.
 
-    Every rank calls it: the first answers and caches, the others wait until round.json is there. Where the first fails
-    the launcher ends the others.
+    Every rank calls it: the first answers and caches, the others wait until the round is complete. Where the first
+    fails the launcher ends the others.
 
     Raises:
         UserError: something the user must put right; the text says what and how.
     """
     part, folder = plan.part, plan.folder
-    is_complete = _is_complete(plan)
-    if not is_complete and accelerator.is_main_process:
-        _clear_others(plan)
+    if accelerator.is_main_process:
+        _begin(plan)
     accelerator.wait_for_everyone()  # nobody takes a folder that has just been cleared for a finished one
-    if not is_complete and accelerator.is_main_process:
+    if accelerator.is_main_process:
         with hold(folder, SECTION), hold(folder / "sft", SECTION):
             _make(config, tokenizers, plan)
-    while not (folder / COMPLETE).is_file():
+    while (folder / BEGUN).is_file() or not (folder / COMPLETE).is_file():
         time.sleep(LOOK)
     pairs = {_key(pair.student): pair for pair in read_own_pairs(folder, tokenizers, config.max_length)}
     teacher = None
     if config.teacher_signal != "online":
         teacher = _open_own_cache(config, folder, list(pairs.values()))
     by_step: list[list[Pair]] = [[] for _ in range(part.end - part.first_step)]
-    for place, request in enumerate(plan.requests):
+    for index, request in enumerate(plan.requests):
         if pair := pairs.get(_key(request)):
-            by_step[place // config.own_rows_per_step].append(pair)
+            by_step[index // config.own_rows_per_step].append(pair)
     return OwnRows(part.number, part.first_step, by_step, teacher)
 
 
@@ -289,79 +346,120 @@ def _fingerprint(
 FOR_GOOD = ("round", "first_step", "last_step", "requests", "rows")
 
 
-def _is_complete(plan: RoundPlan) -> bool:
-    """Whether the folder holds this round, all of it.
+def _begin(plan: RoundPlan) -> None:
+    """Mark the round as worked on; a folder that cannot be gone on with is cleared first.
 
     Raises:
-        UserError: steps were learnt from it, and it does not any more.
+        UserError: steps were learnt from its answers, and these are not there any more as they were.
     """
-    path = plan.folder / COMPLETE
-    stored = read_json(path).get("fingerprint", {}) if path.is_file() else {}
-    if not plan.has_begun:
-        return stored == plan.fingerprint
-    if any(stored.get(name) != plan.fingerprint[name] for name in FOR_GOOD):
+    folder = plan.folder
+    complete, begun = folder / COMPLETE, folder / BEGUN
+    fault = _fault_of_answers(plan)
+    if plan.has_begun and fault:
         raise UserError(
-            f"{plan.folder}: steps of this round are taken, and the answers that they were learnt from are gone; put "
-            "the folder back, or train again with --overwrite"
+            f"{folder}: steps of this round are taken, and {fault}; put the folder back as it was, or train again with "
+            "--overwrite"
         )
-    return True
+    if not plan.has_begun:
+        for path in (complete, begun):
+            if path.is_file() and read_json(path).get("fingerprint") != plan.fingerprint:
+                logger.info("%s: made with another adapter or other settings; it is made again", folder)
+                clear(folder, last=path.name)
+        if complete.is_file() and fault:
+            logger.warning("%s: %s; the round is made again", folder, fault)
+            clear(folder, last=COMPLETE)
+    if not begun.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(begun, {"fingerprint": plan.fingerprint, "answering_seconds": 0.0, "caching_seconds": 0.0})
 
 
-def _clear_others(plan: RoundPlan) -> None:
-    """Make room where the folder holds a round that this one does not go on with."""
-    for name in (COMPLETE, BEGUN):
-        path = plan.folder / name
-        if path.is_file() and read_json(path).get("fingerprint") != plan.fingerprint:
-            logger.info("%s: made with another adapter or other settings; it is made again", plan.folder)
-            clear(plan.folder, last=name)
-            return
+def _fault_of_answers(plan: RoundPlan) -> str | None:
+    """Why the folder's answers are not, or cannot be told to be, those of this round that round.json speaks of."""
+    path, clean = plan.folder / COMPLETE, clean_files(plan.folder / "sft")["train"]
+    if not path.is_file():
+        return f"{COMPLETE}, which tells its answers from others, is gone"
+    stored = read_json(path)
+    if any(stored["fingerprint"].get(name) != plan.fingerprint[name] for name in FOR_GOOD):
+        return f"{COMPLETE} is of another round"
+    if not clean.is_file():
+        return f"sft/{clean.name}, which is learned from, is gone"
+    if sha256_file(clean) != stored.get("clean_sha256"):
+        return f"sft/{clean.name}, which is learned from, is not as it was written"
+    return None
 
 
 def _make(config: KDConfig, tokenizers: Tokenizers, plan: RoundPlan) -> None:
     """Answer, cache, and say in round.json what came of it; goes on where a killed one was.
 
-    Its seconds are those of the session that ends it.
+    Of a round that was complete only the cache is looked at, and made again where it is missing or damaged.
     """
-    folder = plan.folder
-    write_json(folder / BEGUN, {"fingerprint": plan.fingerprint})
+    folder, clean = plan.folder, clean_files(plan.folder / "sft")["train"]
+    was_complete = (folder / COMPLETE).is_file()
     date = Path(config.experiment_dir) / "prompt_date.json"
     if date.is_file():  # a template that asks for the day reads the experiment's in the round too
         shutil.copy(date, folder / date.name)
 
     # 1. the student answers
-    begin = time.monotonic()
-    _answer(config, plan)
-    release_memory()  # the student's, for the teacher
-    answered = time.monotonic()
-    answers = read_jsonl(folder / "sft" / "sft_train_data.jsonl")
-    _write_clean(folder, plan.requests, answers)
-    pairs = read_own_pairs(folder, tokenizers, config.max_length)
-    if not pairs:
-        raise UserError(
-            f"{folder}: none of {len(answers)} answers can be learned from; read them in sft/sft_train_data.jsonl, and "
-            "raise --on_policy_max_new_tokens or --max_length"
-        )
+    if not was_complete:
+        _answer(config, plan)
+        release_memory()  # the student's, for the teacher
+        _write_clean(folder, plan.requests, read_jsonl(folder / "sft" / "sft_train_data.jsonl"))
+        if not read_own_pairs(folder, tokenizers, config.max_length):
+            raise UserError(
+                f"{folder}: none of {len(plan.requests)} answers can be learned from; read them in "
+                "sft/sft_train_data.jsonl, and raise --on_policy_max_new_tokens or --max_length"
+            )
 
     # 2. the teacher reads the answers
     if config.teacher_signal != "online":
-        make_cache(_cache_config(config, folder), own_answers=True)
+        since = time.monotonic()
+        try:
+            make_cache(_cache_config(config, folder), own_answers=True)
+        finally:
+            _count(folder, "caching_seconds", since)
         release_memory()  # the teacher's, for training
 
     # 3. what came of it, which makes the round complete
-    facts = round_facts(plan.part, plan.requests, answers, pairs)
-    facts |= {"seed": config.seed}  # of which each answer's is made
-    facts |= {"answering_seconds": answered - begin, "caching_seconds": time.monotonic() - answered}
-    write_json(folder / COMPLETE, facts | {"fingerprint": plan.fingerprint})
+    if not was_complete:
+        answers = read_jsonl(folder / "sft" / "sft_train_data.jsonl")
+        facts = round_facts(plan.part, plan.requests, answers, read_own_pairs(folder, tokenizers, config.max_length))
+        facts |= {"seed": config.seed}  # of which each answer's is made
+        facts |= {"clean_sha256": sha256_file(clean)}
+        facts |= read_json(folder / BEGUN)  # the fingerprint and the seconds
+        write_json(folder / COMPLETE, facts)
+        _say_round(facts, answers)
     (folder / BEGUN).unlink()
+
+
+def _count(folder: Path, name: str, since: float) -> float:
+    """Add the seconds since `since` to begun.json, where those of all sessions add up; the time now."""
+    now, facts = time.monotonic(), read_json(folder / BEGUN)
+    write_json(folder / BEGUN, facts | {name: facts[name] + now - since})
+    return now
+
+
+def _say_round(facts: dict[str, Any], answers: Sequence[dict[str, Any]]) -> None:
     logger.info(
-        "round %d: %d answers in %.0f s, %d of them ended, %.0f tokens each; %.0f s until the teacher had read them",
-        plan.part.number,
+        "round %d: %d answers in %.0f s, %d ended, %d cut off, %d empty, %.0f tokens each; %.0f s until the teacher "
+        "had read them",
+        facts["round"],
         len(answers),
         facts["answering_seconds"],
         facts["ended"],
+        facts["truncated"],
+        facts["empty"],
         facts["mean_length"],
         facts["caching_seconds"],
     )
+    bad = sum(row["finish_reason"] == "length" or not row["response"].strip() for row in answers)
+    if bad > len(answers) / 2:
+        logger.warning(
+            "round %d: %d of %d answers are empty or cut off, and little can be learned from such; read some in its "
+            "sft/sft_train_data.jsonl, and raise --on_policy_max_new_tokens or lower --on_policy_temperature",
+            facts["round"],
+            bad,
+            len(answers),
+        )
 
 
 def _answer(config: KDConfig, plan: RoundPlan) -> None:
@@ -375,6 +473,7 @@ def _answer(config: KDConfig, plan: RoundPlan) -> None:
     if len(done) == len(requests):
         return
     require_disk(folder, len(requests) * (4 * requests[0].sampling.max_new_tokens + 2000), "the student's answers")
+    since = time.monotonic()
     refused = sum(row["finish_reason"] == "refused" for row in stored)
     with (
         _student(config, plan) as generate,
@@ -383,7 +482,9 @@ def _answer(config: KDConfig, plan: RoundPlan) -> None:
         progress.skip(len(done))
         for rows in generate(requests, done, refused):
             append_jsonl(target, rows)
+            since = _count(folder, "answering_seconds", since)
             progress.advance(len(rows))
+    _count(folder, "answering_seconds", since)
 
 
 @contextlib.contextmanager
@@ -434,7 +535,8 @@ def read_own_pairs(folder: Path, tokenizers: Tokenizers, max_length: int) -> lis
     rows = read_clean(path, own_answers=True) if path.stat().st_size else []
     pairs = []
     for row in rows:
-        student, teacher = (encode_row(tokenizer, row, end) for tokenizer in (tokenizers.student, tokenizers.teacher))
+        student = encode_row(tokenizers.student, row, end, own_answer=True)
+        teacher = encode_row(tokenizers.teacher, row, end, own_answer=True)
         if student.response_ids and max(len(student), len(teacher)) <= max_length:
             pairs.append(Pair(student, teacher, own=True))
     return pairs
@@ -452,9 +554,10 @@ def _cache_config(config: KDConfig, folder: Path) -> CacheTeacherConfig:
         validation_fraction=config.validation_fraction,
         max_length=config.max_length,
         bf16=index["bf16"],
-        packing=config.packing,
+        packing=index["packing"],
         teacher_devices=config.teacher_devices,
         gpu_memory_gb=config.gpu_memory_gb,
+        cpu_offload=config.cpu_offload,
     )
 
 
@@ -497,3 +600,10 @@ def round_facts(
         "left_out": len(requests) - len(pairs),
         "sampling": asdict(requests[0].sampling),
     }
+
+
+def rounds_cost(run: Path) -> dict[str, Any]:
+    """What kd_results.json says of all rounds of the run in the folder `run`, as far as they are there."""
+    names = ("rows", "tokens", "answering_seconds", "caching_seconds")
+    made = [read_json(path) for path in sorted(run.glob(f"rounds/*/{COMPLETE}"))]
+    return {"made": len(made)} | {name: sum(facts[name] for facts in made) for name in names}

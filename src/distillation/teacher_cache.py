@@ -12,13 +12,14 @@ such a cache is for a teacher's softmax at T = 1, which is what training asks of
 log-probability of every token of theirs: what is measured on them is a bound, see `losses.bounded_stats`.
 
     index.json           what it was made of, where each row is, and the hashes of the files below
-    head.safetensors     the output matrix; not of a served teacher
+    head.safetensors     the output matrix; not of a served teacher, nor of a round's own answers
     shard_00000.safetensors ...    [tokens, width] or [tokens, K], the rows' response positions end to end
     tokenizer/           the teacher's tokenizer, so that training needs nothing else of the teacher
 """
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -298,7 +299,7 @@ def _read_rows(
     for split, path in files.items():
         hashes[path.name] = sha256_file(path) if path.is_file() else None
         for row in read_clean(path, own_answers):
-            rows.append(encode_row(tokenizer, row, end_id))
+            rows.append(encode_row(tokenizer, row, end_id, own_answers))
             if split == "eval" or is_validation(row["id"], config.validation_fraction):
                 measuring.add(_key(rows[-1]))
     if len({_key(row) for row in rows}) < len(rows):  # `read_clean` has looked at each file by itself
@@ -312,6 +313,8 @@ def make_cache(config: CacheTeacherConfig, own_answers: bool = False) -> dict[st
 
     Args:
         own_answers: `experiment_dir` is the folder of an on-policy round: a student's own answers, to train on alone.
+            The cache is the round's own, so one of other rows, or not as it was written, is made again; it keeps no
+            head, training reads that of the run's cache.
 
     Returns:
         The content of index.json.
@@ -333,7 +336,8 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers
     rows, measuring, hashes = _read_rows(config, tokenizer, own_answers)
     marker, index_path = folder / "stage.json", folder / "index.json"
     made_of = _made_of(config, tokenizer, hashes, marker)
-    state = stage_state(marker, made_of, config.overwrite, [index_path])
+    overwrite = config.overwrite or (own_answers and not _can_be_kept(folder, made_of))
+    state = stage_state(marker, made_of, overwrite, [index_path])
     if state == "done":
         logger.info("%s is complete; nothing to do", folder)
         return read_json(index_path)
@@ -345,6 +349,7 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers
     # 2. the teacher, and the files that do not depend on the rows
     shards = _shards(rows, lambda row: _kind(config, _key(row) in measuring), config.tokens_per_shard)
     with _opened(config, folder, rows, tokenizer) as source:
+        source = replace(source, head=None) if own_answers else source
         start_stage(marker, made_of)
         tokenizer.save_pretrained(folder / "tokenizer")
         if source.head is not None:
@@ -360,6 +365,22 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers
     finish_stage(marker, made_of, index_sha256=sha256_file(index_path))
     (folder / WRITTEN).unlink(missing_ok=True)
     return index
+
+
+def _can_be_kept(folder: Path, made_of: dict[str, Any]) -> bool:
+    """Whether a cache is of this, as far as it is there, and is as it was written; says so where it is not."""
+    marker, index_path = folder / "stage.json", folder / "index.json"
+    if not marker.is_file() and not index_path.is_file():
+        return True
+    stored = read_json(marker) if marker.is_file() else {}
+    fault = None
+    if stored.get("fingerprint") != json.loads(json.dumps(made_of)):
+        fault = f"{folder}: made of other rows or settings"
+    elif stored["finished"]:
+        fault = _files_fault(folder, read_json(index_path)) if index_path.is_file() else f"{index_path}: missing"
+    if fault:
+        logger.warning("%s; the cache is made again", fault)
+    return fault is None
 
 
 def _served_name(config: CacheTeacherConfig) -> str:
@@ -541,28 +562,35 @@ def _written_before(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_files(folder: Path, index: dict[str, Any]) -> None:
-    """Hash every file that will be trusted: a shard of zeros would train without a word.
+    """Refuse a cache that is not as it was written.
 
     Raises:
         UserError: a file is missing, or has another size or other bytes than when it was written.
     """
+    if fault := _files_fault(folder, index):
+        raise UserError(f"{fault}; {MADE_BY} --overwrite")
+
+
+def _files_fault(folder: Path, index: dict[str, Any]) -> str | None:
+    """Hash every file that will be trusted: a shard of zeros would train without a word. What is wrong, or None."""
     marker = folder / "stage.json"
     known = read_json(marker).get("index_sha256") if marker.is_file() else None
     if known != sha256_file(folder / "index.json"):
-        raise UserError(f"{folder / 'index.json'}: not as it was written, its hash is another; {MADE_BY} --overwrite")
+        return f"{folder / 'index.json'}: not as it was written, its hash is another"
     files = index["shards"] | ({HEAD: index["head"]} if index["head"] else {})
     for name, facts in files.items():  # what costs nothing first
         path = folder / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            raise UserError(f"{path}: missing or not as it was written; {MADE_BY} --overwrite")
+            return f"{path}: missing or not as it was written"
     started = time.monotonic()
     for name, facts in files.items():
         if sha256_file(folder / name) != facts["sha256"]:
-            raise UserError(f"{folder / name}: not as it was written, its hash is another; {MADE_BY} --overwrite")
+            return f"{folder / name}: not as it was written, its hash is another"
     seconds = time.monotonic() - started
     if seconds > NOTICED:
         size = sum(facts["bytes"] for facts in files.values())
         logger.info("%s: %.1f GB are as they were written, hashed in %.0f s", folder, size / 1e9, seconds)
+    return None
 
 
 def cached_tokenizer(folder: Path, index: dict[str, Any], experiment_dir: str | Path = "") -> PreTrainedTokenizerBase:

@@ -99,8 +99,13 @@ class Run:
 
 @dataclass(frozen=True)
 class StepFacts:
-    """Of one step on this rank: loss, kd and ce (each over the step's tokens, `[3]` on the device; in a round also kd
-    over the tokens of the student's own rows), the gradient's norm before clipping, and the tokens that were read."""
+    """Of one step on this rank.
+
+    sums: loss, kd and ce, each over the step's tokens, `[3]` on the device; in a round also kd summed over the tokens
+        of the student's own rows, and the number of these, `[5]`.
+    grad_norm: before clipping.
+    tokens: that were read.
+    """
 
     sums: Tensor
     grad_norm: Tensor
@@ -204,18 +209,19 @@ def run_passes(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
     # one divisor for all passes: a mean of means would give a token in a short answer more weight than one in a long;
     # DDP and FSDP average over ranks what should be added up, so each divides by its share of the step's tokens
     tokens = sum(len(row.student.response_ids) for row in rows) / ranks
-    own_tokens = sum(len(row.student.response_ids) for row in rows if row.own) / ranks
-    sums = torch.zeros(4 if run.own else 3, device=accelerator.device)
+    sums = torch.zeros(5 if run.own else 3, device=accelerator.device)
     with adapters_cast(run.model, run.config.dtype):
         for number, part in enumerate(mine):
             last = number == len(mine) - 1  # ranks exchange gradients once a step, in the last backward pass
             with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
-                found = pass_loss(run, [rows[index] for index in part])
+                taken = [rows[index] for index in part]
+                found = pass_loss(run, taken)
                 loss = found.loss / tokens
                 accelerator.backward(loss)
             parts = [loss.detach(), found.kd / tokens, found.ce / tokens]
             if run.own:
-                parts.append(found.own_kd / max(own_tokens, 1 / ranks))  # a step of which no answer could be used
+                own_tokens = sum(len(row.student.response_ids) for row in taken if row.own)
+                parts += [found.own_kd, torch.full_like(found.own_kd, own_tokens)]
             # stays on the device: asking for a value would wait for the GPU
             sums += torch.stack(parts).to(sums.device)
     return sums, sum(len(rows[index].student) for part in mine for index in part)
@@ -304,9 +310,9 @@ def _mixed_loss(
 ) -> PassSums:
     """The sums of a pass with rows of both kinds: alpha * T^2 * D of all tokens, (1 - alpha) * CE of the teacher's.
 
-    With lambda the share of own rows this is the objective of GKD (Agarwal et al. 2024, algorithm 1); with reverse KL
-    the own rows' part is MiniLLM's direction (Gu et al. 2024, equation 1), without its gradient through the sampling:
-    the answers are given, as they are in GKD.
+    With alpha = 1 and lambda the share of own rows this is GKD's objective (Agarwal et al. 2024, algorithm 1); below 1
+    the teacher's rows have their cross-entropy beside it. With reverse KL the own rows' part is MiniLLM's direction (Gu
+    et al. 2024, equation 1), without its gradient through the sampling: the answers are given, as they are in GKD.
     """
     counts = torch.tensor([len(row.student.response_ids) for row in rows])
     is_own = torch.tensor([row.own for row in rows]).repeat_interleave(counts)  # [N]
@@ -428,12 +434,16 @@ class Window:
         self.seconds += time.monotonic() - started
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over steps, the last norm, and the speed over all ranks; here alone the device is waited for."""
+        """Means over steps, the last norm, and the speed over all ranks; here alone the device is waited for.
+
+        `on_policy_kd_loss` is the mean over the tokens of own rows, and is left out where no step had such a row.
+        """
         with self.measuring():
             sums = accelerator.reduce(torch.stack([facts.sums for facts in self.facts]).sum(0))
             tokens = torch.tensor(sum(facts.tokens for facts in self.facts), device=accelerator.device)
             tokens = accelerator.reduce(tokens).item()
-            loss, kd, ce, *own_kd = (sums / (accelerator.num_processes * len(self.facts))).tolist()
+            loss, kd, ce = (sums[:3] / (accelerator.num_processes * len(self.facts))).tolist()
+            own_kd, own_tokens = sums[3:].tolist() if len(sums) > 3 else (0.0, 0.0)
             norm = self.facts[-1].grad_norm
             grad_norm = norm.item() if isinstance(norm, Tensor) else norm
         return {
@@ -441,7 +451,7 @@ class Window:
             "grad_norm": grad_norm,
             "kd_loss": kd,
             "ce_loss": ce,
-            **({"on_policy_kd_loss": own_kd[0]} if own_kd else {}),
+            **({"on_policy_kd_loss": own_kd / own_tokens} if own_tokens else {}),
             "tokens": tokens,
             "tokens_per_second": tokens / self.seconds,
             "peak_memory_mb": peak_memory_mb(),

@@ -96,6 +96,8 @@ def trainings(setup: Setup) -> list[Training]:
         sharded=processes > 1 and launch.get("accelerate") == "fsdp2",
         four_bit=bool(apart.get("load_in_4bit")),
     )
+    if config.on_policy:
+        setup.notes.append("the answers and caches of on-policy rounds are not in the plan")
     control = dataclasses.replace(work, arm="sft", config=dataclasses.replace(config, alpha=0.0))
     return [control, work]
 

@@ -217,14 +217,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     return [lines[0], f"|{'---|' * len(header)}", *lines[1:], ""]
 
 
-def _own_answers(config: Mapping[str, Any]) -> list[str]:
-    """What of the rows were the student's own answers, in a run of the version that can have them."""
+def _own_answers(config: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
+    """How many of the rows were the student's own answers, in a run of the version that can have them."""
     rounds, fraction = config.get("on_policy_rounds", 0), config.get("on_policy_fraction", 0)
     if config["arm"] != "kd" or not rounds or not fraction:
         return []
+    read = measured["steps"] * config["rows_per_step"]
     return [
-        f"- On-policy: {rounds} rounds, in which a share of {fraction:g} of the rows were the student's own answers "
-        f"(drawn at T = {config['on_policy_temperature']:g}, top_p {config['on_policy_top_p']:g}, top_k "
+        f"- On-policy: {rounds} rounds; {measured['rounds']['rows']} of the {read} rows that the steps took were the "
+        f"student's own answers (a share of {fraction:g} was asked for; drawn at T = "
+        f"{config['on_policy_temperature']:g}, top_p {config['on_policy_top_p']:g}, top_k "
         f"{config['on_policy_top_k']}), learned from by the divergence alone."
     ]
 
@@ -260,7 +262,7 @@ def _what(facts: CardFacts) -> list[str]:
         f"- Rows: {config['rows']['train']} answers of the teacher to train on, {config['rows']['validation']} to "
         f"watch, {config['rows']['heldout']} held out.",
         f"- Objective: {plain(objective)}.",
-        *_own_answers(config),
+        *_own_answers(config, facts.measured),
         *_beginning(config),
         f"- Training: {facts.measured['steps']} steps of {config['rows_per_step']} rows, learning rate "
         f"{config['learning_rate']:g} ({plain(config['lr_scheduler_type'])}, {config['warmup_steps']} warm-up steps), "

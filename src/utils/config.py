@@ -49,8 +49,8 @@ OVERLAID = {
     "run_improved_kd": (
         "batch_size", "gradient_accumulation_steps", "packing", "tokens_per_batch", "gradient_checkpointing",
         "compile_loss", "compile_layers", "liger", "use_cpu", "teacher_devices", "student_devices", "gpu_memory_gb",
-        "on_policy_batch_size", "on_policy_serve", "load_in_4bit", "logging_steps", "eval_steps", "save_steps",
-        "save_total_limit", "report_to",
+        "cpu_offload", "on_policy_batch_size", "on_policy_serve", "load_in_4bit", "logging_steps", "eval_steps",
+        "save_steps", "save_total_limit", "report_to",
     ),
     "evaluate_distillation": (*ANSWERING, "student_devices", "teacher_base_url"),
 }  # fmt: skip

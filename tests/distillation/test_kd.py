@@ -18,6 +18,7 @@ from src.distillation.heldout import summarise
 from src.distillation.kd import KDConfig, run_kd_pipeline
 from src.distillation.kd_config import SECTION
 from src.distillation.lora import add_lora
+from src.distillation.run_card import model_card
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.utils import stages
 from src.utils.common import ROOT, UserError, read_json, read_jsonl, sha256_file, write_json
@@ -434,7 +435,7 @@ def test_the_model_card_names_no_path_and_the_steps_taken(settings, monkeypatch)
     assert results["steps"] == 2
     assert "in 2 steps of 16" in card
     monkeypatch.chdir(Path(settings["model_name_or_path"]).parent)
-    with_hub_id = kd._model_card(build_config(KDConfig, settings | {"model_name_or_path": "Qwen/Qwen3-8B"}), 1, 1, "x")
+    with_hub_id = model_card(build_config(KDConfig, settings | {"model_name_or_path": "Qwen/Qwen3-8B"}), 1, 1, "x")
     assert "\nbase_model: Qwen/Qwen3-8B\n" in with_hub_id
 
 

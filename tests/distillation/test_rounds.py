@@ -1,6 +1,8 @@
 """On-policy rounds: what a step learns from, that nothing is lost with a kill, and that idle settings do nothing."""
 
 import re
+import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +14,17 @@ from peft import load_peft_weights
 from transformers import set_seed
 
 from src.distillation import kd, rounds, training
-from src.distillation.base import EncodedRow, encode_row, load_model, load_tokenizer
-from src.distillation.batching import Pair, StepOrder, Tokenizers, is_validation, read_clean
+from src.distillation.base import (
+    EncodedRow,
+    config_folder,
+    encode_row,
+    layer_device_map,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    model_bytes,
+)
+from src.distillation.batching import Pair, StepOrder, Tokenizers, TrainingData, is_validation, read_clean
 from src.distillation.kd import run_kd_pipeline
 from src.distillation.kd_config import ON_POLICY, KDConfig
 from src.distillation.lora import add_lora
@@ -22,21 +33,19 @@ from src.distillation.sft import Request, Sampling, answer_row
 from src.distillation.sweep import idle_settings
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.evaluation import arms
-from src.utils.common import UserError, read_json, read_jsonl, sha256_file, write_json
-from src.utils.config import build_config
+from src.utils.common import ROOT, UserError, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from src.utils.config import build_config, read_merged
 from tests.stub_server import starts, write_stub
 
 MEASURED = ("tokens_per_second", "peak_memory_mb")  # columns of metrics.jsonl that no two runs share
 
 
-@pytest.fixture
-def settings(tmp_path, tiny_teacher, ending_teacher, clean_rows, write_sft):
-    """A run of six steps in two rounds, of a student some of whose answers end."""
-    experiment = write_sft(tmp_path / "experiment" / "tiny", clean_rows(40), clean_rows(8, start=100))
-    return {
+@pytest.fixture(scope="module")
+def settings_in(tiny_teacher, ending_teacher, clean_rows, write_sft):
+    """`settings_in(folder)`: a run of six steps in two rounds, of a student some of whose answers end."""
+    plain = {
         "model_name_or_path": ending_teacher,
         "teacher_model_name_or_path": tiny_teacher,
-        "experiment_dir": str(experiment),
         "learning_rate": 1e-2,
         "warmup_steps": 0,
         "batch_size": 4,
@@ -53,6 +62,25 @@ def settings(tmp_path, tiny_teacher, ending_teacher, clean_rows, write_sft):
         "on_policy_batch_size": 4,
         "on_policy_max_new_tokens": 24,
     }
+
+    def made(folder: Path) -> dict:
+        experiment = write_sft(folder / "experiment" / "tiny", clean_rows(40), clean_rows(8, start=100))
+        return plain | {"experiment_dir": str(experiment)}
+
+    return made
+
+
+@pytest.fixture
+def settings(settings_in, tmp_path):
+    return settings_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(settings_in, tmp_path_factory):
+    """What such a run gives where nothing comes between."""
+    settings = settings_in(tmp_path_factory.mktemp("whole"))
+    cached(settings)
+    return run_kd_pipeline(settings)
 
 
 def cached(settings: dict, **changes) -> dict:
@@ -117,9 +145,8 @@ KILLS = [
 ]
 
 
-def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(settings, tmp_path, monkeypatch):
+def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(settings, whole, tmp_path, monkeypatch):
     cached(settings)
-    whole = run_kd_pipeline(settings | {"output_dir": str(tmp_path / "whole")})
     cut = settings | {"output_dir": str(tmp_path / "cut")}
     for module, name, calls in KILLS:
         with monkeypatch.context() as patch:
@@ -195,27 +222,44 @@ def test_a_steps_gradient_is_that_of_the_formula(settings, kind, fraction):
     assert len(own) == 8 * fraction
     assert {row["finish_reason"] for row in own} == {"stop", "length"}, "the test wants both"
 
-    loss, kd, ce, tokens = 0.0, 0.0, 0.0, 0
+    loss, kd, ce, tokens, own_kd, own_tokens = 0.0, 0.0, 0.0, 0, 0.0, 0
     for row in theirs + own:
-        encoded = encode_row(tokenizer, row, 258)
+        encoded = encode_row(tokenizer, row, 258, row in own)
         assert (encoded.response_ids[-1] == 258) == (row.get("finish_reason") != "length")
         ours = response_logits(model, encoded, 261)
         with torch.no_grad():
             log_p = (response_logits(teacher, encoded, 261) / 2.5).log_softmax(-1)
         part = divergence(log_p, (ours / 2.5).log_softmax(-1), kind).sum()
         loss, kd, tokens = loss + 0.7 * 2.5**2 * part, kd + part.item(), tokens + len(encoded.response_ids)
-        if row in theirs:
+        if row in own:
+            own_kd, own_tokens = own_kd + part.item(), own_tokens + len(encoded.response_ids)
+        else:
             labels = torch.tensor(encoded.response_ids)
             part = torch.nn.functional.cross_entropy(ours, labels, reduction="sum")
             loss, ce = loss + 0.3 * part, ce + part.item()
     (loss / tokens).backward()
     [row] = losses_of(results)
-    found = [row[name] for name in ("loss", "kd_loss", "ce_loss")]
-    assert found == pytest.approx([loss.item() / tokens, kd / tokens, ce / tokens], rel=1e-4)
+    found = [row[name] for name in ("loss", "kd_loss", "ce_loss", "on_policy_kd_loss")]
+    wanted = [loss.item() / tokens, kd / tokens, ce / tokens, own_kd / own_tokens]
+    assert found == pytest.approx(wanted, rel=1e-4)
     made = load_peft_weights(results["final_model"])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.testing.assert_close(made[name.replace(".default", "")], -parameter.grad, atol=2e-5, rtol=1e-3)
+
+
+def test_the_divergence_on_own_rows_is_a_mean_over_their_tokens():
+    """Of all steps of a row of the log: one without an own row is no 0, and a long answer weighs as its tokens."""
+    one_process = SimpleNamespace(num_processes=1, device="cpu", reduce=lambda tensor: tensor)
+
+    def logged(*own: tuple[float, int]) -> dict[str, float]:
+        steps = [training.StepFacts(torch.tensor([1.0, 2.0, 3.0, *sums]), 0.1, 9) for sums in own]
+        return training.Window(steps, seconds=1.0).means(one_process)
+
+    row = logged((6.0, 3), (0.0, 0), (8.0, 1))
+    assert [row[name] for name in ("loss", "kd_loss", "ce_loss")] == pytest.approx([1, 2, 3])
+    assert row["on_policy_kd_loss"] == pytest.approx(14 / 4)
+    assert "on_policy_kd_loss" not in logged((0.0, 0))
 
 
 def test_own_answers_take_the_last_places_of_a_step():
@@ -258,21 +302,22 @@ def test_an_answer_that_was_cut_has_no_end(make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_end|>\\n'", "' <|im_end|>\\n'")
     row = {"id": "a", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So it is"}]}
-    ended = encode_row(tokenizer, row | {"finish_reason": "stop"}, 258)
-    cut = encode_row(tokenizer, row | {"finish_reason": "length"}, 258)
+    ended = encode_row(tokenizer, row | {"finish_reason": "stop"}, 258, own_answer=True)
+    cut = encode_row(tokenizer, row | {"finish_reason": "length"}, 258, own_answer=True)
     assert ended == encode_row(tokenizer, row, 258)
+    assert ended == encode_row(tokenizer, row | {"finish_reason": "length"}, 258), "a teacher's row is as it ever was"
     assert (cut.prompt_ids, cut.response_ids) == (ended.prompt_ids, ended.response_ids[:-2])
     assert tokenizer.decode(ended.response_ids) == "So it is <|im_end|>"
     row["messages"][-1]["content"] = "<|im_end|> is text"
-    spelt = encode_row(tokenizer, row | {"finish_reason": "length"}, 258)
+    spelt = encode_row(tokenizer, row | {"finish_reason": "length"}, 258, own_answer=True)
     assert tokenizer.decode(spelt.response_ids) == "<|im_end|> is text"
     assert 258 not in spelt.response_ids
     row["messages"][-1]["content"] = ""
-    assert encode_row(make_tokenizer(), row | {"finish_reason": "stop"}, 258).response_ids == (258,)
-    assert encode_row(make_tokenizer(), row | {"finish_reason": "length"}, 258).response_ids == ()
+    assert encode_row(make_tokenizer(), row | {"finish_reason": "stop"}, 258, own_answer=True).response_ids == (258,)
+    assert encode_row(make_tokenizer(), row | {"finish_reason": "length"}, 258, own_answer=True).response_ids == ()
 
 
-def test_answers_become_rows(tmp_path, make_tokenizer):
+def test_answers_become_rows(tmp_path, make_tokenizer, caplog):
     """A character that the cut has torn is taken off; what a server refused is left out; the order is the requests'."""
     requests = [Request(f"q{i}", 0, "Be brief." if i else "", "Hi", i, Sampling(max_new_tokens=4)) for i in range(6)]
     said = [("caf\ufffd", "length"), ("caf\ufffd", "stop"), ("", "stop"), ("", "length"), ("no", "refused"),
@@ -290,13 +335,24 @@ def test_answers_become_rows(tmp_path, make_tokenizer):
     assert {name: facts[name] for name in ("rows", "ended", "truncated", "empty", "left_out", "encoded_otherwise")} == {
         "rows": 3, "ended": 3, "truncated": 2, "empty": 2, "left_out": 3, "encoded_otherwise": 3
     }  # fmt: skip
+    caplog.set_level("INFO")
+    facts |= {"answering_seconds": 1.0, "caching_seconds": 0.0}
+    rounds._say_round(facts, answers)
+    assert "3 ended, 2 cut off, 2 empty" in caplog.text
+    assert "little can be learned" not in caplog.text
+    rounds._say_round(facts, answers[:4])
+    assert "3 of 4 answers are empty or cut off, and little can be learned from such" in caplog.text
     with pytest.raises(UserError, match="the assistant's answer is empty"):  # but in a round
         read_clean(tmp_path / "sft" / "sft_train_data_clean.jsonl")
 
 
-def test_what_round_json_says_is_true(settings):
+def test_what_a_run_says_of_its_rounds_is_true(settings, monkeypatch):
+    """round.json, kd_results.json, the card; and the disk's room is asked for beside what rounds have left."""
     index = cached(settings)
-    folder = Path(run_kd_pipeline(settings | {"save_total_limit": 0})["run_dir"])
+    asked_for: list[float] = []
+    monkeypatch.setattr(kd, "require_disk", lambda folder, needed, what: asked_for.append(needed))
+    results = run_kd_pipeline(settings | {"save_total_limit": 0})
+    folder = Path(results["run_dir"])
     for number in (1, 2):
         of_round = folder / "rounds" / f"round_0{number}"
         facts, own = read_json(of_round / "round.json"), read_json(of_round / "teacher_cache" / "index.json")
@@ -312,7 +368,16 @@ def test_what_round_json_says_is_true(settings):
         assert facts["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
         assert own["teacher"] == index["teacher"]
         assert list(own["data"]) == ["sft_train_data_clean.jsonl"]
-    assert "; 4 of them are answers of its own, made in 2 rounds" in (folder / "final_model" / "README.md").read_text()
+    made = [read_json(path) for path in sorted(folder.glob("rounds/*/round.json"))]
+    summed = {name: sum(facts[name] for facts in made) for name in results["rounds"] if name != "made"}
+    assert results["rounds"] == {"made": 2, **summed}
+    assert min(summed["rows"], summed["tokens"], summed["answering_seconds"], summed["caching_seconds"]) > 0
+    there = sum(path.stat().st_size for number in (2, 3) for path in (folder / f"checkpoint-{number}").iterdir())
+    assert asked_for == [asked_for[0], asked_for[0] - there]
+    assert (
+        "; up to 4 of them are answers of its own, made in 2 rounds"
+        in (folder / "final_model" / "README.md").read_text()
+    )
     assert facts["fingerprint"]["adapter"] == sha256_file(folder / "checkpoint-3" / "adapter_model.safetensors")
 
 
@@ -398,6 +463,28 @@ def test_wrong_settings(settings, change, words):
     refused(settings | {"teacher_signal": "online"} | change, words)
 
 
+def test_prompts_that_leave_no_room_are_not_asked(settings, caplog):
+    """So that no long prompt shortens the answers to all others."""
+    caplog.set_level("INFO")
+    path = Path(settings["experiment_dir"]) / "sft" / "sft_train_data_clean.jsonl"
+    clean = [{"id": f"r{i}", "messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]}
+             for i in range(12)]  # fmt: skip
+    write_jsonl(path, clean)
+    pairs = []
+    for i in range(12):
+        student, teacher = (EncodedRow(f"r{i}", (1,) * length, (2,)) for length in (100 + i, 90 + 3 * i))
+        pairs.append(Pair(student, teacher))
+    data = TrainingData(pairs, [], [], {}, 0)
+    config = build_config(KDConfig, settings | {"max_length": 130})  # prompts of 106 tokens leave it room
+    prompts = rounds.read_prompts(config, data)
+    assert [row["id"] for row in prompts.rows] == [f"r{i}" for i in range(6)]
+    assert prompts.sampling.max_new_tokens == 24
+    assert "6 of 12 training prompts are not asked, they leave no room for 24 tokens within 130" in caplog.text
+    words = r"3 of 12 training prompts leave room .* asked 4 a step; lower --on_policy_max_new_tokens, or raise --max_l"
+    with pytest.raises(UserError, match=words):  # 102 tokens: the student's
+        rounds.read_prompts(build_config(KDConfig, settings | {"max_length": 126}), data)
+
+
 def test_longer_conversations_are_refused(settings, clean_rows, write_sft):
     rows = clean_rows(40)
     rows[1]["messages"] = [*rows[1]["messages"], *rows[1]["messages"]]
@@ -426,30 +513,128 @@ def test_cpu_training_beside_a_gpu_is_refused(settings, monkeypatch):
         rounds.check_rounds(config)
 
 
-def test_a_round_of_another_adapter_is_made_again(settings, tmp_path, monkeypatch, caplog):
-    """Half made or whole, where no step was taken from it; but not where steps were."""
+def damage(path: Path) -> None:
+    """One bit of a file's last byte."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_teacher_that_has_no_place_is_refused_before_anything_is_answered(settings, monkeypatch):
+    cached(settings)
+    refused(
+        settings | {"teacher_devices": [0]}, "where the teacher reads .* is to go on GPUs .*, but this machine has none"
+    )
+    config = build_config(KDConfig, settings)
+    needed = model_bytes(settings["teacher_model_name_or_path"], torch.float32)
+    monkeypatch.setattr(rounds, "place", lambda *arguments: {"": 0})
+    for room in (needed, needed - 1):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, room=room: SimpleNamespace(total_memory=room)
+        )
+        if room < needed:
+            with pytest.raises(UserError, match=r"the teacher, which reads .* spread it with --teacher_devices"):
+                rounds.check_rounds(config)
+        else:
+            rounds.check_rounds(config)
+
+
+@pytest.mark.parametrize("hardware", sorted(path.stem for path in (ROOT / "configs" / "hardware").glob("*.yaml")))
+def test_every_overlay_has_a_place_for_the_teacher_of_a_round(hardware):
+    """The reference's, within what a GPU may hold; the embedding and some layers of it are on a GPU."""
+    merged = read_merged(ROOT / "configs" / "qwen3_30b_to_8b.yaml", hardware)
+    training, cache = merged["run_improved_kd"], merged["cache_teacher"]
+    devices = training["teacher_devices"]
+    assert (devices, training["cpu_offload"]) == (cache["teacher_devices"], cache["cpu_offload"])
+    teacher = meta_model(config_folder(merged["teacher_model_name_or_path"]))
+    budget = training["gpu_memory_gb"]
+    placed = layer_device_map(teacher, devices, torch.bfloat16, budget, training["cpu_offload"])
+    assert set(devices) <= set(placed.values())
+    assert ("cpu" in placed.values()) == (hardware == "2x24")
+
+
+def test_a_student_in_4_bits_answers_in_bf16(settings, caplog):
+    cached(settings)
+    rounds.check_rounds(build_config(KDConfig, settings | {"load_in_4bit": True}))
+    assert "the one that answers is its bf16 model with the adapter" in caplog.text
+
+
+def test_a_round_that_is_not_as_it_was_made(settings, whole, tmp_path, monkeypatch, caplog):
+    """Of another adapter or damaged it is made again, unless steps were taken from it; its cache is in any case."""
     caplog.set_level("INFO")
-    target = settings | {"teacher_signal": "online", "output_dir": str(tmp_path / "run")}
-    whole = run_kd_pipeline(target | {"output_dir": str(tmp_path / "whole")})
+    cached(settings)
+    target = settings | {"output_dir": str(tmp_path / "run")}
     folder = tmp_path / "run" / "rounds" / "round_02"
+    clean = folder / "sft" / "sft_train_data_clean.jsonl"
 
     def cut_at(module: ModuleType, name: str, calls: int) -> None:
+        caplog.clear()
         with monkeypatch.context() as patch:
             patch.setattr(module, name, kill_after(calls, getattr(module, name)))
             with pytest.raises(Killed):
                 run_kd_pipeline(target)
 
+    # 1. before a step is taken from it
     cut_at(rounds, "append_jsonl", 4)  # three batches of the first round, one of the second
     for marker in ("begun.json", "round.json"):
         made = read_json(folder / marker)
-        write_json(folder / marker, {"fingerprint": made["fingerprint"] | {"adapter": "another"}})
-        caplog.clear()
+        write_json(folder / marker, made | {"fingerprint": made["fingerprint"] | {"adapter": "another"}})
         cut_at(training, "take_step", 0)
         assert "round_02: made with another adapter or other settings; it is made again" in caplog.text
-    cut_at(training, "take_step", 2)  # a step of the round is in checkpoint-4
-    folder.rename(tmp_path / "away")
-    refused(target, "round_02: steps of this round are taken, .* put the folder back, or train again with --overwrite")
-    (tmp_path / "away").rename(folder)
+    damage(clean)
+    cut_at(training, "take_step", 0)
+    assert re.search(r"round_02: sft/.*_clean.jsonl, which .* is not as it was written; the round is made again",
+                     caplog.text)  # fmt: skip
+
+    # 2. a step of it is in checkpoint-4
+    cut_at(training, "take_step", 2)
+    assert "made again" not in caplog.text
+    for lost, fault in ((folder, "round.json, .* is gone"), (folder / "round.json", "round.json, .* is gone"),
+                        (clean.parent, "sft/sft_train_data_clean.jsonl, .* is gone")):  # fmt: skip
+        lost.rename(tmp_path / "away")
+        refused(
+            target, f"round_02: steps of this round are taken, and {fault}; put the folder back as it was, or train"
+        )
+        shutil.rmtree(lost, ignore_errors=True)
+        (tmp_path / "away").rename(lost)
+    good = clean.read_text()
+    clean.write_text(good.replace("assistant", "assistant "))
+    refused(target, "round_02: steps of this round are taken, and .* is not as it was written; put the folder back")
+    clean.write_text(good)
+    requests = read_json(folder / "round.json")
+    write_json(folder / "round.json", requests | {"fingerprint": requests["fingerprint"] | {"requests": "others"}})
+    refused(target, "round_02: steps of this round are taken, and round.json is of another round; put the folder back")
+    write_json(folder / "round.json", requests)
+
+    # 3. the cache follows from the answers
+    cache = folder / "teacher_cache"
+    damage(cache / "shard_00000.safetensors")
+    cut_at(rounds, "_count", 0)  # killed while it is made again
+    assert "shard_00000.safetensors: not as it was written, its hash is another; the cache is made again" in caplog.text
+    assert (folder / "begun.json").is_file()
+    shutil.rmtree(cache)
     resumed = run_kd_pipeline(target)
     assert_same_run(whole, resumed)
     assert round_files(whole) == round_files(resumed)
+    assert not (cache / "head.safetensors").exists(), "training reads the head of the run's own cache"
+
+
+def test_a_rounds_cache_of_other_rows_is_made_again(settings, caplog):
+    """And read as the run's own was, whatever the run's settings are by now."""
+    cached(settings, packing=False)
+    config = build_config(KDConfig, settings)
+    folder = Path(settings["experiment_dir"])
+    made = [make_cache(rounds._cache_config(config, folder), own_answers=True) for _ in range(2)]
+    assert "made of other rows or settings; the cache is made again" in caplog.text
+    assert caplog.text.count("made again") == 1
+    assert made[0] == made[1]
+    assert (made[0]["packing"], made[0]["head"]) == (False, None)
+
+
+def test_the_seconds_of_all_sessions_are_counted(tmp_path):
+    write_json(tmp_path / "begun.json", {"fingerprint": {}, "answering_seconds": 0.0, "caching_seconds": 0.0})
+    began = time.monotonic()
+    for name, ago in (("answering_seconds", 7), ("answering_seconds", 5), ("caching_seconds", 3)):
+        rounds._count(tmp_path, name, began - ago)
+    counted = read_json(tmp_path / "begun.json")
+    assert [counted[name] for name in ("answering_seconds", "caching_seconds")] == pytest.approx([12, 3], abs=0.5)

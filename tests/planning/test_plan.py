@@ -76,6 +76,13 @@ def test_online_needs_the_teacher_and_no_cache(profile):
     assert with_teacher.flops > with_cache.flops
 
 
+def test_rounds_are_said_not_to_be_planned(profile):
+    said = "the answers and caches of on-policy rounds are not in the plan"
+    assert said not in make_plan(profile, "1x40").notes
+    profile["run_improved_kd"] |= {"on_policy_rounds": 2}
+    assert make_plan(profile, "1x40").notes.count(said) == 1
+
+
 def test_a_teacher_on_the_gpu_of_the_student_counts_there(profile):
     """The control has it as well: it measures."""
     profile["run_improved_kd"] |= {"teacher_signal": "online", "teacher_devices": [0, 1], "student_devices": [1]}

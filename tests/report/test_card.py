@@ -403,7 +403,10 @@ def test_results_of_another_version_are_refused_only_where_they_matter(evaluatio
 def test_the_students_own_answers_are_named(facts):
     own = {"on_policy_rounds": 4, "on_policy_fraction": 0.5, "on_policy_temperature": 0.7, "on_policy_top_p": 1.0,
            "on_policy_top_k": 0}  # fmt: skip
-    line = "- On-policy: 4 rounds, in which a share of 0.5 of the rows were the student's own answers (drawn at T = 0.7"
+    read = facts.measured["steps"] * facts.config["rows_per_step"]
+    facts = replace(facts, measured=facts.measured | {"rounds": {"made": 4, "rows": read // 3}})
+    line = (f"- On-policy: 4 rounds; {read // 3} of the {read} rows that the steps took were the student's own answers "
+            "(a share of 0.5 was asked for; drawn at T = 0.7")  # fmt: skip
     assert line in model_card(replace(facts, config=facts.config | own))
     for idle in ({"on_policy_rounds": 0}, {"on_policy_fraction": 0.0}, {"arm": "sft"}):
         assert "On-policy" not in model_card(replace(facts, config=facts.config | own | idle))
