@@ -236,7 +236,7 @@ def encoded(answers: Sequence[dict[str, Any]], tokenizer: Any) -> list[EncodedRo
             text = text.rstrip("\ufffd")  # a part of a character
         messages = [{"role": "user", "content": given["prompt"]}, {"role": "assistant", "content": text}]
         row = {"id": given["id"], "messages": messages, "finish_reason": given["finish_reason"]}
-        rows.append(encode_row(tokenizer, row, end))
+        rows.append(encode_row(tokenizer, row, end, own_answer=True))
     return [row for row in rows if row.response_ids]
 
 
