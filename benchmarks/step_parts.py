@@ -1,7 +1,6 @@
 """What a training step is made of: our own time by part, and the time its matrix products alone would take."""
 
 import contextlib
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from benchmarks import harness
-from src.distillation import kd, training
+from src.distillation import training
 from src.distillation.base import compute_dtype, load_model_config, meta_model
 
 
@@ -37,10 +36,6 @@ def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
 
         return call
 
-    def timed_teacher(*arguments: Any) -> Any:
-        signal = originals[kd, "_open_teacher"](*arguments)
-        return dataclasses.replace(signal, hidden=timed("teacher", signal.hidden))
-
     def before_update(*_: Any) -> None:
         spent["optimizer"] -= time.perf_counter()
 
@@ -52,10 +47,10 @@ def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
         kept.clear()
         kept.update(spent)  # what comes after the last step, held-out rows, is no part of one
 
-    places = {(kd, "_open_teacher"): timed_teacher}
+    places = {}
     for owner, name, part in (
-        (training, "response_hidden", "student_forward"), (training, "kd_loss", "loss"),
-        (Accelerator, "backward", "backward"),
+        (training, "_beliefs", "teacher"), (training, "response_hidden", "student_forward"),
+        (training, "kd_loss", "loss"), (Accelerator, "backward", "backward"),
     ):  # fmt: skip
         places[owner, name] = timed(part, getattr(owner, name))
     originals = {place: getattr(*place) for place in places}
