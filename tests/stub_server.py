@@ -35,6 +35,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.reply({{"error": {{"message": "no model " + asked["model"], "code": 404}}}}, 404)
         said = f"{{asked['model']}} at {{asked['temperature']}} from {{asked['top_k']}}"
         choice = {{"index": 0, "message": {{"role": "assistant", "content": said}}, "finish_reason": "stop"}}
+        if asked.get("return_token_ids"):
+            choice["token_ids"] = [65, 66, 258]  # two words and the end of the turn
         self.reply({{"choices": [choice], "usage": {{"completion_tokens": 4}}}})
 port = int(words[words.index("--port") + 1])
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()

@@ -99,7 +99,7 @@ def experiment(tmp_path, tiny_models, monkeypatch):
 
 
 def asked(folder, phase: str, *only: str) -> argparse.Namespace:
-    return argparse.Namespace(phase=phase, output=str(folder / "out"), only=only, json=None)
+    return argparse.Namespace(phase=phase, output=str(folder / "out"), only=only, json=None, pages=[])
 
 
 def test_prepare_runs_the_stages_and_keeps_few_rows_to_measure_on(experiment, monkeypatch):

@@ -717,16 +717,20 @@ def encode_row(
     and with the end of the turn.
 
     Args:
-        own_answer: the student gave it, in an on-policy round. One that was cut off (`finish_reason` is "length") then
-            goes up to its cut: it said no end, which would teach to stop in the middle of a sentence.
+        own_answer: the student gave it, in an on-policy round. What it sampled is read, `response_ids`, where the row
+            has them: its text may be spelt with other tokens. One that was cut off (`finish_reason` is "length") goes
+            up to its cut: it said no end, which would teach to stop in the middle of a sentence.
 
     Raises:
         UserError: the template cannot be answered, see `answer_turn`.
     """
     turn = answer_turn(tokenizer, row["messages"][:-1])
-    text = _as_rendered(tokenizer, turn, row["messages"])
     [start] = prompt_ids(tokenizer, [turn.prompt])
     is_cut = own_answer and row.get("finish_reason") == "length"
+    if own_answer and "response_ids" in row:
+        response = (*row["response_ids"], *([] if is_cut else [end_id]))
+        return EncodedRow(row["id"], tuple(start), response, row.get("sample_index", 0))
+    text = _as_rendered(tokenizer, turn, row["messages"])
     text, end = (text, []) if is_cut else (text + turn.gap, [end_id])
     if any(word in text for word in _control_words(tokenizer)):
         response = response_ids(tokenizer, text)

@@ -117,6 +117,9 @@ def _clean_fault(row: dict[str, Any], may_be_empty: bool = False) -> str | None:
         return f"id must be text, found {type(row_id).__name__}; put it in quotes"
     if not isinstance(index, int) or isinstance(index, bool):
         return f"sample_index must be a whole number, found {type(index).__name__}; leave it out for 0"
+    ids = row.get("response_ids", [])
+    if may_be_empty and not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
+        return "response_ids must be a list of token ids; leave it out to have the text encoded"
     return _conversation(row, may_be_empty)
 
 

@@ -96,6 +96,7 @@ class Engine:
     gpu_memory_gb: weights one GPU may hold, 1e9 bytes.
     enable_thinking: asked of hybrid models by their template.
     experiment_dir: whose date a template reads that asks for one.
+    keep_ids: the answers come with the token ids that were sampled, where the engine or the server tells them.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Engine:
     server: Server | None = None
     experiment_dir: str = ""
     adapter: str = ""
+    keep_ids: bool = False
 
 
 def engine_name(settings: EngineSettings) -> str:
@@ -301,8 +303,9 @@ def _by_server(engine: Engine) -> Iterator[Generate]:
 
     def answer(requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]:
         missing = [request for request in requests if request not in done]
-        thinking, total = engine.enable_thinking, len(requests)
-        return openai_engine.generate_from_server(engine.server, missing, thinking, ends, tokenizer, total, refused)
+        return openai_engine.generate_from_server(
+            engine.server, missing, engine.enable_thinking, ends, tokenizer, len(requests), refused, engine.keep_ids
+        )
 
     yield answer
 
@@ -317,6 +320,6 @@ def _by_transformers(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Iter
 
     def answer(requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]:
         rows = engine.batch_size or rows_that_fit(engine, tokenizer, requests)
-        return sft.generate(model, tokenizer, requests, rows, done, engine.enable_thinking)
+        return sft.generate(model, tokenizer, requests, rows, done, engine.enable_thinking, engine.keep_ids)
 
     yield answer

@@ -114,12 +114,15 @@ class Server:
         return max(1, int(self.max_refused * answers + 1e-9)) if self.max_refused else 0
 
 
-def extra_body(kind: str, sampling: Sampling, enable_thinking: bool, ends: Sequence[int] = ()) -> dict[str, Any]:
+def extra_body(
+    kind: str, sampling: Sampling, enable_thinking: bool, ends: Sequence[int] = (), keep_ids: bool = False
+) -> dict[str, Any]:
     """The fields that OpenAI's own interface lacks, all stated: a server's or model's defaults never take part.
 
     Args:
         ends: token ids that end an answer, where they are known; `transformers serve` wants them beside its other
             settings.
+        keep_ids: ask for the sampled token ids, which vLLM alone tells.
 
     Raises:
         UserError: the server cannot do what is asked.
@@ -137,7 +140,8 @@ def extra_body(kind: str, sampling: Sampling, enable_thinking: bool, ends: Seque
         return {"generation_config": json.dumps(settings)} | thinking
     penalty = "repeat_penalty" if kind == "llama_cpp" else "repetition_penalty"
     own_ends = {"stop_token_ids": list(ends)} if ends and kind in TAKES_END_IDS else {}
-    return {"top_k": sampling.top_k or -1, "min_p": 0.0, penalty: 1.0} | own_ends | thinking
+    ids = {"return_token_ids": True} if keep_ids and kind == "vllm" else {}
+    return {"top_k": sampling.top_k or -1, "min_p": 0.0, penalty: 1.0} | own_ends | ids | thinking
 
 
 @dataclass(frozen=True)
@@ -147,12 +151,14 @@ class Reply:
     reason: why it ended, in the server's own word; None where it does not say.
     tokens: the server's own count; None where it has none.
     thought: what the model thought, where the server keeps that apart.
+    token_ids: what was sampled, the end of the turn included; None where the server does not say.
     """
 
     text: str
     reason: str | None
     tokens: int | None
     thought: str = ""
+    token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -341,7 +347,7 @@ def _answer_in(said: Any) -> Reply | Failure:
     if refusal and not text:
         return Failure(400, refusal)
     thought = _text_under(message, "reasoning_content") or _text_under(message, "reasoning")
-    return Reply(text, reason, _tokens_in(said.get("usage"), text), thought)
+    return Reply(text, reason, _tokens_in(said.get("usage"), text), thought, _ids_in(choice))
 
 
 def _text_under(message: Any, key: str) -> str:
@@ -376,6 +382,14 @@ def _tokens_in(usage: Any, text: str) -> int | None:
     return count if is_count else None
 
 
+def _ids_in(choice: dict[str, Any]) -> tuple[int, ...] | None:
+    """The sampled token ids of a choice; None where it has none, or none that can be."""
+    ids = choice.get("token_ids")
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        return None
+    return tuple(ids)
+
+
 def _shown(value: Any) -> str:
     """A JSON value as text. `one_line` cuts it, once the key is out of it."""
     return json.dumps(value, ensure_ascii=False)
@@ -398,13 +412,14 @@ def one_line(words: str, key: str = "") -> str:
 class Teacher:
     """What the teacher's tokenizer tells of its answers; nothing, where the teacher is known by a server's name alone.
 
-    end_words: how its end of turn is spelt.
+    end_words, end_ids: how its end of turn is spelt, and the tokens that it may be.
     opens_thought: whether its template opens a thought in the prompt, where it is asked to think.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     end_words: tuple[str, ...] = ()
     opens_thought: bool = False
+    end_ids: frozenset[int] = frozenset()
 
 
 def known_teacher(tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int] = ()) -> Teacher:
@@ -420,7 +435,7 @@ def known_teacher(tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int]
         logger.info("%s; the server's answers are taken as they are", error)
     added = tokenizer.added_tokens_decoder
     words = {added[own].content for own in ids if own in added and added[own].content.strip()}
-    return Teacher(tokenizer, tuple(sorted(words)), bool(thought))
+    return Teacher(tokenizer, tuple(sorted(words)), bool(thought), frozenset(ids))
 
 
 def without_end_words(text: str, own: Sequence[str] = ()) -> str:
@@ -454,11 +469,14 @@ def closes_a_thought(text: str, opens_thought: bool = False) -> bool:
     return tag is not None and CLOSE.fullmatch(tag[0]) is not None
 
 
-def reply_row(request: Request, reply: Reply, teacher: Teacher, enable_thinking: bool = False) -> dict[str, Any]:
+def reply_row(
+    request: Request, reply: Reply, teacher: Teacher, enable_thinking: bool = False, keep_ids: bool = False
+) -> dict[str, Any]:
     """The stored row of a server's answer: its text as our own decoding would give it, and why it ended.
 
     `num_tokens` is the server's count. Where it has none the teacher's tokenizer counts (the text, a thought that the
-    server keeps apart, and the end of turn); without that it is None.
+    server keeps apart, and the end of turn); without that it is None. With `keep_ids` the row has the `token_ids` that
+    the server tells.
     """
     whole = _whole(reply.text)
     text = without_end_words(whole, teacher.end_words)
@@ -475,7 +493,10 @@ def reply_row(request: Request, reply: Reply, teacher: Teacher, enable_thinking:
         word = finish_word(reason)
     if enable_thinking and not reply.thought and closes_a_thought(text, teacher.opens_thought):
         text = f"<think>\n{text}"
-    return answer_row(request, ENGINE, text, _whole(word), tokens)
+    ids = reply.token_ids if keep_ids else None
+    if ids and word == "stop" and ids[-1] in teacher.end_ids:
+        ids = ids[:-1]
+    return answer_row(request, ENGINE, text, _whole(word), tokens, ids)
 
 
 class _Again(Exception):
@@ -569,11 +590,12 @@ class _Asking:
     teacher: Teacher
     enable_thinking: bool
     ends: Sequence[int]
+    keep_ids: bool
 
     async def send(self, request: Request) -> Any:
         """The HTTP response."""
         server, sampling = self.server, request.sampling
-        body = extra_body(server.kind, sampling, self.enable_thinking, self.ends)
+        body = extra_body(server.kind, sampling, self.enable_thinking, self.ends, self.keep_ids)
         reply = await self.client.chat.completions.with_raw_response.create(
             model=server.model, messages=request.messages, temperature=sampling.temperature,
             top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, frequency_penalty=0, presence_penalty=0,
@@ -587,7 +609,7 @@ class _Asking:
         reply = read_reply(response.content, response.status_code)
         if isinstance(reply, Failure):
             raise_failure(reply, response, self.server, request.id)
-        return reply_row(request, reply, self.teacher, self.enable_thinking)
+        return reply_row(request, reply, self.teacher, self.enable_thinking, self.keep_ids)
 
 
 class _Run:
@@ -750,6 +772,7 @@ def generate_from_server(
     tokenizer: PreTrainedTokenizerBase | None = None,
     total: int | None = None,
     refused_before: int = 0,
+    keep_ids: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answer every request; yields rows (see `reply_row`) as they are complete, in any order.
 
@@ -762,6 +785,7 @@ def generate_from_server(
         tokenizer: the teacher's, where it is known.
         total: answers that the run wants in all, those of earlier sessions too; `max_refused` is a share of them.
         refused_before: how many of those were refused.
+        keep_ids: ask for the token ids that were sampled, and keep them.
 
     Raises:
         UserError: no client, a prompt that cannot be sent, too much refused, a wrong key, or `tries` in vain.
@@ -771,5 +795,5 @@ def generate_from_server(
         extra_body(server.kind, sampling, enable_thinking, ends)  # complains before anything is asked
     teacher = known_teacher(tokenizer, ends)
     with asyncio.Runner() as runner:
-        asking = _Asking(open_client(server), server, teacher, enable_thinking, ends)
+        asking = _Asking(open_client(server), server, teacher, enable_thinking, ends, keep_ids)
         yield from ask_all(asking, requests, len(requests) if total is None else total, runner, refused_before)

@@ -403,7 +403,8 @@ def _make(config: KDConfig, tokenizers: Tokenizers, plan: RoundPlan) -> None:
     if not was_complete:
         _answer(config, plan)
         release_memory()  # the student's, for the teacher
-        _write_clean(folder, plan.requests, read_jsonl(folder / "sft" / "sft_train_data.jsonl"))
+        size = max(tokenizers.student.get_vocab().values()) + 1
+        _write_clean(folder, plan.requests, read_jsonl(folder / "sft" / "sft_train_data.jsonl"), size)
         if not read_own_pairs(folder, tokenizers, config.max_length):
             raise UserError(
                 f"{folder}: none of {len(plan.requests)} answers can be learned from; read them in "
@@ -500,31 +501,38 @@ def _student(config: KDConfig, plan: RoundPlan) -> Iterator[Generate]:
         adapter = ""  # the server has it
     engine = make_engine(
         _engine_settings(config), model, config.student_devices, serve, served_name,
-        adapter=adapter, experiment_dir=config.experiment_dir,
+        adapter=adapter, experiment_dir=config.experiment_dir, keep_ids=True,
     )  # fmt: skip
     with started(planned, plan.folder / "server.log"), opened(engine) as generate:
         yield generate
 
 
-def _write_clean(folder: Path, requests: list[Request], answers: list[dict[str, Any]]) -> None:
-    """The answers as conversations, in the order of the requests."""
+def _write_clean(folder: Path, requests: list[Request], answers: list[dict[str, Any]], vocab_size: int) -> None:
+    """The answers as conversations, in the order of the requests.
+
+    Their `response_ids` are what the student sampled, where the engine told it: from an early student some hold a word
+    that its tokenizer would cut in another way, and the teacher is to judge what was sampled. An answer with a token
+    that only the padding of the student's logits has is left out.
+    """
     by_key = {(row["id"], row["sample_index"]): row for row in answers}
     rows = []
     for request in requests:
         answer = by_key.get(_key(request))
         if answer is None or answer["finish_reason"] not in LEARNT_FROM:
             continue
+        ids = answer.get("token_ids")
+        if ids is not None and max(ids, default=0) >= vocab_size:
+            continue
         text = answer["response"]
         if answer["finish_reason"] == "length":
             text = text.rstrip("\ufffd")  # what is decoded of a character of which the cut has left a part
-        rows.append(
-            {
-                "id": request.id,
-                "sample_index": request.sample_index,
-                "messages": [*request.messages, {"role": "assistant", "content": text}],
-                "finish_reason": answer["finish_reason"],
-            }
-        )
+        row = {
+            "id": request.id,
+            "sample_index": request.sample_index,
+            "messages": [*request.messages, {"role": "assistant", "content": text}],
+            "finish_reason": answer["finish_reason"],
+        }
+        rows.append(row if ids is None else row | {"response_ids": ids})
     write_jsonl(clean_files(folder / "sft")["train"], rows)
 
 
@@ -575,8 +583,10 @@ def round_facts(
 
     rows, tokens: what is learned from; `tokens_read` with the prompts, as the teacher reads them.
     ended, truncated, empty: of all answers; an empty one may be either.
-    encoded_otherwise: rows whose text has another number of tokens than were sampled: what is learned from is the text.
-    left_out: answers that are not learned from: too long, refused by a server, or cut before they said a thing.
+    encoded_otherwise: rows that have another number of tokens than were sampled: no ids were told, so that the text is
+        what is learned from.
+    left_out: answers that are not learned from: too long, refused by a server, cut before they said a thing, or with a
+        token that no text has.
     """
     reasons = Counter(row["finish_reason"] for row in answers)
     sampled = {(row["id"], row["sample_index"]): row["num_tokens"] for row in answers}

@@ -94,14 +94,21 @@ def make_request(row: dict[str, Any], index: int, seed: int, sampling: Sampling,
 
 
 def answer_row(
-    request: Request, engine: str, response: str, finish_reason: str, num_tokens: int | None
+    request: Request,
+    engine: str,
+    response: str,
+    finish_reason: str,
+    num_tokens: int | None,
+    token_ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The stored row, the same from every engine.
 
     `finish_reason` is `stop` (the model ended its turn), `length` (it was cut), `refused` (the server would not have
     it answered), or a server's own word; `num_tokens` counts the end-of-turn token, and is None where nobody counted.
+    `token_ids` are those that were sampled, without the end of the turn; the row has them only where they were asked
+    for and are known.
     """
-    return {
+    row = {
         "id": request.id,
         "sample_index": request.sample_index,
         "prompt": request.prompt,
@@ -112,6 +119,7 @@ def answer_row(
         "sampling": asdict(request.sampling),
         "seed": request.seed,
     }
+    return row if token_ids is None else row | {"token_ids": list(token_ids)}
 
 
 def fitting_batch_size(
@@ -289,6 +297,7 @@ def generate(
     batch_size: int,
     done: Collection[Request] = frozenset(),
     enable_thinking: bool = False,
+    keep_ids: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answer every request; yields the rows of one batch at a time, so that they can be stored together.
 
@@ -302,6 +311,7 @@ def generate(
         batch_size: rows in one forward pass.
         done: those whose answer is stored.
         enable_thinking: asked of hybrid models by their template.
+        keep_ids: the rows have the `token_ids` that were sampled.
 
     Yields:
         Rows as `answer_row` makes them.
@@ -323,15 +333,14 @@ def generate(
                 continue
             prompts, asked = [encoded[i] for i in part], [requests[i] for i in part]
             answers = _answer_batch(model, tokenizer.pad_token_id, end_ids, prompts, asked)
-            yield [
-                answer_row(
-                    requests[i], ENGINE,
-                    opened_thought(texts[i])
-                    + tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-                    "stop" if ids[-1] in ends else "length", len(ids),
-                )
-                for i, ids, wanted in zip(part, answers, missing, strict=True)
-                if wanted
-            ]  # fmt: skip
+            rows = []
+            for i, ids, wanted in zip(part, answers, missing, strict=True):
+                if not wanted:
+                    continue
+                text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                said, word = (ids[:-1], "stop") if ids[-1] in ends else (ids, "length")
+                kept = said if keep_ids else None
+                rows.append(answer_row(requests[i], ENGINE, opened_thought(texts[i]) + text, word, len(ids), kept))
+            yield rows
     finally:
         model.generation_config = kept_config

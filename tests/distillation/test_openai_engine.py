@@ -26,8 +26,10 @@ from src.distillation.openai_engine import (
     closes_a_thought,
     extra_body,
     generate_from_server,
+    known_teacher,
     one_line,
     read_reply,
+    reply_row,
     wait_before,
 )
 from src.distillation.sft import Sampling, make_requests
@@ -246,6 +248,8 @@ def test_what_each_kind_of_server_is_told(kind):
     assert body["chat_template_kwargs"] == {"enable_thinking": True}
     assert body.get("stop_token_ids") == ([5] if kind in ("vllm", "sglang") else None)
     assert "stop_token_ids" not in extra_body(kind, off, True), "the end is not known"
+    assert body.get("return_token_ids") is None
+    assert extra_body(kind, off, True, keep_ids=True).get("return_token_ids") == (True if kind == "vllm" else None)
     if kind == "transformers":
         settings = json.loads(body["generation_config"])
         assert (settings["do_sample"], settings["top_k"], settings["eos_token_id"]) == (False, 0, [5])
@@ -399,6 +403,28 @@ def test_an_answer_without_a_count_of_tokens_is_kept_at_the_first_try(serve, usa
 
 def test_an_answer_without_usage_is_kept_at_the_first_try(serve):
     assert only_answer(serve, completion())["num_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("told", "word", "kept"),
+    [
+        ([65, 66, 258], "stop", [65, 66]),
+        ([65, 66, 258], "length", [65, 66, 258]),
+        ([65, 66], "stop", [65, 66]),
+        ([258], "stop", []),
+        ([], "stop", []),
+        (None, "stop", None),
+        (["65"], "stop", None),
+        ([True], "stop", None),
+    ],
+)
+def test_the_ids_that_a_server_tells_are_kept_without_the_end(make_tokenizer, told, word, kept):
+    choice = {"message": {"content": "AB"}, "finish_reason": word, "token_ids": told}
+    reply = read_reply(json.dumps({"choices": [choice]}).encode())
+    request = make_requests(ROWS[:1], 1, 0, SAMPLING)[0]
+    teacher = known_teacher(make_tokenizer())
+    assert reply_row(request, reply, teacher, keep_ids=True).get("token_ids") == kept
+    assert "token_ids" not in reply_row(request, reply, teacher)
 
 
 def test_the_teachers_tokenizer_counts_where_the_server_does_not(serve, make_tokenizer):

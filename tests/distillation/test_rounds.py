@@ -323,7 +323,7 @@ def test_answers_become_rows(tmp_path, make_tokenizer, caplog):
     said = [("caf\ufffd", "length"), ("caf\ufffd", "stop"), ("", "stop"), ("", "length"), ("no", "refused"),
             ("x" * 99, "stop")]  # fmt: skip
     answers = [answer_row(r, "it", text, reason, 4) for r, (text, reason) in zip(requests, said, strict=True)]
-    rounds._write_clean(tmp_path, requests, answers[::-1])
+    rounds._write_clean(tmp_path, requests, answers[::-1], 300)
     rows = read_jsonl(tmp_path / "sft" / "sft_train_data_clean.jsonl")
     assert [row["messages"][-1]["content"] for row in rows] == ["caf", "caf\ufffd", "", "", "x" * 99]
     assert [len(row["messages"]) for row in rows] == [2, 3, 3, 3, 3]
@@ -344,6 +344,42 @@ def test_answers_become_rows(tmp_path, make_tokenizer, caplog):
     assert "3 of 4 answers are empty or cut off, and little can be learned from such" in caplog.text
     with pytest.raises(UserError, match="the assistant's answer is empty"):  # but in a round
         read_clean(tmp_path / "sft" / "sft_train_data_clean.jsonl")
+
+
+def test_what_was_sampled_is_learned_from_and_not_how_its_text_is_spelt(tmp_path, make_tokenizer):
+    """Ids that no text gives, an end of another word, a special token in the middle; a column that is no token's."""
+    sampling = Sampling(max_new_tokens=4)
+    requests = [Request(f"q{i}", 0, "", "Hi", i, sampling) for i in range(4)]
+    sampled = [((67, 258, 66), "stop"), ((67, 66, 65, 64), "length"), ((), "stop"), ((299,), "stop")]
+    answers = []
+    for request, (ids, reason) in zip(requests, sampled, strict=True):
+        answers.append(answer_row(request, "it", "ab", reason, len(ids) + (reason == "stop"), ids))
+    tokenizer = make_tokenizer()
+    size = max(tokenizer.get_vocab().values()) + 1
+    assert size <= 299, "the last answer's token is padding"
+    rounds._write_clean(tmp_path, requests, answers, size)
+    pairs = rounds.read_own_pairs(tmp_path, Tokenizers(tokenizer, tokenizer), max_length=80)
+    assert [pair.student.response_ids for pair in pairs] == [(67, 258, 66, 258), (67, 66, 65, 64), (258,)]
+    facts = rounds.round_facts(rounds.Round(1, 0, 4), requests, answers, pairs)
+    assert (facts["encoded_otherwise"], facts["left_out"]) == (0, 1)
+    path = tmp_path / "sft" / "sft_train_data_clean.jsonl"
+    write_jsonl(path, [row | {"response_ids": ["67"]} for row in read_jsonl(path)])
+    with pytest.raises(UserError, match="response_ids must be a list of token ids"):
+        rounds.read_own_pairs(tmp_path, Tokenizers(tokenizer, tokenizer), max_length=80)
+
+
+def test_a_round_has_the_ids_that_the_student_drew(whole, tiny_teacher):
+    tokenizer = load_tokenizer(tiny_teacher)
+    folder = Path(whole["run_dir"]) / "rounds" / "round_01"
+    drawn = {row["id"]: row["token_ids"] for row in read_jsonl(folder / "sft" / "sft_train_data.jsonl")}
+    pairs = rounds.read_own_pairs(folder, Tokenizers(tokenizer, tokenizer), max_length=256)
+    learnt = {pair.student.id: pair.student.response_ids for pair in pairs}
+    for row_id, ids in learnt.items():
+        assert list(ids)[: len(drawn[row_id])] == drawn[row_id]
+    clean = read_jsonl(folder / "sft" / "sft_train_data_clean.jsonl")
+    spelt = [encode_row(tokenizer, row, 258) for row in clean if row["messages"][-1]["content"]]
+    assert any(row.response_ids != learnt[row.id] for row in spelt), "a text gives them all: no test of it"
+    assert read_json(folder / "round.json")["encoded_otherwise"] == 0
 
 
 def test_what_a_run_says_of_its_rounds_is_true(settings, monkeypatch):
@@ -422,6 +458,7 @@ def test_a_server_answers_as_the_adapter_of_the_moment(settings, tmp_path):
         of_round = folder / "rounds" / f"round_0{number}"
         said = {row["response"] for row in read_jsonl(of_round / "sft" / "sft_train_data.jsonl")}
         assert said == {f"{name} at 0.5 from -1"}
+        assert {tuple(row["token_ids"]) for row in read_jsonl(of_round / "sft" / "sft_train_data.jsonl")} == {(65, 66)}
         assert read_json(of_round / "round.json")["fingerprint"]["engine"] == "vllm"
 
 
