@@ -1,6 +1,7 @@
 """recipes.json and recipes.md from the records of benchmarks/recipes.py: means over seeds, paired intervals, costs."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,21 @@ CELLS = ("greedy", "T=0.7")
 MEASURES = ("kl_to_teacher", "nll", "top1_agreement")
 AGAINST = ("sft", "kd_T1", "kd_sampled")  # what every arm is compared with
 POOLED = "both"  # domains
+# README.zh-CN.md: what its tables say for an English word, the longer before those that they hold
+CHINESE = {
+    "right, greedy": "贪心解码正确率",
+    "right, T = 0.7": "T = 0.7 正确率",
+    "against SFT: greedy": "与 SFT 相比：贪心",
+    "against SFT: T = 0.7": "与 SFT 相比：T = 0.7",
+    "teacher tokens": "教师词元",
+    "reverse KL": "反向 KL",
+    "recipe": "训练方式",
+    "student before": "训练前的学生",
+    "teacher": "教师",
+    "as sampled": "按采样分布",
+    ", then ": "，然后 ",
+    " to ": " 到 ",
+}
 
 Record = dict[str, Any]
 
@@ -283,7 +299,33 @@ def candidate_table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def summary_table(results: dict[str, Any]) -> list[str]:
+    """The README's: the arms with all steps, and how each differs from SFT."""
+    names = ("right, greedy", "right, T = 0.7", "against SFT: greedy", "against SFT: T = 0.7", "KL", "reverse KL")
+    lines = heading("recipe", *names, "teacher tokens")
+    against_sft = {found["arm"]: found for found in results["differences"] if found["against"] == "sft"}
+    begun = {facts["made_of"]["after"]["name"] for facts in results["arms"] if facts["made_of"]["after"]}
+    for facts in [*results["models"], *results["arms"]]:
+        if facts["name"] in begun:
+            continue
+        cells = [facts["about"]]
+        cells += [f"{100 * facts['accuracy'][cell][POOLED]['mean']:.1f} %" for cell in CELLS]
+        found = against_sft.get(facts["name"])
+        cells += [signed(found["accuracy"][cell][POOLED], 100, 1) if found else "" for cell in CELLS]
+        cells.append(f"{facts['heldout']['kl_to_teacher']:.2f}" if "heldout" in facts else "")
+        cells.append(f"{facts['own_samples']['reverse_kl_a_token']:.2f}")
+        cells.append(f"{teacher_tokens(facts['cost']) / 1000:.0f} k" if "cost" in facts else "")
+        lines.append(row(cells))
+    return lines
+
+
+def teacher_tokens(cost: dict[str, float]) -> float:
+    """What the teacher wrote of what is learned from, and what it read of the student's."""
+    return cost["teacher_tokens_written"] + cost["teacher_tokens_read_of_own"]
+
+
 TABLES = {
+    "summary": summary_table,
     "asked": what_was_asked,
     "accuracy": accuracy_table,
     "differences": difference_table,
@@ -295,7 +337,25 @@ TABLES = {
 
 def markdown(results: dict[str, Any]) -> str:
     """All tables, each between marks by which a page that quotes it can be brought up to date."""
-    parts = []
-    for name, make in TABLES.items():
-        parts.append("\n".join([f"<!-- recipes: {name} -->", "", *make(results), "", f"<!-- /recipes: {name} -->"]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(marked(name, results) for name in TABLES) + "\n"
+
+
+def marked(name: str, results: dict[str, Any], words: Mapping[str, str] | None = None) -> str:
+    lines = "\n".join(TABLES[name](results))
+    for english, other in (words or {}).items():
+        lines = lines.replace(english, other)
+    return f"<!-- recipes: {name} -->\n\n{lines}\n\n<!-- /recipes: {name} -->"
+
+
+def brought_up_to_date(page: str, results: dict[str, Any], words: Mapping[str, str] | None = None) -> str:
+    """A page with the tables that it has between marks replaced by what `results` says.
+
+    Args:
+        words: English -> what the page says for it, one after the other.
+    """
+    for name in TABLES:
+        # <!-- recipes: asked --> anything <!-- /recipes: asked -->
+        marks = re.compile(f"<!-- recipes: {name} -->.*?<!-- /recipes: {name} -->", re.DOTALL)
+        table = marked(name, results, words)
+        page = marks.sub(lambda _, table=table: table, page)
+    return page

@@ -29,7 +29,7 @@ from filelock import Timeout
 from torch import Tensor
 
 from benchmarks.recipe_arms import ARMS, CANDIDATES, SEEDS, Arm
-from benchmarks.recipe_report import Phase, make_results, markdown
+from benchmarks.recipe_report import CHINESE, Phase, brought_up_to_date, make_results, markdown
 from src.distillation.base import EncodedRow, encode_row, end_of_turn_id, load_model, load_tokenizer, model_fingerprint
 from src.distillation.batching import clean_hashes, consecutive, is_validation
 from src.distillation.engines import EngineSettings, make_engine, opened
@@ -418,11 +418,14 @@ def read_phase(phase: str, folder: Path) -> Phase:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """recipes.json and recipes.md."""
+    """recipes.json and recipes.md, and the tables of the pages that quote them."""
     folder = Path(arguments.output)
     results = make_results(*(read_phase(phase, folder) for phase in PHASES))
     write_json(Path(arguments.json or folder / "recipes.json"), results)
     write_text(folder / "recipes.md", markdown(results))
+    for page in map(Path, arguments.pages):
+        words = CHINESE if page.name.endswith(".zh-CN.md") else {}
+        write_text(page, brought_up_to_date(page.read_text(encoding="utf-8"), results, words))
     print(markdown(results))
 
 
@@ -432,6 +435,7 @@ def main() -> None:
     parser.add_argument("--output", default="outputs/recipes", help="runs, answers and records (outputs/recipes)")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms alone")
     parser.add_argument("--json", help="report: the results' file (OUTPUT/recipes.json)")
+    parser.add_argument("--pages", nargs="+", default=[], help="report: pages whose tables are brought up to date")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # the profile's folders are below it
     {"prepare": prepare, "report": report}.get(arguments.phase, work)(arguments)
