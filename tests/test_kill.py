@@ -3,15 +3,17 @@
 Real processes and tiny models. Times, memory, paths and versions may differ; nothing else may.
 """
 
-import importlib.util
 import json
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,31 +28,61 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.slow
 
 
-def start(script: str, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
-    command = [*launcher, str(ROOT / "scripts" / f"{script}.py"), *arguments]
+def start(script: str, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def finish(script: str, *arguments: str, **keywords) -> str:
-    process = start(script, *arguments, **keywords)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+# Its processes have their libraries already: thirty starts would spend minutes on reading them
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["src.distillation.kd", "src.evaluation.evaluator", "src.data.sources"])
 
 
-def kill_when(path: Path, lines: int, script: str, *arguments: str) -> None:
-    """Start the script and kill it once `path` has this many lines."""
-    process = start(script, *arguments)
+def be_script(script: str, arguments: Sequence[str], log: Path) -> None:
+    """Become the script, which writes into `log`."""
+    with log.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(ROOT)
+    os.environ |= ENVIRONMENT
+    path = ROOT / "scripts" / f"{script}.py"
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+@dataclass
+class Warm:
+    """A script that runs in a warm process; its output is in `log`."""
+
+    script: str
+    arguments: Sequence[str]
+    log: Path
+
+    def __post_init__(self) -> None:
+        self.process = WARM.Process(target=be_script, args=(self.script, self.arguments, self.log))
+        self.process.start()
+
+    def finish(self) -> None:
+        self.process.join(timeout=300)
+        assert self.process.exitcode == 0, self.log.read_text()
+
+    def kill(self) -> None:
+        assert self.process.is_alive(), f"{self.script} ended before it could be killed: {self.log.read_text()}"
+        self.process.kill()
+        self.process.join()
+        assert self.process.exitcode == -signal.SIGKILL
+
+
+def kill_when(path: Path, lines: int, running: Warm) -> None:
+    """Kill the script once `path` has this many lines."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and running.process.is_alive():
         if path.is_file() and path.read_bytes().count(b"\n") >= lines:
             break
         time.sleep(0.005)
-    assert process.poll() is None, f"{script} ended before it could be killed: {process.communicate()[0]}"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    running.kill()
 
 
 @pytest.fixture
@@ -89,37 +121,41 @@ def by_key(path: Path, *keys: str) -> dict:
 
 def test_killed_stages_end_as_uninterrupted_ones(profile, tmp_path, clean_rows, write_sft):
     whole, cut = profile("whole"), profile("cut")
-    finish("download_datasets", *whole)
+
+    def warm(script: str, *arguments: str) -> Warm:
+        return Warm(script, arguments, tmp_path / "last.log")
+
+    warm("download_datasets", *whole).finish()
     folders = {name: tmp_path / name for name in ("whole", "cut")}
     answers = {name: folder / "tiny" / "sft" / "sft_train_data.jsonl" for name, folder in folders.items()}
 
-    finish("generate_sft_data", *whole)
+    warm("generate_sft_data", *whole).finish()
     for lines in (8, 60, 150):
-        kill_when(answers["cut"], lines, "generate_sft_data", *cut)
+        kill_when(answers["cut"], lines, warm("generate_sft_data", *cut))
         with answers["cut"].open("a") as file:  # what a kill in the middle of a write leaves
             file.write('{"id": "torn')
-    finish("generate_sft_data", *cut)
+    warm("generate_sft_data", *cut).finish()
     assert by_key(answers["cut"], "id", "sample_index") == by_key(answers["whole"], "id", "sample_index")
     for name in folders:  # a random teacher hardly ever ends its turn, so the training rows are others
         write_sft(tmp_path / name / "tiny", clean_rows(100), clean_rows(12, start=200))
 
-    finish("cache_teacher", *whole)
+    warm("cache_teacher", *whole).finish()
     caches = {name: tmp_path / name / "tiny" / "teacher_cache" for name in folders}
     for file in ("shard_00002", "shard_00009"):
-        kill_when(caches["cut"] / f"{file}.safetensors", 0, "cache_teacher", *cut)
-    finish("cache_teacher", *cut)
+        kill_when(caches["cut"] / f"{file}.safetensors", 0, warm("cache_teacher", *cut))
+    warm("cache_teacher", *cut).finish()
     shards = {name: {p.name: p.read_bytes() for p in folder.glob("shard_*")} for name, folder in caches.items()}
     assert shards["cut"] == shards["whole"]
     assert len(shards["whole"]) > 12
 
     run = {name: folder / "run" for name, folder in folders.items()}
     control = {name: folder / "control" for name, folder in folders.items()}
-    finish("run_improved_kd", *whole, "--output_dir", str(run["whole"]))
+    warm("run_improved_kd", *whole, "--output_dir", str(run["whole"])).finish()
     for steps in (3, 12, 27):
-        kill_when(run["cut"] / "metrics.jsonl", steps, "run_improved_kd", *cut, "--output_dir", str(run["cut"]))
-    finish("run_improved_kd", *cut, "--output_dir", str(run["cut"]))
+        kill_when(run["cut"] / "metrics.jsonl", steps, warm("run_improved_kd", *cut, "--output_dir", str(run["cut"])))
+    warm("run_improved_kd", *cut, "--output_dir", str(run["cut"])).finish()
     for name, folder in control.items():
-        finish("run_improved_kd", *profile(name), "--alpha", "0", "--output_dir", str(folder))
+        warm("run_improved_kd", *profile(name), "--alpha", "0", "--output_dir", str(folder)).finish()
     measured = ("tokens_per_second", "peak_memory_mb", "train_seconds")
     metrics, results = {}, {}
     for name, folder in run.items():
@@ -132,12 +168,12 @@ def test_killed_stages_end_as_uninterrupted_ones(profile, tmp_path, clean_rows, 
     assert all((ours[name] == theirs[name]).all() for name in ours | theirs)
 
     flags = {n: ["--model_path", str(run[n]), "--sft_model_path", str(control[n])] for n in run}
-    finish("evaluate_distillation", *whole, *flags["whole"])
+    warm("evaluate_distillation", *whole, *flags["whole"]).finish()
     evaluation = folders["cut"] / "evaluation"
-    kill_when(evaluation / "answers.jsonl", 60, "evaluate_distillation", *cut, *flags["cut"])
+    kill_when(evaluation / "answers.jsonl", 60, warm("evaluate_distillation", *cut, *flags["cut"]))
     for step in ("grade", "results", "report"):
-        kill_when(evaluation / f"step_{step}.json", 0, "evaluate_distillation", *cut, *flags["cut"])
-    finish("evaluate_distillation", *cut, *flags["cut"])
+        kill_when(evaluation / f"step_{step}.json", 0, warm("evaluate_distillation", *cut, *flags["cut"]))
+    warm("evaluate_distillation", *cut, *flags["cut"]).finish()
     for name in ("answers.jsonl", "samples.jsonl"):
         assert (evaluation / name).read_bytes() == (folders["whole"] / "evaluation" / name).read_bytes(), name
     sections = []
@@ -164,7 +200,7 @@ def test_two_at_once_do_not_mix(profile, tmp_path, clean_rows, write_sft):
     """Two equal starts of a stage: one set of answers, one run, each as if it had been alone."""
     arguments = profile("twice")
     sft = tmp_path / "twice" / "tiny" / "sft"
-    finish("download_datasets", *arguments)
+    Warm("download_datasets", arguments, tmp_path / "last.log").finish()
     two_at_once(sft / "sft_train_data.jsonl", 1, "generate_sft_data", *arguments, "--max_new_tokens", "96")
     assert len(by_key(sft / "sft_train_data.jsonl", "id", "sample_index")) == 240
     write_sft(tmp_path / "twice" / "tiny", clean_rows(100), clean_rows(12, start=200))
@@ -179,19 +215,8 @@ def test_two_at_once_do_not_mix(profile, tmp_path, clean_rows, write_sft):
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row] == list(range(1, 201))
 
 
-def generate_here(*arguments: str) -> None:
-    """The script's main in a process that has its libraries already, so that twenty starts take no minute each."""
-    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "generate_sft_data.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.argv = ["generate_sft_data.py", *arguments]
-    spec.loader.exec_module(script)
-    script.run_cli(script.main)
-
-
 def test_twenty_kills_at_random_moments_lose_double_and_change_nothing(tmp_path, tiny_teacher):
     """300 rows at temperature 0, SIGKILL wherever it falls: start-up, a forward pass, a write."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["src.distillation.engines", "src.utils.config"])
     prompts = [
         {"id": f"sum-{i:03d}", "source": "sums", "domain": "maths", "prompt": f"{i} + {i * i}?" + " Say it." * (i % 7),
          "reference": str(i), "grader": "numeric", "grader_args": "{}"}
@@ -200,14 +225,12 @@ def test_twenty_kills_at_random_moments_lose_double_and_change_nothing(tmp_path,
     write_jsonl(tmp_path / "data" / "train_dataset.jsonl", prompts)
     files = {}
 
-    def process(name: str) -> multiprocessing.Process:
+    def process(name: str) -> multiprocessing.process.BaseProcess:
         files[name] = tmp_path / name / "sft" / "sft_train_data.jsonl"
         folders = ["--data_dir", str(tmp_path / "data"), "--experiment_dir", str(tmp_path / name)]
         arguments = [*folders, "--teacher_model", tiny_teacher, "--splits", "train", "--temperature", "0",
                      "--max_new_tokens", "48", "--batch_size", "5"]  # fmt: skip
-        started = context.Process(target=generate_here, args=arguments)
-        started.start()
-        return started
+        return Warm("generate_sft_data", arguments, tmp_path / f"{name}.log").process
 
     process("warm").join()  # the fork server starts with the first process
     begin = time.monotonic()
