@@ -91,6 +91,17 @@ def own_difference(one: Sequence[Record], other: Sequence[Record], phase: Phase)
     return asdict(crossed(sums_SP(one) - sums_SP(other), [family[key] for key in ids]))
 
 
+def compared_with(name: str) -> list[str]:
+    """`AGAINST`; and for on-policy rounds that go on from an arm, what goes on from it without them: their control."""
+    arm = next(arm for arm in ARMS if arm.name == name)
+    others = [other for other in AGAINST if other != name]
+    if arm.after and "on_policy_rounds" in arm.settings:
+        for other in ARMS:
+            if other.after == arm.after and "on_policy_rounds" not in other.settings:
+                others.append(other.name)
+    return others
+
+
 def add_corrections(differences: Sequence[dict[str, Any]]) -> None:
     """Holm's correction, `corrected_p`, among all arms that are compared with the same one: of their accuracies over
     both domains and both ways of sampling, and of their reverse KL by itself. What lies below is not tested."""
@@ -173,8 +184,8 @@ def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
         raise UserError("no arm has a record of every seed yet; run `table` first")
     differences = []
     for name, records in arms.items():
-        for other in AGAINST:
-            if other == name or other not in arms:
+        for other in compared_with(name):
+            if other not in arms:
                 continue
             cells = {cell: accuracy_difference(records, arms[other], cell, table) for cell in CELLS}
             own = own_difference(records, arms[other], table)
