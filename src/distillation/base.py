@@ -51,6 +51,7 @@ def compute_dtype(device: torch.device | str | None = None) -> torch.dtype:
     """bf16 where the processor multiplies it natively, else fp32."""
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
+        # by default torch counts an emulated bf16 as supported
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capabilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
@@ -98,6 +99,7 @@ def base_of_adapter(adapter: dict[str, Any]) -> str:
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> UserError:
+    # a library's error may be many lines
     reason = " ".join(str(error).split())[:200]
     return UserError(f"{what} {name!r} cannot be loaded: {reason}; name a local folder or a hub id that can be reached")
 
@@ -186,7 +188,7 @@ def load_tokenizer(name: str, experiment_dir: str | Path = "") -> PreTrainedToke
     except ValueError as error:
         raise _cannot_load("tokenizer", name, error) from error
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any token will do
     if "strftime_now" in tokenizer.chat_template:
         tokenizer.prompt_date = experiment_date(experiment_dir) if experiment_dir else ANY_DAY
     return tokenizer
@@ -209,11 +211,13 @@ def load_model(
     Raises:
         UserError: it cannot be loaded, is an adapter, or has a bias on its output layer or one that is quantised.
     """
+    # 1. what it is, and whether this machine can load it
     config = load_model_config(name)
     check_machine(name, config)
     own = model_name(name)
     if Path(own.id).is_dir():
         own = ModelName(str(Path(own.id).resolve()))  # an adapter remembers it and must find it from anywhere
+    # 2. load it
     own_bits = {"quantization_config": four_bit(dtype)} if load_in_4bit else {}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -226,11 +230,12 @@ def load_model(
             output_loading_info=True,
             **own_bits,
         )
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # before the others: it is a RuntimeError
         raise UserError(f"model {name!r} does not fit into the GPU's free memory; name more or other devices") from None
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         method = "4 bits by bitsandbytes" if load_in_4bit else method_of(config)
         raise cannot_load_quantised(name, method, error) if method else _cannot_load("model", name, error) from error
+    # 3. refuse what is not whole: transformers fills missing weights with random numbers
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"model {name!r}: its files lack {len(missing)} weights, the first {missing[0]}; fetch it again"
@@ -296,17 +301,19 @@ def model_fingerprint(name: str) -> str:
     """
     folder = Path(name)
     if not folder.is_dir():
-        load_model_config(name)
+        load_model_config(name)  # refuses an adapter, and what cannot be had
         own = model_name(name)
         if not (commit := extract_commit_hash(cached_file(own.id, "config.json", revision=own.revision), None)):
             raise UserError(f"model {name!r}: its commit cannot be told; download it into a folder and name that")
         return f"{own.id}@{commit}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
+        # a tokenizer or a template that is changed makes another model of it
         if path.suffix in (".json", ".jinja"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
             size = path.stat().st_size
+            # 64 blocks of 64 KiB in equal steps: 4 MiB of a file of any size
             digest.update(f"{path.name}{size}".encode())
             with path.open("rb") as file:
                 for block in range(64):
@@ -355,18 +362,20 @@ class _Modules:
 
 
 def _modules(model: PreTrainedModel, dtype: torch.dtype) -> _Modules:
+    # 1. names: "model.embed_tokens" is first, then "model.layers.0" ..., "model.norm" and "lm_head" are last
     decoder_name = next(name for name, module in model.named_modules() if module is model.get_decoder())
     head_name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     layers = [f"{decoder_name}.layers.{i}" for i in range(len(model.get_decoder().layers))]
     others = [f"{decoder_name}.{name}" for name, _ in model.get_decoder().named_children() if name != "layers"]
     first = [name for name in others if "embed" in name]
     last = [name for name in others if name not in first] + [head_name]
+    # 2. what each weighs; the dot keeps "model.layers.1" from taking what is of "model.layers.10"
     weight = dict.fromkeys([*first, *layers, *last], 0.0)
     for parameter, size in parameter_bytes(model, dtype).items():
         module = max((name for name in weight if parameter.startswith(f"{name}.")), key=len)
         weight[module] += size
     if getattr(model.config, "tie_word_embeddings", False):
-        weight[head_name] = 0
+        weight[head_name] = 0  # it is the embedding's matrix, counted there
     return _Modules(first, layers, last, weight)
 
 
@@ -382,8 +391,10 @@ def _balanced(modules: _Modules, devices: Sequence[int]) -> dict[str, int]:
         # go on to the next GPU once this one has its share, but leave a layer for each of those that follow
         share = total * (position + 1) / len(devices)
         layers_left = sum(1 for other in modules.order[index:] if other in modules.layers)
+        # it goes where its middle lies; shares add up from the first GPU on
         full = spent + modules.weight[name] / 2 > share
-        must = layers_left <= len(devices) - 1 - position
+        must = layers_left <= len(devices) - 1 - position  # one layer for each GPU that follows, and none to spare
+        # embedding, norm and head stay with the layer beside them
         if position < len(devices) - 1 and name in modules.layers and (full or must) and on_this:
             position, on_this = position + 1, 0.0
         placed[name] = devices[position]
@@ -401,8 +412,10 @@ def _streamed(modules: _Modules, devices: Sequence[int], budget: float) -> dict[
     Raises:
         UserError: there is no room for these.
     """
+    # 1. room on every GPU beside one layer that passes through
     passing = max(modules.weight[name] for name in modules.layers)
     room = dict.fromkeys(devices, budget - passing)
+    # 2. embedding on the first, norm and head on the last
     placed: dict[str, int | str] = dict.fromkeys(modules.first, devices[0]) | dict.fromkeys(modules.last, devices[-1])
     for name, device in placed.items():
         room[device] -= modules.weight[name]
@@ -412,8 +425,10 @@ def _streamed(modules: _Modules, devices: Sequence[int], budget: float) -> dict[
                 f"GPU {device} would hold {(budget - left) / 1e9:.1f} GB, its budget is {budget / 1e9:.1f} GB, with no "
                 "layer but the one that passes through; raise gpu_memory_gb, or name more devices"
             )
+    # 3. layers in their order, a GPU after the other; what is left when the last is full streams
     position = 0
     for name in modules.layers:
+        # no going back to a GPU that was too full: layers stay in their order
         while position < len(devices) and room[devices[position]] < modules.weight[name]:
             position += 1
         if position == len(devices):
@@ -445,10 +460,12 @@ def layer_device_map(
     modules = _modules(model, dtype)
     if len(modules.layers) < len(devices):
         raise UserError(f"{len(modules.layers)} layers cannot be spread over {len(devices)} GPUs; name fewer devices")
+    # 1. an even spread
     placed = _balanced(modules, devices)
     held = dict.fromkeys(devices, 0.0)
     for name, device in placed.items():
         held[device] += modules.weight[name]
+    # 2. where it does not fit: full GPUs and the rest in CPU memory, or an error
     for device, amount in held.items():
         if amount <= budget_gb * 1e9:
             continue
@@ -497,7 +514,8 @@ def place(
         return None
     devices = list(devices) or [0]
     if len(devices) == 1 and not cpu_offload:
-        return {"": devices[0]}
+        return {"": devices[0]}  # the whole model
+    # without weights: the sizes of what would be loaded are enough to plan with
     model = loading_skeleton(name, dtype, load_in_4bit)
     placed = layer_device_map(model, devices, dtype, budget_gb, cpu_offload)
     streamed = [module for module, device in placed.items() if device == "cpu"]
@@ -549,6 +567,7 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     for letter in DIRECTIVES:
         for directive in (f"%{letter}", f"%-{letter}"):  # "%-d" is "1"
             filters += f" | replace({directive!r}, {day.strftime(directive)!r})"
+    # the macro's body on 1 January 2025: {{ format | replace('%a', 'Wed') | ... | replace('%-d', '1') | ... }}
     return "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}" + template
 
 
@@ -606,11 +625,14 @@ def answer_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
         UserError: the template refuses the messages, leaves an answer out, ends it with no special token, or opens a
             thought in the generation prompt that the finished conversation does not have.
     """
+    # 1. the template is asked twice: for a generation prompt, and for the finished conversation with a marker in it
     asked = render_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=False)
     finished = render_chat(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], enable_thinking=False)
+    # the last one: a question may hold the marker's text too
     before, found, after = finished.rpartition(ANSWER)
     if not found:
         raise _refused(tokenizer, "does not write what the assistant said")
+    # 2. the prompt: the longer of the two, if the other is its beginning
     if before.startswith(asked):
         prompt = (
             before  # "<|start|>assistant" is asked with, "<|start|>assistant<|channel|>final<|message|>" is answered
@@ -624,6 +646,7 @@ def answer_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
             f"asks for an answer with {asked[common:][-60:]!r} where a finished conversation has "
             f"{before[common:][-60:]!r}, so that an answer would be read inside what it opens",
         )
+    # 3. what ends the turn
     gap, end = _end_of_turn(tokenizer, after)
     return Turn(prompt, gap, end, before, after)
 
@@ -639,11 +662,11 @@ def _common_start(one: Sequence[Any], other: Sequence[Any]) -> Sequence[Any]:
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str]:
     """The blanks and the token that a template writes behind an answer."""
     words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    gap = after[: len(after) - len(after.lstrip())]
+    gap = after[: len(after) - len(after.lstrip())]  # "\n<|im_end|>\n" -> "\n"
     ends = [word for word in words if after.startswith(word, len(gap))]
     if not ends:
         raise _refused(tokenizer, "ends an answer with no special token")
-    return gap, max(ends, key=len)
+    return gap, max(ends, key=len)  # of "<end>" and "<end>s", which may both fit, the longer
 
 
 def prompt_text(
@@ -677,9 +700,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
     for text in texts:
         # only what follows the last control token can be joined to the answer
         cut = max((text.rfind(word) for word in _control_words(tokenizer)), default=-1)
+        # "...<|im_start|>assistant\n" is cut before "<|im_start|>"; a text without control tokens is all tail
         head, tail = text[: max(cut, 0)], text[max(cut, 0) :]
+        # what the tail's ids are before any beginning of an answer: "[/INST] " -> [/INST], without the blank's "▁"
         begun = tokenizer([tail + word for word in FIRST_WORDS], add_special_tokens=False)["input_ids"]
         stable = functools.reduce(_common_start, begun)
+        # the template has written the tokens that begin a text: none are added
         start = tokenizer(head, add_special_tokens=False)["input_ids"] if head else []
         prompts.append([*start, *stable])
     return prompts
@@ -701,6 +727,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def ending_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A copy whose `eos_token` is the end of turn, for those who stop at that (a base model's is the end of a text);
     an equal one where the chat template would then read otherwise."""
+    # a template may write `eos_token` itself: then another one would change what is read
     ending = copy.deepcopy(tokenizer)
     hello = [{"role": "user", "content": "hello"}]
     turn = answer_turn(tokenizer, hello)
@@ -724,17 +751,22 @@ def encode_row(
     Raises:
         UserError: the template cannot be answered, see `answer_turn`.
     """
+    # 1. the prompt, without what may yet be joined to the answer
     turn = answer_turn(tokenizer, row["messages"][:-1])
     [start] = prompt_ids(tokenizer, [turn.prompt])
+    # 2. the student's own answer: the ids that it sampled
     is_cut = own_answer and row.get("finish_reason") == "length"
     if own_answer and "response_ids" in row:
         response = (*row["response_ids"], *([] if is_cut else [end_id]))
         return EncodedRow(row["id"], tuple(start), response, row.get("sample_index", 0))
+    # 3. any other: its text as the template renders it, and the end
     text = _as_rendered(tokenizer, turn, row["messages"])
     text, end = (text, []) if is_cut else (text + turn.gap, [end_id])
+    # a control token that is spelt in the answer is text: encoded alone, as letters
     if any(word in text for word in _control_words(tokenizer)):
         response = response_ids(tokenizer, text)
     else:
+        # encoded in its turn, where it may have other ids than by itself; the end is put back below by its id
         whole = tokenizer(turn.prompt + text + ("" if is_cut else turn.end), add_special_tokens=False)["input_ids"]
         whole = whole[: len(whole) - len(end)]
         start = _common_start(start, whole)  # an answer that begins with a line break may take the prompt's along
@@ -751,6 +783,7 @@ def _as_rendered(tokenizer: PreTrainedTokenizerBase, turn: Turn, messages: list[
     answer = messages[-1]["content"]
     if answer == answer.strip():
         return answer
+    # " 4\n" where the template trims -> "4"
     rendered = render_chat(tokenizer, messages, enable_thinking=False)
     said = rendered.removeprefix(turn.before).removesuffix(turn.after)
     return said if said.strip() == answer.strip() else answer
@@ -785,6 +818,7 @@ def shared_vocabulary(
     Raises:
         UserError: the tokenizers differ, in their vocabularies or on a row, or a model has fewer logits than tokens.
     """
+    # 1. the same tokens under the same ids
     ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
         raise UserError(
@@ -792,12 +826,14 @@ def shared_vocabulary(
             f"{teacher_tokenizer.name_or_path!r} has {len(theirs)}, and "
             f"{len(set(ours.items()) ^ set(theirs.items()))} entries differ; choose models of one family"
         )
+    # 2. and the same ids for every answer: merges may differ where vocabularies are alike
     for student_row, teacher_row in zip(student_rows, teacher_rows, strict=True):
         if student_row.response_ids != teacher_row.response_ids:
             raise UserError(
                 f"row {student_row.id}: the tokenizers encode its answer differently, {len(student_row.response_ids)} "
                 f"and {len(teacher_row.response_ids)} tokens; choose models of one family"
             )
+    # 3. a logit for every token; ids may have gaps, so their number would not do
     size = max(ours.values()) + 1
     for name, logits in (("student", student_logits), ("teacher", teacher_logits)):
         if logits < size:
@@ -815,6 +851,7 @@ def collate(rows: Sequence[EncodedRow], pad_id: int) -> dict[str, Tensor]:
         ids = torch.tensor(row.prompt_ids + row.response_ids)
         input_ids[index, : len(ids)] = ids
         attention_mask[index, : len(ids)] = 1
+        # not shifted: the label of a position is its own token, and `response_hidden` looks one further
         labels[index, len(row.prompt_ids) : len(ids)] = ids[len(row.prompt_ids) :]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
@@ -850,21 +887,23 @@ def response_hidden(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Te
     lm = causal_lm(model)
     first, last = lm.get_input_embeddings().weight.device, head_device(model)
     # where answers are is found on the CPU, and everything sent before the work: nothing is fetched or waited for after
+    # [B * L], the token after each position; behind the last there is none
     following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
-    places = (following != IGNORED).nonzero()[:, 0]
+    places = (following != IGNORED).nonzero()[:, 0]  # [N], positions that predict a response token
     labels, places = send(following[places], last), send(places, last)
     inputs = {n: send(batch[n], first) for n in ("input_ids", "attention_mask", "position_ids") if n in batch}
     if "layout" in batch:
         inputs["layout"] = batch["layout"]
     hidden_BLH = lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
     device = hidden_BLH.device
+    # of a model that is spread over GPUs the states may come out on another than the head's
     return hidden_BLH.flatten(0, 1).index_select(0, places.to(device)), labels.to(device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; from the CPU to a GPU without waiting for what the GPU still has to do."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)  # from pageable memory it would wait all the same
     return tensor.to(device)
 
 

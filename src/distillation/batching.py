@@ -43,6 +43,7 @@ def shared_end_of_turn(student_tokenizer: PreTrainedTokenizerBase, teacher_token
     Raises:
         UserError: they end it differently; the student would learn never to stop.
     """
+    # what a template writes behind an answer is read off any question
     hello = [{"role": "user", "content": "hello"}]
     student, teacher = answer_turn(student_tokenizer, hello), answer_turn(teacher_tokenizer, hello)
     ids = [end_of_turn_id(tokenizer) for tokenizer in (student_tokenizer, teacher_tokenizer)]
@@ -76,7 +77,7 @@ def encode_pairs(
     end = shared_end_of_turn(student_tokenizer, teacher_tokenizer)
     pairs = [Pair(encode_row(student_tokenizer, row, end), encode_row(teacher_tokenizer, row, end)) for row in rows]
     kept = [pair for pair in pairs if max(len(pair.student), len(pair.teacher)) <= max_length]
-    dropped = len(pairs) - len(kept)
+    dropped = len(pairs) - len(kept)  # a pair goes whole, though one model may have room for it
     if dropped > 0.05 * len(pairs) or not kept:
         longest = max(max(len(pair.student), len(pair.teacher)) for pair in pairs)
         raise UserError(
@@ -88,7 +89,7 @@ def encode_pairs(
 
 def is_validation(row_id: str, fraction: float) -> bool:
     """Whether a training row is set aside: a function of its id alone, so that every run and every arm agree."""
-    return int(sha256_text(f"validation/{row_id}")[:8], 16) < fraction * 2**32
+    return int(sha256_text(f"validation/{row_id}")[:8], 16) < fraction * 2**32  # 8 hex digits: below 2**32, evenly
 
 
 def _conversation(row: dict[str, Any], may_be_empty: bool) -> str | None:
@@ -115,6 +116,7 @@ def _clean_fault(row: dict[str, Any], may_be_empty: bool = False) -> str | None:
     row_id, index = row["id"], row.get("sample_index", 0)
     if not isinstance(row_id, str):
         return f"id must be text, found {type(row_id).__name__}; put it in quotes"
+    # in Python True is an int, and equals 1
     if not isinstance(index, int) or isinstance(index, bool):
         return f"sample_index must be a whole number, found {type(index).__name__}; leave it out for 0"
     ids = row.get("response_ids", [])
@@ -157,6 +159,7 @@ def clean_hashes(folder: Path) -> dict[str, str]:
     Raises:
         UserError: one is missing.
     """
+    # both, before either is hashed
     for path in clean_files(folder).values():
         if not path.is_file():
             raise UserError(f"{path}: no such file; {BRING}")
@@ -195,9 +198,11 @@ def load_training_data(
         rows = read_clean(path)
         pairs[split], left_out = encode_pairs(rows, student_tokenizer, teacher_tokenizer, max_length, str(path))
         dropped += left_out
+    # by id and not by sample: two answers to one question are one question
     shared = {pair.student.id for pair in pairs["train"]} & {pair.student.id for pair in pairs["eval"]}
     if shared:
         raise UserError(f"{folder}: row {min(shared)} is both a training and an evaluation row; split by id first")
+    # by id, so that all answers to a question are on one side
     validation = [pair for pair in pairs["train"] if is_validation(pair.student.id, validation_fraction)]
     train = [pair for pair in pairs["train"] if not is_validation(pair.student.id, validation_fraction)]
     if len(train) < rows_per_step:
@@ -213,6 +218,7 @@ def share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
     (Graham 1969). A pack costs what its tokens cost, so how many rows a group has does not matter."""
     groups: list[list[int]] = [[] for _ in range(parts)]
     held = [0] * parts
+    # lengths [5, 4, 3, 2] in 2 parts: [0, 3] and [1, 2], 7 tokens each
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         least = min(range(parts), key=lambda g: (held[g], g))
         groups[least].append(index)
@@ -222,6 +228,7 @@ def share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 def alike(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """Indices in `parts` groups of equally many rows, alike in length: padding to the longest wastes least."""
+    # lengths [5, 9, 4, 8] in 2 parts: [1, 3] and [0, 2]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     size = len(order) // parts
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -230,19 +237,21 @@ def alike(lengths: Sequence[int], parts: int) -> list[list[int]]:
 def within(lengths: Sequence[int], tokens: int, ranks: int = 1) -> list[list[int]]:
     """Indices in the fewest groups, a multiple of `ranks`, of which none holds more than `tokens`; a longer row is a
     group by itself."""
+    # 5, 4, 3 and 2 tokens with 8 at most, 1 rank: one group holds 14, two hold 7 and 7
     parts = ranks
     while parts < len(lengths):
         groups = share_out(lengths, parts)
         if all(len(group) == 1 or sum(lengths[index] for index in group) <= tokens for group in groups):
             return groups
         parts += ranks
+    # a row each: what is longer than `tokens` cannot be cut
     return share_out(lengths, len(lengths))
 
 
 def consecutive(items: Sequence[Item], size: int, size_of: Callable[[Item], int]) -> list[list[Item]]:
     """Items in their order, in groups whose sizes add up to `size` at most, of one item at least."""
     groups: list[list[Item]] = []
-    held = size
+    held = size  # full, so that the first item opens a group
     for item in items:
         if held + size_of(item) > size:
             groups.append([])
@@ -270,7 +279,8 @@ class StepOrder:
 
     def rows_of(self, step: int) -> list[int]:
         """The indices of step 0, 1, ..."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, place = divmod(step, self.steps_per_epoch)  # step 7 at 3 steps an epoch: epoch 2, place 1
+        # no two (seed, epoch) share a number while epochs stay below 1,000,003
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.rows, generator=generator).tolist()
         return order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
@@ -293,6 +303,7 @@ class Cutting:
 
     def passes(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices into `lengths`, a group for every pass of all ranks."""
+        # a limit on tokens is one of packed passes: padded ones go by their number of rows
         if self.tokens and self.packing:
             return within(lengths, self.tokens, self.ranks)
         return share_out(lengths, self.parts) if self.packing else alike(lengths, self.parts)
@@ -301,19 +312,21 @@ class Cutting:
 def waste(rows: Sequence[EncodedRow], order: StepOrder, cutting: Cutting) -> tuple[float, float, float]:
     """Of one epoch: passes a step, the share of padding in them, and the share of the rows' tokens that shared
     beginnings spare them."""
+    # tokens of the rows one by one, of these once shared beginnings are read once, and with padding
     own = run = computed = passes = 0
     for step in range(order.steps_per_epoch):
         taken = [rows[index] for index in order.rows_of(step)]
         for part in cutting.passes([len(row) for row in taken]):
             group = [taken[index] for index in part]
             lengths = [len(row) for row in group]
+            # what a pass would have read row by row, and what it reads
             passes += 1
             own += sum(lengths)
             if cutting.packing:
                 tokens = sum(segment.end - segment.start for segment in segments(group))
                 run += tokens
-                computed += -(-tokens // MULTIPLE) * MULTIPLE
+                computed += -(-tokens // MULTIPLE) * MULTIPLE  # filled up, as `pack` does
             else:
                 run += sum(lengths)
-                computed += max(lengths) * len(lengths)
+                computed += max(lengths) * len(lengths)  # as `collate` pads
     return passes / order.steps_per_epoch, 1 - run / computed, 1 - run / own

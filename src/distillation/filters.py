@@ -47,6 +47,7 @@ def candidates(logits_BV: Tensor, temperature: float, top_k: int, top_p: float) 
         logits, ids = logits_BV.sort(dim=-1, descending=True)
     probabilities = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
+        # 0.5 0.3 0.2 with top_p 0.7: the mass before each is 0, 0.5, 0.8, so that two stay; the first always does
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
     return Candidates(ids, logits, probabilities)
@@ -61,9 +62,11 @@ def cut_to_candidates(logits_BV: Tensor, temperature: float, top_k: int, top_p: 
         >>> cut_to_candidates(torch.tensor([[1.0, 3.0, 2.0]]), 1.0, 2, 1.0)
         tensor([[-1.0000e+30,  3.0000e+00,  2.0000e+00]])
     """
+    # 1. a sort takes several times the memory of its rows, so it is done a few rows at a time
     sorts = top_p < 1 and not top_k
     rows = math.ceil(len(logits_BV) / SORT_PARTS) if sorts else len(logits_BV)
     for part_BV in logits_BV.split(max(1, rows)):
+        # 2. every logit is replaced, then those of the candidates are put back where they were
         kept = candidates(part_BV, temperature, top_k, top_p)
         if kept.ids is not None:
             logits = torch.where(kept.probabilities > 0, kept.logits, EXCLUDED)

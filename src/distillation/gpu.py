@@ -26,6 +26,7 @@ class Memory:
         """Bytes that each has left, what the allocator holds unused included."""
         found = []
         for device in self.devices:
+            # what torch keeps of the card without using it is free for torch, and in use for the driver
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             found.append(torch.cuda.mem_get_info(device)[0] + unused)
         return found
@@ -59,10 +60,13 @@ def tokens_that_fit(
     Returns:
         None where the rows are too few or too short to tell.
     """
+    # 1. two passes of the longest rows, about 1,024 and 4,096 tokens
     small, large = (_longest(lengths, tokens) for tokens in PROBED)
     sizes = [sum(lengths[index] for index in rows) for rows in (small, large)]
+    # the same rows twice, where all together or the longest alone decide: a line needs two points
     if sizes[0] == sizes[1]:
         return None
+    # 2. the peak of each, on every GPU
     peaks: list[list[int]] = []
     try:
         work(small)  # kernels are compiled and libraries take their workspaces
@@ -71,13 +75,16 @@ def tokens_that_fit(
     except torch.OutOfMemoryError:
         pass  # its traceback holds what was made, so that nothing is freed in here
     torch.cuda.empty_cache()
+    # it ran out: the smaller pass fits if it was measured, else as much as the longest row is tried
     if len(peaks) < 2:
         return sizes[0] if peaks else max(lengths)
+    # 3. a line through both: 2 GB at 1,000 tokens and 5 GB at 4,000 are 1 MB a token and 1 GB besides
     fits = []
     for free, one, other in zip(memory.free(), *peaks, strict=True):
-        per_token = max((other - one) / (sizes[1] - sizes[0]), 1.0)
+        per_token = max((other - one) / (sizes[1] - sizes[0]), 1.0)  # bytes; never 0, which would fit without end
         without_any = one - per_token * sizes[0]
         fits.append(int((FILLED * free - reserved - without_any) / per_token))
+    # the tightest GPU decides; what has run fits in any case
     return max(min(fits), sizes[0])
 
 
@@ -120,10 +127,12 @@ def use_liger(model: PreTrainedModel, wanted: bool | None, probe: Callable[[], l
         raise UserError("--liger: its kernels run on a GPU; leave --liger out")
     from transformers.integrations.liger import apply_liger_kernel
 
+    # 1. gradients by transformers' own layers, then by Liger's on the same rows
     before = probe()
     here = memory_of(model).devices == [torch.device("cuda", torch.cuda.current_device())]
     apply_liger_kernel(model, FUSED | {"rope": alone and here})
     after = probe()
+    # 2. they may differ as bf16 rounds, and no more; `not <` is true of NaN too
     off = _distance(after, before)
     if not off < CLOSE:
         raise UserError(f"Liger's kernels change the gradient of this model by {off:.1%}; pass --liger false")
@@ -134,4 +143,4 @@ def use_liger(model: PreTrainedModel, wanted: bool | None, probe: Callable[[], l
 def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     """Relative distance of two lists of tensors, as if each were one vector."""
     difference = sum((a.float() - b.float()).square().sum().item() for a, b in zip(found, wanted, strict=True))
-    return (difference / max(sum(b.float().square().sum().item() for b in wanted), 1e-30)) ** 0.5
+    return (difference / max(sum(b.float().square().sum().item() for b in wanted), 1e-30)) ** 0.5  # |a - b| / |b|

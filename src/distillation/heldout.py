@@ -52,9 +52,11 @@ def score_heldout(
         `what_kl_is`.
     """
     ordered = sorted(pairs, key=lambda pair: len(pair.student))
+    # alike in length, so that padding wastes little; the teacher reads a batch once for all arms
     for batch in consecutive(ordered, tokens, lambda pair: max(len(pair.student), len(pair.teacher))):
         ours = [pair.student for pair in batch]
         believe = teacher.stated or teacher.hidden
+        # a server's teacher has no hidden states, only what it stated of its tokens
         believed = believe([pair.teacher for pair in batch])
         scored: list[dict[str, Any]] = []
         for name, arm in arms.items():
@@ -69,6 +71,7 @@ def _measure(
     student: Reader, hidden: Tensor, teacher: Reader, believed: Tensor | Stated, rows: Sequence[EncodedRow]
 ) -> HeldoutStats:
     device = hidden.device
+    # [N], the order of the hidden states: row after row
     labels = torch.tensor([token for row in rows for token in row.response_ids], device=device)
     if isinstance(believed, Stated):
         stated = Stated(TopK(*(part.to(device) for part in believed.top)), believed.label_log_p_N.to(device))
@@ -88,6 +91,7 @@ def _measure(
 
 def _row_sums(arm: str, rows: Sequence[EncodedRow], stats: HeldoutStats) -> list[dict[str, Any]]:
     counts = [len(row.response_ids) for row in rows]
+    # each measure [N] -> a piece a row; summed in fp64
     columns = [measure.double().cpu().split(counts) for measure in stats]
     found = []
     for row, count, *parts in zip(rows, counts, *columns, strict=True):
@@ -108,12 +112,14 @@ def _row_sums(arm: str, rows: Sequence[EncodedRow], stats: HeldoutStats) -> list
 
 
 def _by_position(measure_N: Tensor) -> list[float]:
+    # 10 tokens reach the bins 0-3, 4-7 and 8-9: cut at 4 and 8, three sums
     starts = [start for start in POSITIONS if start < len(measure_N)]
     return [part.sum().item() for part in measure_N.tensor_split(starts[1:])]
 
 
 def tokens_by_position(num_tokens: int) -> list[int]:
     """How many of a row's response tokens are in each bin of `POSITIONS` that it reaches."""
+    # 10 -> [4, 4, 2]
     starts = [start for start in POSITIONS if start < num_tokens]
     return [end - start for start, end in zip(starts, [*starts[1:], num_tokens], strict=True)]
 
@@ -121,6 +127,7 @@ def tokens_by_position(num_tokens: int) -> list[int]:
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Per-token means of one arm's rows: nats per response token, the share of equal top-1 tokens, and of drafted
     tokens that the teacher would accept."""
+    # means over tokens, not over rows: a long answer weighs as much as it has tokens
     tokens = sum(row["num_tokens"] for row in rows)
     return {
         "kl_to_teacher": sum(row["kl_sum"] for row in rows) / tokens,
@@ -141,6 +148,7 @@ def gap_recovered(
     before: dict[str, float], after: dict[str, float], teacher: dict[str, float]
 ) -> dict[str, float | None]:
     """The share of the way to the teacher that training went; null where there was no way to go."""
+    # of the KL the teacher's own value is 0, so that the whole of `before` is the way
     gap = before["nll"] - teacher["nll"]
     return {
         "kl_to_teacher": (before["kl_to_teacher"] - after["kl_to_teacher"]) / before["kl_to_teacher"]

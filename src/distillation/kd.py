@@ -156,6 +156,7 @@ def read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
         config = build_config(KDConfig, read_profile(config, SECTION, KDConfig), where=str(config))
     elif isinstance(config, dict):
         config = build_config(KDConfig, config)
+    # a caller's own object stays as it was
     config = copy.deepcopy(config)
     for name in ("model_name_or_path", "teacher_model_name_or_path"):
         if not getattr(config, name):
@@ -189,6 +190,7 @@ def _open_accelerator(config: KDConfig) -> Accelerator:
         project_dir=str(Path(config.experiment_dir).parent),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],  # every adapter takes part
     )
+    # what ranks share out alike: rows, which cut by tokens may be a pass each, or gradient_accumulation_steps passes
     ranks = accelerator.num_processes
     by_tokens = config.packing and config.tokens_per_batch != 0
     name = "rows of a step" if by_tokens else "gradient_accumulation_steps"
@@ -249,6 +251,7 @@ def _fingerprint(config: KDConfig, hashes: dict[str, str], teacher: str, tokeniz
     """What tells this run from every other: settings, models, rows."""
     settings = config.identity() | {"student": model_fingerprint(config.model_name_or_path), "teacher": teacher}
     if start := find_start(config):
+        # by its bytes, wherever it lies
         settings["init_from"] = start.sha256
     if config.teacher_signal != "online":
         settings["teacher_cache"] = _kept(config)
@@ -257,11 +260,13 @@ def _fingerprint(config: KDConfig, hashes: dict[str, str], teacher: str, tokeniz
     dates = [t.prompt_date for t in (tokenizers.student, tokenizers.teacher) if hasattr(t, "prompt_date")]
     if dates:  # only where a chat template asks for the day
         settings["prompt_date"] = dates[0].isoformat()
+    # through JSON, so that it equals what is read from a file: tuples become lists
     return json.loads(json.dumps(settings | hashes))
 
 
 def _find_folder(config: KDConfig, fingerprint: dict[str, Any]) -> Path:
     """The run's folder: named by the user, the one to go on with, a finished one of the same settings, or a new one."""
+    # a folder that is named is checked by `claim_folder`, under its lock
     if config.output_dir:
         return Path(config.output_dir)
     root = Path(config.experiment_dir).parent
@@ -281,6 +286,7 @@ def _own_folder(config: KDConfig, fingerprint: dict[str, Any], accelerator: Acce
     Raises:
         UserError: another process trains in it, or it belongs to another run.
     """
+    # left in the opposite order: forget an unbegun run, free the lock, remove a folder that is empty then
     with contextlib.ExitStack() as held:
         chosen: list[Path | None] = [None]
         if accelerator.is_main_process:
@@ -297,7 +303,7 @@ def _own_folder(config: KDConfig, fingerprint: dict[str, Any], accelerator: Acce
                 if not (folder / "kd_config.json").is_file():
                     write_json(folder / "kd_config.json", {"fingerprint": fingerprint})  # the rest once rows are read
             chosen = [folder]
-        [folder] = broadcast_object_list(chosen)
+        [folder] = broadcast_object_list(chosen)  # in place; the other ranks gave None
         yield folder
 
 
@@ -317,8 +323,10 @@ def _write_kd_config(folder: Path, config: KDConfig, fingerprint: dict[str, Any]
     """Every setting and everything the run was made of; once, by the process that began it."""
     if read_json(folder / "kd_config.json").keys() != {"fingerprint"}:
         return
+    # two settings stand in kd_config.json under other names
     names = {"per_device_train_batch_size": "batch_size", "num_train_epochs": "epochs"}
     settings = {names.get(name, name): value for name, value in dataclasses.asdict(config).items()}
+    # how this call came to the folder is nothing of the run
     del settings["resume"], settings["overwrite"]
     rows = {"train": len(data.train), "validation": len(data.validation), "heldout": len(data.heldout)}
     write_json(
@@ -362,6 +370,7 @@ def _run(
     """Train in `folder`, save the model, measure it once; what kd_results.json then holds."""
     results: dict[str, Any] = {}
     for part in _parts(config, accelerator, data, tokenizers, folder):
+        # a part but the last gives nothing
         results = _run_part(config, accelerator, data, tokenizers, folder, part)
         accelerator.free_memory()  # for the engine that answers next, and for the teacher
     return results
@@ -371,6 +380,7 @@ def _parts(
     config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path
 ) -> Iterator[Part]:
     """What is left of the run: all of it at once, or a round after the other, each answered when its turn comes."""
+    # 1. how many steps, and the rounds that they are cut into
     order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
     rounds, cache = rounds_of(config, steps), None
@@ -378,15 +388,17 @@ def _parts(
     if config.teacher_signal != "online":
         temperature = config.teacher_temperature or config.temperature
         cache = open_cache(Path(config.experiment_dir) / "teacher_cache", config.teacher_signal, temperature, data)
+    # 2. a part after the other, each from the newest checkpoint, which the part before has left
     end, is_first = 0, True
     while end < steps:
         checkpoint = newest_complete_checkpoint(folder)
         taken = read_json(checkpoint / STATE)["step"] if checkpoint else 0
         if (folder / "final_model").is_dir():
-            taken = steps
+            taken = steps  # there is nothing to train, only the held-out rows are to be read
         end, own = steps, None
         following = [part for part in rounds if taken < part.end]
         if following:
+            # the first round that is not over; a checkpoint may lie within it
             part, adapter = following[0], checkpoint
             if adapter is None and (start := find_start(config)):  # else the student before training answers
                 adapter = start.folder
@@ -400,10 +412,12 @@ def _run_part(
     config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path, part: Part
 ) -> dict[str, Any]:
     """Train a part in `folder`; after the last one save the model and measure it, what kd_results.json then holds."""
+    # 1. load
     run = _prepare(config, accelerator, data, tokenizers, folder, part)
     if accelerator.is_main_process:
         path = folder / "kd_config.json"
         write_json(path, read_json(path) | {"took_effect": run.took_effect})
+    # 2. train; where final_model is there, a kill came between it and the measures
     with tracked(run, folder):
         if not (folder / "final_model").is_dir():
             train(run, folder)
@@ -411,6 +425,7 @@ def _run_part(
                 accelerator.wait_for_everyone()  # the checkpoint is marked complete by one of them
                 return {}
             _save_final(run, folder, tokenizers.student)
+        # 3. measure, and write what makes the run finished, last
         results = {
             "experiment": Path(config.experiment_dir).name,
             "arm": config.arm,
@@ -443,7 +458,7 @@ def _prepare(
 ) -> Run:
     """Load both models, say what follows from the settings, and go to where the run was left."""
     # 1. the models and the adapters
-    set_seed(config.seed)
+    set_seed(config.seed)  # A of the adapters is drawn from it
     models = _load_models(config, accelerator, data, tokenizers, part)
     model = _add_adapters(config, models.student, folder)
     rounds = config.on_policy_rounds if config.on_policy else 1  # each compiles them again
@@ -454,6 +469,7 @@ def _prepare(
     # 2. where it was left: adapters before the model is wrapped, the rest after
     final, checkpoint = folder / "final_model", part.checkpoint
     _fill_adapters(config, model, final if final.is_dir() else checkpoint)
+    # both are where they belong: a model may be spread over GPUs
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model), device_placement=[False, False])
     compiled = config.compile_loss is not False and compiler_works(accelerator.device.type, config.divergence)
     run = Run(
@@ -476,6 +492,7 @@ def _prepare(
         own=part.own,
     )
 
+    # 3. what only trying tells, said before the work; then on from the checkpoint
     _try_out(run, layers_compiled)
     if part.is_first:
         _say_sizes(run, count_parameters(model, trainable=True))
@@ -492,6 +509,7 @@ def _try_out(run: Run, layers_compiled: bool) -> None:
     beside = config.teacher_signal == "online" or config.on_policy  # the teacher is in this process, now or in a round
     alone = not (beside and config.teacher_devices)
     liger = use_liger(causal_lm(run.model), config.liger, lambda: probe_gradients(run), alone)
+    # after Liger, whose kernels take other memory; not where a checkpoint has said it already
     if run.cutting.tokens == 0 and config.packing and config.tokens_per_batch is None:
         run.cutting = dataclasses.replace(run.cutting, tokens=measured_tokens(run))
     set_seed(config.seed)  # whatever was tried before, training draws the same
@@ -524,6 +542,7 @@ def _load_models(
 ) -> Models:
     student, pad_id = _load_student(config, accelerator), tokenizers.student.pad_token_id
     teacher = part.cache or _load_teacher(config, accelerator, data, pad_id)
+    # a round's rows too: the tokenizers must agree on what the student said
     pairs = data.all() + (part.own.all() if part.own else [])
     vocab_size = shared_vocabulary(
         tokenizers.student,
@@ -566,11 +585,13 @@ def _cutting(config: KDConfig, accelerator: Accelerator, checkpoint: Path | None
 
     A run that was killed keeps its passes, so that its sums stay in the order that they had.
     """
+    # 1. as the checkpoint was cut, if the same was asked for
     ranks = accelerator.num_processes
     if checkpoint:
         state = read_json(checkpoint / STATE)
         if state["asked"] == asked_cutting(config) and state["cutting"]["ranks"] == ranks:
             return Cutting(**state["cutting"])
+    # 2. as asked, or as a CPU likes it; on a GPU it is measured later
     tokens = config.tokens_per_batch
     if tokens is None:
         tokens = CPU_TOKENS if accelerator.device.type == "cpu" else 0
@@ -624,6 +645,7 @@ def _say_sizes(run: Run, trainable: int) -> None:
     config, data = run.config, run.data
     rows = [pair.student for pair in data.train]
     passes, padding, shared = waste(rows, run.order, run.cutting)
+    # sums over all rows, times this, are a step's on average
     share = config.rows_per_step / len(data.train)
     logger.info(
         "rows: %d to train on, %d validation, %d held out, %d dropped as longer than %d tokens",
@@ -680,6 +702,7 @@ def _say_rounds(run: Run) -> None:
 
 
 def _save_final(run: Run, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    # the main process alone writes; all call `save_adapter`, which gathers what ranks share
     with contextlib.ExitStack() as stack:
         main = run.accelerator.is_main_process
         made = stack.enter_context(atomic_path(folder / "final_model")) if main else folder
@@ -703,11 +726,14 @@ def _heldout(run: Run, folder: Path) -> dict[str, Any]:
 
     Writes heldout.jsonl, the sums of every row. `kl_is` and `expected_acceptance_is` say whether these are exact.
     """
+    # one loaded student, its adapter off and on
     arms = {"before": run.model.disable_adapter, "after": contextlib.nullcontext}
     with Progress(len(run.data.heldout), "held-out rows") as progress:
+        # every rank scores all rows, inside the wrapped forward: a sharded model needs them all
         rows = score(run, run.data.heldout, arms, progress)
     if run.accelerator.is_main_process:
         write_jsonl(folder / "heldout.jsonl", rows)
+    # the rows have the teacher's own sums too, the same in either arm
     by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
     before, after = summarise(by_arm["before"]), summarise(by_arm["after"])
     teacher = summarise_teacher(by_arm["after"])

@@ -24,8 +24,9 @@ from src.utils.common import UserError
 
 def _products(flat: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> list[Tensor]:
     """x W^T + b + scale (x A^T) B^T (Hu et al. 2021, equation 3), and x A^T."""
+    # flat [N, in], weight [out, in], a [r, in], b [out, r]
     out = torch.nn.functional.linear(flat, weight, bias)
-    inner = flat @ a.T
+    inner = flat @ a.T  # [N, r], which the gradient of B needs again
     return [out.addmm_(inner, b.T, alpha=scale), inner]
 
 
@@ -67,14 +68,15 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, a, b, inner = ctx.saved_tensors
+        # with s the scale: gx = g W + s (g B) A, gA = s (g B)^T x, gB = s g^T (x A^T)
         g = gradient.reshape(-1, gradient.shape[-1])
         g_inner = (g @ b).mul_(ctx.scale)
         g_x = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:  # nobody asks in the first layer, behind a frozen embedding
             matrix = _matrix(weight, ctx.state, g.dtype)
             g_x = (g @ matrix).addmm_(g_inner, a).view(*gradient.shape[:-1], -1)
         g_a, g_b = _gradient(g_inner.T, flat), _gradient(g.T, inner).mul_(ctx.scale)
-        return g_x, None, None, None, g_a, g_b, None, None, None
+        return g_x, None, None, None, g_a, g_b, None, None, None  # for x, A and B
 
 
 class _Fused:
@@ -85,20 +87,23 @@ class _Fused:
     copies: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        # 1. whatever is not one plain adapter is peft's affair; an adapter may be on other layers only
         names = [name for name in self.active_adapters if name in self.lora_A]
         plain = self.disable_adapters or self.merged or len(names) != 1 or arguments or keywords
         plain = plain or names[0] in self.lora_variant or self.lora_bias.get(names[0])
         if plain or (self.training and getattr(self.lora_dropout[names[0]], "p", 0) > 0):
             return super().forward(x, *arguments, **keywords)
+        # 2. the type of the products: autocast's where it is on, else the weights'
         device, base, name = x.device.type, self.base_layer, names[0]
         state = getattr(base.weight, "quant_state", None)
         dtype = base.weight.dtype if state is None else base.compute_dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
             dtype = torch.get_autocast_dtype(device)
+        # 3. what the products read; blocks of four bits are laid out later, not kept as a matrix
         weight = base.weight.to(dtype) if state is None else base.weight
         bias = None if base.bias is None else base.bias.to(dtype)
         a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        copies = self.copies or (a.detach().to(dtype), b.detach().to(dtype))
+        copies = self.copies or (a.detach().to(dtype), b.detach().to(dtype))  # see `adapters_cast`
         if torch.is_grad_enabled():
             return _AdaptedLinear.apply(x.to(dtype), weight, state, bias, a, b, scale, *copies)
         flat = x.to(dtype).reshape(-1, x.shape[-1])  # without autograd's function: a decoding step is short
@@ -129,6 +134,7 @@ def adapters_cast(model: PeftModel, dtype: torch.dtype) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, _Fused)]
     try:
         for layer in layers:
+            # as `forward` chooses its adapter
             names = [name for name in layer.active_adapters if name in layer.lora_A]
             if len(names) == 1 and not isinstance(layer.lora_A[names[0]].weight, DTensor):
                 weights = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
@@ -157,12 +163,14 @@ def add_lora(
     Raises:
         UserError: the model has no module of one of those names.
     """
+    # 1. names: "q_proj" fits "model.layers.0.self_attn.q_proj", not "my_q_proj"
     missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n, _ in model.named_modules())]
     if missing:
         raise UserError(f"lora_target_modules: the student has no module named {', '.join(missing)}")
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     if any(head == t or head.endswith(f".{t}") for t in targets):
         raise UserError(f"lora_target_modules: {head} is the output layer, whose adapter the loss would not see")
+    # 2. the adapters
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -185,6 +193,7 @@ def fuse(model: PeftModel) -> None:
     """Run each adapter with its projection as one function from now on, products in the type of the projection."""
     for module in model.modules():
         if _has_matrix(module):
+            # in place, so that names, weights and saved files stay peft's
             module.__class__ = _fused_class(type(module))
             if not isinstance(module, Linear):  # four bits
                 # with AVX512-BF16 bitsandbytes would turn its blocks, in place, into what only itself can read
@@ -213,4 +222,5 @@ def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
         raise UserError(
             f"{folder} does not fit on {model.name_or_path}: {reason}; name its student with --base"
         ) from error
+    # W + scale B A, and the plain model is left
     return adapted.merge_and_unload().eval()

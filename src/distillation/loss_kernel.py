@@ -19,7 +19,9 @@ BLOCK = 2048  # logits that a program looks at together; with 8 warps 75 registe
 def _expm1(x):
     """exp(x) - 1 for x <= 0, exact near 0 (Kahan): the rounding of exp(x) is divided out by its logarithm."""
     u = tl.exp(x)
+    # log(u) is 0 where exp(x) rounds to 1: log(2) stands in, for a quotient that is not taken
     near = (u - 1.0) * x / tl.log(tl.where(u == 1.0, 2.0, u))
+    # x is near 0, or so far below that exp(x) is lost beside 1, or between
     return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, near))
 
 
@@ -27,6 +29,7 @@ def _expm1(x):
 def _log1p(y):
     """log(1 + y) for y > -1, exact near 0, by the same trick."""
     u = 1.0 + y
+    # the rounding of 1 + y is divided out: log(u) y / (u - 1), which is y itself where u rounds to 1
     return tl.where(u == 1.0, y, tl.log(u) * y / tl.where(u == 1.0, 1.0, u - 1.0))
 
 
@@ -35,6 +38,7 @@ def _mapped(z, scale, softcap, CAPPED: tl.constexpr):
     """`losses.LogitMap`: scale * z, or softcap * tanh(scale * z / softcap)."""
     z = z * scale
     if CAPPED:
+        # tanh(x) = 2 sigmoid(2x) - 1
         z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
     return z
 
@@ -42,7 +46,7 @@ def _mapped(z, scale, softcap, CAPPED: tl.constexpr):
 @triton.jit
 def _logits(row_start, columns, vocab_size, scale, softcap, CAPPED: tl.constexpr):
     """A block of a row's logits in fp32; -inf beyond the vocabulary, whatever stands there."""
-    inside = columns < vocab_size
+    inside = columns < vocab_size  # [BLOCK]; the last block may reach beyond
     z = tl.load(row_start + columns, mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, _mapped(z, scale, softcap, CAPPED), float("-inf"))
 
@@ -58,6 +62,7 @@ def _log_mixture(d, beta):
 @triton.jit
 def _softmax_sums(row, vocab_size, temperature, scale, softcap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
     """The largest logit z of a row, and the sums of exp(z - largest) and exp((z - largest) / temperature)."""
+    # the first block multiplies these sums by exp(-inf - new) = 0
     top, sum_1, sum_t = float("-inf"), 0.0, 0.0
     for start in range(0, vocab_size, BLOCK):
         z = _logits(row, start + tl.arange(0, BLOCK), vocab_size, scale, softcap, CAPPED)
@@ -80,9 +85,11 @@ def _log_softmax(row, columns, vocab_size, top, temperature, log_sum, scale, sof
 def _divergence_first(log_q, log_p, inside, beta, KIND: tl.constexpr):
     """A block's part of what the gradient needs beforehand: KL(q || p), or KL(q || m); and of KL(p || m)."""
     if KIND == 2:
+        # reverse KL: KL(q || p)
         own = tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_p), 0.0), 0)
         other = 0.0
     else:
+        # JSD: KL(q || m), and KL(p || m) for its value
         log_mp, log_mq = _log_mixture(log_q - log_p, beta)
         own = -tl.sum(tl.where(inside, tl.exp(log_q) * log_mq, 0.0), 0)
         other = -tl.sum(tl.where(inside, tl.exp(log_p) * log_mp, 0.0), 0)
@@ -93,11 +100,12 @@ def _divergence_first(log_q, log_p, inside, beta, KIND: tl.constexpr):
 def _divergence_gradient(log_q, log_p, own, beta, KIND: tl.constexpr):
     """The gradient of the divergence by z / T; see `losses._divergence_and_gradient`."""
     q, d = tl.exp(log_q), log_q - log_p
-    if KIND == 1:
+    if KIND == 1:  # forward KL: q - p
         found = q - tl.exp(log_p)
-    elif KIND == 2:
+    elif KIND == 2:  # reverse KL: q (log(q / p) - KL(q || p))
         found = q * (d - own)
     else:
+        # JSD: (1 - beta) q (log(q / m) - KL(q || m)), the parts that go through m cancel
         _, log_mq = _log_mixture(d, beta)
         found = (1.0 - beta) * q * (-log_mq - own)
     return found
@@ -109,6 +117,8 @@ def _kernel(
     width, temperature, teacher_temperature, alpha, beta, s_scale, s_softcap, t_scale, t_softcap,
     KIND: tl.constexpr, S_CAPPED: tl.constexpr, T_CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # student and teacher: [rows, width] fp32; gradient: [rows, width]; labels, kd_out, ce_out: [rows]; KIND: see KINDS
+    # a program's row, in 64 bits: row * stride may need them
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -118,6 +128,7 @@ def _kernel(
 
     # 1. the sums of the softmaxes: the student's at 1 and at T, the teacher's at its temperature
     top_q, sum_1, sum_q = _softmax_sums(student, vocab_size, temperature, s_scale, s_softcap, S_CAPPED, BLOCK)
+    # of exp(z - top), so that log-softmax is z - top - log_1 at T = 1 and (z - top) / T - log_sum_q at T
     log_1, log_sum_q = tl.log(sum_1), tl.log(sum_q)
     top_p, log_sum_p = 0.0, 0.0
     if KIND != 0:
@@ -136,9 +147,11 @@ def _kernel(
             own_part, other = _divergence_first(log_q, log_p, c < vocab_size, beta, KIND)
             own += own_part
             kd += beta * other
+        # JSD: beta KL(p || m) + (1 - beta) KL(q || m)
         kd = own if KIND == 2 else kd + (1.0 - beta) * own
 
     # 3. the gradient by the raw logits, and the sums that need no second look
+    # up to the width: columns of padding get a gradient of 0 written
     for start in range(0, width, BLOCK):
         c = start + steps
         inside = c < vocab_size
@@ -146,6 +159,7 @@ def _kernel(
         hit = c == label
         log_q1 = z - top_q - log_1
         ce -= tl.sum(tl.where(hit, log_q1, 0.0), 0)
+        # cross-entropy at T = 1: softmax(z) - onehot(label)
         g = (1.0 - alpha) * (tl.exp(log_q1) - tl.where(hit, 1.0, 0.0))
         if KIND != 0:
             _t, log_p = _log_softmax(
@@ -155,9 +169,11 @@ def _kernel(
                 kd += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_q), 0.0), 0)
             # alpha * T^2 * (1 / T)
             g += alpha * temperature * _divergence_gradient(log_q, log_p, own, beta, KIND)
+        # back through the student's map, see `losses.LogitMap.slope`
         slope = s_scale
         if S_CAPPED:
             slope = s_scale * (1.0 - (z / s_softcap) * (z / s_softcap))
+        # chosen and not multiplied by 0: beyond the vocabulary z is -inf, and 0 times a slope of that NaN
         g = tl.where(inside, g * slope, 0.0)
         tl.store(gradient + c, g.to(gradient.dtype.element_ty), mask=c < width)
     tl.store(kd_out + row, kd)
@@ -194,10 +210,11 @@ def logits_to_gradient(
     rows, width = student_CW.shape
     gradient = torch.empty(rows, width, dtype=dtype, device=student_CW.device)
     kd, ce = (torch.empty(rows, dtype=torch.float32, device=student_CW.device) for _ in range(2))
+    # a pointer must be given; KIND 0 does not read it
     teacher = student_CW if teacher_CW is None else teacher_CW
-    block = min(BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, triton.next_power_of_2(width))  # tl.arange wants a power of two
     with torch.cuda.device_of(student_CW):  # Triton launches on the current GPU, whatever its tensors are on
-        _kernel[(rows,)](
+        _kernel[(rows,)](  # a program a row
             student_CW,
             teacher,
             labels_C,
@@ -214,6 +231,7 @@ def logits_to_gradient(
             alpha,
             beta,
             student_map[0],
+            # a number must be given; without a cap it is not read
             student_map[1] or 1.0,
             teacher_map[0],
             teacher_map[1] or 1.0,

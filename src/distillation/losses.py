@@ -121,10 +121,13 @@ def chunk_tokens(vocab_size: int, compiled: bool = False, device: torch.device |
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         budget = min(memory // 64, int(1.2 * 2**30))
+        # 1.2 GiB at V = 151,936: 848 tokens by the kernel, 265 by plain torch
         tokens = budget // (vocab_size * (KERNEL_BYTES if compiled else 4 * CHUNK_TENSORS))
         return max(64, tokens // 64 * 64)
+    # on a CPU at V = 49,152 and 151,936: 96 and 55 tokens by plain torch, 128 and 128 by the compiled kernel
     if not compiled:
         return max(8, min(CHUNK_BYTES // (4 * CHUNK_TENSORS * vocab_size), 96))
+    # a quarter of the 4 bytes x CHUNK_TENSORS above
     return max(8, min(CHUNK_BYTES // (CHUNK_TENSORS * vocab_size), 128))
 
 
@@ -142,10 +145,10 @@ def shared_head(weight_VH: Tensor, vocab_size: int) -> Tensor:
     """
     if not weight_VH.is_cuda:
         return weight_VH[:vocab_size]
-    width = -(-vocab_size // ALIGNED) * ALIGNED
+    width = -(-vocab_size // ALIGNED) * ALIGNED  # rounded up: 151,669 -> 151,680
     if len(weight_VH) >= width:
         return weight_VH[:width]
-    return _fill(weight_VH[:vocab_size], width)
+    return _fill(weight_VH[:vocab_size], width)  # a copy, with zeros below the last token's row
 
 
 def _log_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -153,9 +156,11 @@ def _log_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tens
     d = log_q - log_p
     # m/p = beta + (1 - beta) exp(d), so log(m/p) = log1p((1 - beta) expm1(d)): no digits are lost where d is near 0,
     # and nothing overflows where d <= 0. The other side likewise from -d.
+    # Clamped, not only chosen below: an infinity in the branch that `where` does not take makes its gradient NaN.
     from_p = torch.log1p((1 - beta) * torch.expm1(d.clamp(max=0)))
     from_q = torch.log1p(beta * torch.expm1(-d.clamp(min=0)))
-    behind = d <= 0
+    behind = d <= 0  # where the student gives a token no more than the teacher does
+    # each side from the one that is exact there: log(m/p) - log(m/q) = d
     return torch.where(behind, from_p, from_q + d), torch.where(behind, from_p - d, from_q)
 
 
@@ -172,6 +177,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Te
         return (log_p.exp() * (log_p - log_q)).sum(-1)
     if kind == "reverse_kl":
         return (log_q.exp() * (log_q - log_p)).sum(-1)
+    # KL(p || m) = -sum p log(m/p), and likewise for q
     log_mp, log_mq = _log_ratios(log_p, log_q, beta)
     return -(beta * log_p.exp() * log_mp + (1 - beta) * log_q.exp() * log_mq).sum(-1)
 
@@ -207,13 +213,17 @@ def plain_kd_loss(
     teacher_top_p: float = 1.0,
 ) -> LossSums:
     """The objective as the formula reads, with full logits and autograd. The reference for `kd_loss`."""
+    # 1. cross-entropy with the labels, at T = 1
     student = student_logits_NV.float()
     ce = -log_softmax(student, -1).gather(1, labels_N[:, None]).sum()
     if alpha == 0 or teacher_logits_NV is None:
         return LossSums((1 - alpha) * ce, torch.zeros_like(ce), ce.detach())
+    # 2. the target: the teacher at its own temperature, cut to what its sampling could draw
     own_T = teacher_temperature or temperature
+    # a copy: the cut overwrites its argument, and `float` of fp32 logits is the caller's own tensor
     teacher = cut_to_candidates(teacher_logits_NV.float().clone(), own_T, teacher_top_k, teacher_top_p)
     log_p = log_softmax(teacher / own_T, -1)
+    # 3. the divergence at T
     log_q = log_softmax(student / temperature, -1)
     kd = divergence(log_p, log_q, kind, beta).sum()
     return LossSums(alpha * temperature**2 * kd + (1 - alpha) * ce, kd.detach(), ce.detach())
@@ -239,7 +249,9 @@ def _in_buckets(teacher: TopK, temperature: float, log_q_NV: Tensor) -> _Buckets
     p = log_p.exp()
     rest_p = (1 - p.sum(-1)).clamp(min=1e-7)  # half precision may round the kept ones to 1 and more
     log_q_top = log_q_NV.gather(1, teacher.ids_NK)
+    # [N], the student's mass outside the K tokens: a sum of the others, not 1 minus the K, which would lose its digits
     log_rest_q = log_q_NV.scatter(1, teacher.ids_NK, -torch.inf).logsumexp(-1)
+    # K terms, and the bucket's
     kl = (p * (log_p - log_q_top)).sum(-1) + rest_p * (rest_p.log() - log_rest_q)
     return _Buckets(p, rest_p, log_q_top, log_rest_q, kl)
 
@@ -250,7 +262,9 @@ def _topk_divergence_and_gradient(teacher: TopK, temperature: float, log_q: Tens
     The teacher does not say how its rest is spread, so the gradient spreads it as the student does.
     """
     found = _in_buckets(teacher, temperature, log_q)
+    # outside the K: q - p' with p' = rest_p * q / rest_q, the teacher's rest spread as the student's
     grad = log_q.exp() * (1 - found.rest_p_N / found.log_rest_q_N.exp())[:, None]
+    # at the K, in the place of that: q - p, as with a whole distribution
     return found.kl_N, grad.scatter_(1, teacher.ids_NK, found.log_q_top_NK.exp() - found.p_NK)
 
 
@@ -301,6 +315,7 @@ def _chunk(
     ce = -log_q1.gather(1, labels_C[:, None])[:, 0]
     grad = log_q1.exp().mul_(1 - o.alpha)
     if torch.compiler.is_compiling():  # a comparison is fused into the kernel, a scatter would leave it
+        # [C, V], true at each token's label
         hit = torch.arange(student.shape[1], device=student.device) == labels_C[:, None]
         grad = torch.where(hit, grad - (1 - o.alpha), grad)
     else:
@@ -318,8 +333,10 @@ def _chunk(
     # back through what the model does to its logits
     if o.student_map != IDENTITY:
         grad = grad * o.student_map.slope(student)
+    # what fills the chunk up has no gradient and no part in the sums
     if counted_C is not None:
         grad, kd, ce = grad * counted_C[:, None], kd * counted_C, ce * counted_C
+    # into the logits' own memory, and rounded to their type
     return student_CV.copy_(grad), kd.sum(), ce.sum()
 
 
@@ -328,6 +345,7 @@ def _plain_middle(student_CW: Tensor, teacher_CW: Tensor | TopK | None, labels_C
     if student_CW.shape[1] == o.vocab_size:
         return _chunk(student_CW, teacher_CW, labels_C, None, o)
     teacher = teacher_CW[:, : o.vocab_size] if isinstance(teacher_CW, Tensor) else teacher_CW
+    # a view: the gradient is written into `student_CW` itself
     _, kd, ce = _chunk(student_CW[:, : o.vocab_size], teacher, labels_C, None, o)
     student_CW[:, o.vocab_size :] = 0  # these have a gradient of 0, and logits no more
     return student_CW, kd, ce
@@ -341,6 +359,7 @@ def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 def _compiled_middle(student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, o: _Objective) -> Any:
     """`_chunk` as one kernel by Inductor; it wants every chunk of one shape, so that the last is filled up."""
     rows, size = len(labels_C), chunk_tokens(o.vocab_size, True)
+    # [size], 1 for a token and then 0; this path is a CPU's alone
     counted = _fill(torch.ones(rows), size)
     teacher = None if teacher_CV is None else _fill(teacher_CV, size)
     grad, kd, ce = _compiled_chunk()(_fill(student_CV, size), teacher, _fill(labels_C, size), counted, o)
@@ -392,9 +411,11 @@ def _try_kernel(kind: str) -> None:
     Raises:
         RuntimeError: its gradient is another.
     """
+    # 1,000 tokens and 24 columns of padding, which must get a gradient of 0
     logits = [torch.randn(4, 1024, device="cuda") for _ in range(2)]
     labels = torch.tensor([0, 7, 900, 999], device="cuda")
     o = _Objective(2.0, 2.0, 0.8, kind, 0.5, IDENTITY, IDENTITY, torch.float32, 1000)
+    # the kernel first: plain torch overwrites its logits
     found, *_ = _kernel_middle(*logits, labels, o)
     wanted, *_ = _plain_middle(*logits, labels, o)
     if not torch.allclose(found, wanted, atol=1e-5):
@@ -435,6 +456,7 @@ class _ChunkedKD(torch.autograd.Function):
         size = chunk_tokens(o.vocab_size, compiled, device)
         cut = teacher_head is not None and o.cuts_teacher
         inside = o._replace(teacher_map=IDENTITY) if cut else o  # the map is done before the cut
+        # 100 tokens in chunks of at most 96 are 50 and 50, not 96 and 4
         if tokens and middle is not _compiled_middle:  # of one size, so that no product is a sliver of a few rows
             size = math.ceil(tokens / math.ceil(tokens / size))
         # a CPU's allocator gives memory this large back each time, and takes a tenth of the time to get it again
@@ -446,6 +468,7 @@ class _ChunkedKD(torch.autograd.Function):
             # 1. logits of both models
             hidden_CH = student_NH[part].to(o.dtype)
             student_CW = product(hidden_CH, student_head.T, buffers[0])
+            # a top k needs no product
             beliefs = teacher.part(part) if isinstance(teacher, TopK) else None
             if teacher_head is not None:
                 beliefs = product(teacher[part].to(o.dtype), teacher_head.T, buffers[1])
@@ -454,11 +477,12 @@ class _ChunkedKD(torch.autograd.Function):
             grad_CW, *chunk_sums = middle(student_CW, beliefs, labels_N[part], inside)
             sums += torch.stack(chunk_sums)
             # 3. the gradient of the hidden state, and of the head if that learns
+            # plain torch on a GPU leaves fp32, as its logits are
             grad_CW = grad_CW.to(o.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = product(grad_CW, student_head)
             if grad_head is not None:
-                grad_head += product(grad_CW.T, hidden_CH)
+                grad_head += product(grad_CW.T, hidden_CH)  # [V, C] @ [C, H], added up in fp32
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = student_WH.dtype
         kd_sum, ce_sum = sums.unbind()
@@ -467,11 +491,12 @@ class _ChunkedKD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        # both were formed for a loss of weight 1; the chain rule is one factor
         grad_hidden, grad_head = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_loss,
             None if grad_head is None else (grad_head * grad_loss).to(ctx.head_dtype),
-            *[None] * 5,
+            *[None] * 5,  # teacher, its head, labels, settings, compiled
         )
 
 
@@ -528,6 +553,7 @@ def kd_loss(
         >>> sums = kd_loss(hidden, head, teacher_hidden, teacher_head, labels, temperature=2.0, alpha=0.8)
         >>> (sums.loss / 6).backward()  # hidden.grad is [6, 8]
     """
+    # 1. what is known of the teacher: its states, its top k, or nothing
     topk = isinstance(teacher_hidden_NG, TopK)
     if topk and kind != "forward_kl":
         raise ValueError(f"{kind} needs the whole distribution; a top-k teacher gives the forward KL only")
@@ -536,9 +562,11 @@ def kd_loss(
         teacher_hidden_NG = teacher_head_VG = None
     elif (teacher_top_k or teacher_top_p < 1) and (topk or kind == "reverse_kl"):
         raise ValueError("teacher_top_k and teacher_top_p need the whole distribution, and forward_kl or jsd")
+    # 2. the type of the products: autocast's where it is on, else the head's
     device_type = student_hidden_NH.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else student_head_VH.dtype
+    # 3. the sums, and with them the gradient, a chunk at a time
     objective = _Objective(
         temperature,
         teacher_temperature or temperature,
@@ -561,7 +589,7 @@ def kd_loss(
                 teacher_head_VG,
                 labels_N,
                 objective,
-                compiled and not topk,
+                compiled and not topk,  # neither kernel reads a top k
             )
         )
 
@@ -586,16 +614,19 @@ def heldout_stats(
         logits_q = product(student_hidden_NH[part].to(student_head_VH.dtype), student_head_VH.T)[:, :vocab_size]
         logits_p = product(teacher_hidden_NG[part].to(teacher_head_VG.dtype), teacher_head_VG.T)[:, :vocab_size]
         log_q, log_p = log_softmax(student_map(logits_q), -1), log_softmax(teacher_map(logits_p), -1)
-        labels = labels_N[part, None]
+        labels = labels_N[part, None]  # [C, 1], to gather with
         parts.append(
             (
                 divergence(log_p, log_q, "forward_kl"),
                 -log_q.gather(1, labels)[:, 0],
                 -log_p.gather(1, labels)[:, 0],
+                # raw logits tell as well which is the largest: a map keeps their order
                 (logits_q.argmax(-1) == logits_p.argmax(-1)).float(),
+                # sum_v min(p_v, q_v)
                 torch.minimum(log_p, log_q).exp().sum(-1),
             )
         )
+    # five [C] of every chunk -> five [N]
     return HeldoutStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -623,8 +654,9 @@ def bounded_stats(
         top = teacher.top.part(part)
         logits = product(student_hidden_NH[part].to(student_head_VH.dtype), student_head_VH.T)[:, :vocab_size]
         log_q = log_softmax(student_map(logits), -1)
+        # at T = 1, where the kept log-probabilities need no new sum (`log_sum_N` is 0)
         found = _in_buckets(top, 1.0, log_q)
-        most_probable = top.ids_NK.gather(1, top.log_p_NK.argmax(-1, keepdim=True))[:, 0]
+        most_probable = top.ids_NK.gather(1, top.log_p_NK.argmax(-1, keepdim=True))[:, 0]  # [C]
         parts.append(
             (
                 found.kl_N,

@@ -57,6 +57,7 @@ def segments(rows: Sequence[EncodedRow]) -> list[Segment]:
         group, start, same = groups.pop()
         # of sorted sequences the first and the last differ most: what these two share, all share
         first, last = min(prompts[index] for index in group), max(prompts[index] for index in group)
+        # `last` has a token there: one that is a beginning of `first` would sort before it
         while same < len(first) and first[same] == last[same]:  # then it is the same in all between them
             same += 1
         if same - start >= LEAST and len(group) > 1:  # shorter ones cost more to handle than to run again
@@ -73,11 +74,13 @@ def segments(rows: Sequence[EncodedRow]) -> list[Segment]:
     place: dict[tuple[int, int, int], int] = {}
     for index, row in enumerate(rows):
         parent = -1
+        # from the first of the row on, each the parent of the next
         for beginning in shared[index]:
             if beginning not in place:
                 place[beginning] = len(found)
-                found.append(Segment(*beginning, parent))
+                found.append(Segment(*beginning, parent))  # of the first row that has it, from, to
             parent = place[beginning]
+        # the row's own rest, from where the last beginning that it shares ends
         found.append(Segment(index, found[parent].end if parent >= 0 else 0, len(row), parent))
     return found
 
@@ -128,6 +131,8 @@ class Layout:
         return self._on_devices[device]
 
     def _places(self, device: torch.device) -> _Places:
+        # lengths 9 4 5, chains [[0], [0, 1], [0, 2]]: query_ends 0 9 13 18, key_lengths 9 13 14, key_ends 0 9 22 36
+        # keys are 0..8, then 0..8 9..12, then 0..8 13..17
         starts = [0, *itertools.accumulate(self.lengths)]  # of the segments in the pack
         key_lengths = [sum(self.lengths[index] for index in chain) for chain in self.chains]
         keys = None
@@ -151,6 +156,8 @@ class _ShortRows(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         kept = []  # probabilities, for the backward pass
+        # a segment at a time: q [key heads, group x length, width], k and v [key heads, keys, width],
+        # out [length, heads, width]; `group` query heads share a key head
         pieces = zip(
             _grouped(query, len(key[0]), layout),
             _joined(key, layout),
@@ -161,7 +168,9 @@ class _ShortRows(torch.autograd.Function):
         for q, k, v, into in pieces:
             # heads of a group lie below each other, so that one product serves all that share a key head
             scores = torch.bmm(q, k.mT).float().mul_(scale).view(-1, len(into), k.shape[1])
+            # [heads, length, keys]
             scores += _future(len(into), k.shape[1])
+            # and back: [key heads, group x length, keys]
             p = scores.softmax(-1).to(q.dtype).view(len(k), -1, k.shape[1])
             kept.append(p)
             into.copy_(torch.bmm(p, v).view(-1, len(into), v.shape[2]).transpose(0, 1))
@@ -176,6 +185,7 @@ class _ShortRows(torch.autograd.Function):
         g_query = torch.empty_like(query)
         # in fp32: what rows share gets a part from each of them
         g_key, g_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
+        # of each segment a view [heads, length, width], which is written in place
         gqs, gks, gvs = (states[0].split(layout.lengths, 1) for states in (g_query, g_key, g_value))
         pieces = zip(
             layout.chains,
@@ -191,6 +201,7 @@ class _ShortRows(torch.autograd.Function):
             # softmax backwards: gs = p * (gp - sum(p * gp)), gp the gradient of the probabilities
             p_float, gp = p.float(), torch.bmm(go, v.mT).float()
             gp -= (p_float * gp).sum(-1, keepdim=True)
+            # by q k^T: the scores are scale times that
             gs = gp.mul_(p_float).mul_(ctx.scale).to(q.dtype)
             gq.copy_(torch.bmm(gs, k).view_as(gq))
             # keys and values were joined of several segments: each gets its part back
@@ -204,6 +215,7 @@ class _ShortRows(torch.autograd.Function):
 @functools.lru_cache(maxsize=32)  # the same in every layer; 1 MiB at most
 def _future(queries: int, keys: int) -> Tensor:
     """-inf where a key comes after its query, the last query being the last key's own; else 0."""
+    # 2 queries of 3 keys: [[0, 0, -inf], [0, 0, 0]]
     return torch.full((queries, keys), -math.inf).triu_(1 + keys - queries)
 
 
@@ -251,7 +263,7 @@ def _varlen(
     # not two calls merged by their log-sum-exp, which has no gradient there
     if places.keys is not None:
         k, v = _Gathered.apply(k, places.keys), _Gathered.apply(v, places.keys)
-    back = -1 if window is None else window - 1
+    back = -1 if window is None else window - 1  # keys before a query's own, which a window counts too; -1: all
     return varlen_attn(
         q,
         k,
@@ -269,7 +281,8 @@ def _varlen(
 def _varlen_error(device: torch.device, dtype: torch.dtype, width: int) -> float:
     """How far it is from one call a row, relative; outputs and gradients of rows that share a beginning."""
     generator = torch.Generator(device).manual_seed(0)
-    layout = Layout([40, 24, 33], [-1, 0, 0])
+    layout = Layout([40, 24, 33], [-1, 0, 0])  # two rows, which begin with the same 40 tokens
+    # query, key and value: a key head serves two query heads
     shapes = [(1, heads, sum(layout.lengths), width) for heads in (4, 2, 2)]
     # whoever asks first may be measuring (no gradients), under autocast, or within a checkpoint, which would take
     # what is saved here for its own
@@ -316,11 +329,13 @@ def _row_by_row(
         mask, length = None, q.shape[2]
         if window is not None and length > window:
             steps = torch.arange(length, device=q.device)
+            # [length, length]: how many tokens each key stands before a query
             back = steps[:, None] - steps
             mask = (back >= 0) & (back < window)
         out = scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
+        # the outputs of what it shares come from that segment's own call
         parts.append(out[:, :, length - layout.lengths[chain[-1]] :])
     return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
@@ -350,13 +365,17 @@ def packed_attention(
     if softcap is not None or s_aux is not None:
         raise UserError("this model's attention has a soft-cap or sinks, so its rows cannot be packed; --no_packing")
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what RoPE has touched in fp32
+    # a window that no row is longer than cuts nothing off
     window = sliding_window if sliding_window is not None and layout.longest > sliding_window else None
+    # 1. one call for all rows, where a GPU has it
     half = value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
     if half and not dropout and varlen_works(value.device, value.dtype, value.shape[-1]):
         return _varlen(query, key, value, layout, scaling, window), None
+    # 2. plain products for short rows on a CPU
     if value.device.type == "cpu" and layout.longest <= SHORT and not dropout and window is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _ShortRows.apply(query, key, value, layout, scale), None
+    # 3. a call a row, which knows dropout and windows too
     return _row_by_row(query, key, value, layout, scaling, window, dropout), None
 
 
@@ -373,6 +392,7 @@ def pack(rows: Sequence[EncodedRow], pad_id: int, multiple: int = MULTIPLE) -> d
     positions: list[int] = []
     lengths: list[int] = []
     parents: list[int] = []
+    # a row's own segment begins with a token of its prompt, so what predicts across a border has no label
     for segment in segments(rows):
         row, span = rows[segment.row], slice(segment.start, segment.end)
         ids += (*row.prompt_ids, *row.response_ids)[span]
@@ -380,13 +400,13 @@ def pack(rows: Sequence[EncodedRow], pad_id: int, multiple: int = MULTIPLE) -> d
         positions += range(segment.start, segment.end)
         lengths.append(segment.end - segment.start)
         parents.append(segment.parent)
-    fill = -len(ids) % multiple
+    fill = -len(ids) % multiple  # 70 tokens to a multiple of 32: 26
     if fill:
         ids += [pad_id] * fill
         labels += [IGNORED] * fill
         positions += range(fill)
         lengths.append(fill)
-        parents.append(-1)
+        parents.append(-1)  # it reads itself, and nobody reads it
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),
@@ -431,6 +451,7 @@ def check_packing(model: PreTrainedModel, rows: Sequence[EncodedRow], pad_id: in
     with attention_of_packs(model, True):
         alone = torch.cat([response_hidden(model, pack([row], pad_id))[0] for row in pair]).float()
         together = response_hidden(model, pack(pair, pad_id))[0].float()
+    # relative: rows seen by each other, and our attention against the model's own
     mixed = ((together - alone).norm() / alone.norm()).item()
     other = ((alone - own).norm() / own.norm()).item()  # two kernels in bf16: 0.01, and 0.06 with tiny random weights
     if not (mixed < 0.05 and other < 0.15):

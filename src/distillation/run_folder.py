@@ -29,6 +29,7 @@ COMPLETE = "complete.json"  # written into a checkpoint once all of it is on the
 def find_runs(root: Path, prefix: str, fingerprint: dict[str, Any]) -> tuple[Path | None, Path | None]:
     """The newest finished and the newest unfinished run under `root` with this fingerprint."""
     finished = unfinished = None
+    # names end with the time of their beginning, so the last one that fits is the newest
     for folder in sorted(root.glob(f"{prefix}_*")):
         path = folder / "kd_config.json"
         if path.is_file() and read_json(path).get("fingerprint") == fingerprint:
@@ -59,6 +60,7 @@ def claim_folder(folder: Path, fingerprint: dict[str, Any], resume: bool, overwr
     """
     stored = folder / "kd_config.json"
     if stored.is_file() and overwrite:
+        # the file that says whose it is goes last: after a kill in here it can be run again
         clear(folder, last=stored.name)
     elif stored.is_file():
         refuse_mismatch(folder, read_json(stored).get("fingerprint", {}), fingerprint)
@@ -75,6 +77,7 @@ def claim_folder(folder: Path, fingerprint: dict[str, Any], resume: bool, overwr
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that were written to their end, the newest first."""
     complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file()]
+    # not "checkpoint-best", a user's copy; by number, for "checkpoint-1000" sorts before "checkpoint-200" as text
     numbered = [path for path in complete if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
@@ -106,6 +109,7 @@ def _broken_file(checkpoint: Path) -> Path | None:
 
 def cut_metrics(path: Path, step: int) -> None:
     """Forget the metrics of steps after `step`, which a resumed run will take again."""
+    # a kill may have left half a line
     repair_jsonl_tail(path)
     if path.is_file() and path.stat().st_size:
         write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
@@ -115,12 +119,14 @@ def peak_memory_mb() -> float:
     """Peak memory of this process, MiB: of all its GPUs where there are any, else resident."""
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
 
 
 def training_facts(folder: Path) -> dict[str, Any]:
     """Steps, time, tokens and memory of a whole run, over all its sessions, from metrics.jsonl."""
+    # not the rows of validation
     metrics = [row for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
+    # time in steps alone, as each row has it: what a killed session lost is not in it
     seconds = sum(row["tokens"] / row["tokens_per_second"] for row in metrics)
     tokens = sum(row["tokens"] for row in metrics)
     return {
@@ -143,9 +149,9 @@ def write_checkpoint(folder: Path, step: int, accelerator: Accelerator, save: Ca
     if accelerator.is_main_process:
         shutil.rmtree(checkpoint, ignore_errors=True)  # a half-written one of a run that was killed
         checkpoint.mkdir()
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # the folder is there
     save(checkpoint)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # every rank's part is there
     if accelerator.is_main_process:
         files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
         hashes = {str(path.relative_to(checkpoint)): sha256_file(path) for path in files}
@@ -155,7 +161,7 @@ def write_checkpoint(folder: Path, step: int, accelerator: Accelerator, save: Ca
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Keep the newest `keep` complete checkpoints (0: all), and no half-written or half-deleted one."""
     complete = complete_checkpoints(folder)
-    kept = set(complete[: keep or None])
+    kept = set(complete[: keep or None])  # [:None] is all of them
     for path in folder.glob("checkpoint-*"):
         if path not in kept and path.name.removeprefix("checkpoint-").isdecimal():
             (path / COMPLETE).unlink(missing_ok=True)  # first: what a kill leaves of it is not complete

@@ -43,10 +43,12 @@ def find_start(config: KDConfig) -> Start | None:
     if config.init_from is None:
         return None
     folder = adapter_folder(config.init_from, "init_from")
+    # 1. an adapter in safetensors, and a plain LoRA one
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"--init_from {folder}: no {WEIGHTS} there, and weights are read from nothing else")
     found = read_json(folder / "adapter_config.json")
     _check_kind(folder, found)
+    # 2. its shape is this run's; modules are compared without their order
     for flag, name, ours in (
         ("lora_r", "r", config.lora_r),
         ("lora_alpha", "lora_alpha", config.lora_alpha),
@@ -56,6 +58,7 @@ def find_start(config: KDConfig) -> Start | None:
         if theirs != ours:
             words = " ".join(theirs) if isinstance(theirs, list) else theirs
             raise UserError(f"--init_from {folder}: its {name} is {theirs}, this run's {ours}; pass --{flag} {words}")
+    # 3. it was trained for this student
     _check_base(folder, found, config.model_name_or_path)
     return Start(folder, sha256_file(folder / WEIGHTS))
 
@@ -68,6 +71,7 @@ def _check_kind(folder: Path, found: dict[str, Any]) -> None:
     Raises:
         UserError: names the setting.
     """
+    # what a fresh adapter of this peft has: a value equal to that is no setting
     plain = LoraConfig().to_dict()
     wrong = [name for name in sorted(found.keys() - {*COMPARED, *WITHOUT_EFFECT}) if _is_set(found, plain, name)]
     if found.get("init_lora_weights", True) not in KEEP_MODEL:
@@ -99,6 +103,7 @@ def _check_base(folder: Path, found: dict[str, Any], student: str) -> None:
                 "project; move the adapter to a folder by itself, and name that"
             )
     else:
+        # an adapter from elsewhere: its base is looked up under the name that it gives
         theirs = model_fingerprint(base)
     if theirs != model_fingerprint(student):
         raise UserError(
@@ -117,8 +122,10 @@ def begin_from(model: PeftModel, start: Start) -> None:
         weights = load_peft_weights(str(start.folder), device="cpu")
     except SafetensorError as error:
         raise UserError(f"--init_from {start.folder}: its weights cannot be read ({error})") from error
+    # the names and shapes that this model's own adapters have
     fresh = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name in sorted(fresh.keys() | weights.keys()):  # peft would pass over what does not fit
+        # [[64, 576], "missing"]
         shapes = [list(own[name].shape) if name in own else "missing" for own in (weights, fresh)]
         if shapes[0] != shapes[1]:
             raise UserError(

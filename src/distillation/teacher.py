@@ -42,6 +42,7 @@ class Reader:
 
     def cut(self, vocab_size: int) -> "Reader":
         """The same reader with the vocabulary that two models share."""
+        # a dict of its own: heads that are kept were cut to the old vocabulary
         return replace(self, vocab_size=vocab_size, _heads={})
 
 
@@ -54,7 +55,7 @@ def model_reader(model: nn.Module, pad_id: int, packing: bool) -> Reader:
 
     @torch.no_grad()
     def hidden(rows: Rows) -> Tensor:
-        training = model.training
+        training = model.training  # put back below: a run measures between its steps
         model.eval()
         try:
             with attention_of_packs(model, packing):

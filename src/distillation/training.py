@@ -125,7 +125,7 @@ def train(run: Run, folder: Path) -> None:
         progress = None
         if main:
             progress = stack.enter_context(Progress(run.steps, f"training {folder.name}", "step"))
-            progress.skip(run.step)
+            progress.skip(run.step)  # a resumed run's bar begins where the run was left
         while run.step < run.end:
             # 1. forward, loss, backward of all passes; clip; update
             with window.measuring():
@@ -165,7 +165,7 @@ def train(run: Run, folder: Path) -> None:
 
 
 def _due(every: int, step: int, last: bool) -> bool:
-    return every > 0 and (step % every == 0 or last)
+    return every > 0 and (step % every == 0 or last)  # 0: never, not after the last step either
 
 
 def take_step(run: Run) -> StepFacts:
@@ -181,6 +181,7 @@ def take_step(run: Run) -> StepFacts:
     grad_norm = run.accelerator.clip_grad_norm_(run.wrapped.parameters(), limit)
 
     # 4. update
+    # a function of the step alone: no scheduler whose state a checkpoint would have to keep
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(run.step)
     run.optimizer.step()
@@ -197,6 +198,7 @@ def rows_of_step(run: Run) -> list[Pair]:
     if run.own is None:
         return rows
     own = run.own.by_step[run.step - run.own.first_step]
+    # not rows[:-len(own)], which is empty where no answer is left to learn from
     return rows[: len(rows) - len(own)] + own
 
 
@@ -205,11 +207,13 @@ def run_passes(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
     read."""
     accelerator, ranks = run.accelerator, run.accelerator.num_processes
     passes = run.cutting.passes([len(row.student) for row in rows])
+    # rank 1 of 2 takes passes 1, 3, 5, ...
     mine = passes[accelerator.process_index :: ranks]
     # one divisor for all passes: a mean of means would give a token in a short answer more weight than one in a long;
     # DDP and FSDP average over ranks what should be added up, so each divides by its share of the step's tokens
     tokens = sum(len(row.student.response_ids) for row in rows) / ranks
-    sums = torch.zeros(5 if run.own else 3, device=accelerator.device)
+    sums = torch.zeros(5 if run.own else 3, device=accelerator.device)  # see `StepFacts`
+    # the adapters change in the update alone, so that one copy of them in bf16 serves all passes
     with adapters_cast(run.model, run.config.dtype):
         for number, part in enumerate(mine):
             last = number == len(mine) - 1  # ranks exchange gradients once a step, in the last backward pass
@@ -218,8 +222,10 @@ def run_passes(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
                 found = pass_loss(run, taken)
                 loss = found.loss / tokens
                 accelerator.backward(loss)
+            # means over the step's tokens, of which these are this pass's share
             parts = [loss.detach(), found.kd / tokens, found.ce / tokens]
             if run.own:
+                # not divided: a step may have few own tokens or none, so the log divides a window's sum by its number
                 own_tokens = sum(len(row.student.response_ids) for row in taken if row.own)
                 parts += [found.own_kd, torch.full_like(found.own_kd, own_tokens)]
             # stays on the device: asking for a value would wait for the GPU
@@ -234,6 +240,7 @@ def passes_within_memory(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
         UserError: passes cannot be cut further, or other processes wait for this one.
     """
     while True:
+        # so that a step that is taken again draws the masks that it would have drawn at once
         states = _random_states() if run.config.lora_dropout else {}  # nothing else draws
         try:
             return run_passes(run, rows)
@@ -259,10 +266,13 @@ def passes_within_memory(run: Run, rows: list[Pair]) -> tuple[Tensor, int]:
 def _smaller(cutting: Cutting, lengths: list[int]) -> Cutting | None:
     """Half of what the largest pass of several rows holds; None where each is one row already."""
     passes = [part for part in cutting.passes(lengths) if len(part) > 1]
+    # one row a pass is the least there is
     if not passes:
         return None
+    # padded rows are cut by their number: twice as many passes
     if not cutting.packing:
         return replace(cutting, parts=min(2 * cutting.parts, len(lengths)))
+    # passes of 4,000 and 3,600 tokens -> at most 2,000
     return replace(cutting, tokens=max(sum(lengths[index] for index in part) for part in passes) // 2)
 
 
@@ -314,11 +324,14 @@ def _mixed_loss(
     the teacher's rows have their cross-entropy beside it. With reverse KL the own rows' part is MiniLLM's direction (Gu
     et al. 2024, equation 1), without its gradient through the sampling: the answers are given, as they are in GKD.
     """
+    # 1. which tokens are of own rows: rows (own, not own) of 2 and 3 tokens -> T T F F F; on the CPU, nothing waits
     counts = torch.tensor([len(row.student.response_ids) for row in rows])
     is_own = torch.tensor([row.own for row in rows]).repeat_interleave(counts)  # [N]
+    # 2. own rows: the divergence alone, of weight 1 here, times alpha as everywhere
     own_places = send(is_own.nonzero()[:, 0], labels.device)
     found = _objective(run, hidden.index_select(0, own_places), labels[own_places], own_beliefs, alpha=1.0)
     loss, kd, ce = run.config.alpha * found.loss, found.kd, torch.zeros_like(found.ce)
+    # 3. the teacher's rows: both terms; a pass may have own rows only
     if not is_own.all():
         places = send((~is_own).nonzero()[:, 0], labels.device)
         theirs = _objective(run, hidden.index_select(0, places), labels[places], beliefs, run.config.alpha)
@@ -384,7 +397,9 @@ def measured_tokens(run: Run) -> int:
     def work(rows: list[int]) -> None:
         probe_gradients(run, [run.data.train[index] for index in rows])
 
+    # reserved: a gradient and AdamW's two moments, 4 bytes each
     tokens = tokens_that_fit(lengths, work, memory, reserved=3 * 4 * trainable) or 0
+    # every rank must cut a step alike; the 0 of one that cannot tell wins
     return int(run.accelerator.gather(torch.tensor([tokens], device=run.accelerator.device)).min())
 
 
@@ -414,7 +429,7 @@ def score(run: Run, pairs: list[Pair], arms: dict[str, Arm], progress: Progress 
             for part in score_heldout(run.student, run.teacher, pairs, arms, run.cutting.tokens or SCORED_TOKENS):
                 rows.extend(part)
                 if progress:
-                    progress.advance(len(part) // len(arms))
+                    progress.advance(len(part) // len(arms))  # a row comes once for every arm
 
     call_inside(run.wrapped, run.model, inside)
     return rows
@@ -439,9 +454,11 @@ class Window:
         `on_policy_kd_loss` is the mean over the tokens of own rows, and is left out where no step had such a row.
         """
         with self.measuring():
+            # [3] or [5], of all ranks and steps
             sums = accelerator.reduce(torch.stack([facts.sums for facts in self.facts]).sum(0))
             tokens = torch.tensor(sum(facts.tokens for facts in self.facts), device=accelerator.device)
             tokens = accelerator.reduce(tokens).item()
+            # a rank divides by its share of a step's tokens (see `run_passes`), so a step's mean is the mean over ranks
             loss, kd, ce = (sums[:3] / (accelerator.num_processes * len(self.facts))).tolist()
             own_kd, own_tokens = sums[3:].tolist() if len(sums) > 3 else (0.0, 0.0)
             norm = self.facts[-1].grad_norm
@@ -486,7 +503,7 @@ def _refuse_nan(row: dict[str, Any], folder: Path) -> None:
 def _refuse_broken_weights(run: Run, folder: Path) -> None:
     """A step between two rows of the log may have broken them: such a checkpoint must not be gone on from."""
     for name, parameter in run.model.named_parameters():
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # sharded: what this rank has
         if parameter.requires_grad and not own.isfinite().all():
             raise UserError(
                 f"{folder}: step {run.step}: {name} is not a number; lower --learning_rate or raise "
@@ -511,8 +528,9 @@ def make_optimizer(config: KDConfig, model: nn.Module) -> Optimizer:
 
 def make_learning_rate(config: KDConfig, steps: int) -> Callable[[int], float]:
     """The schedule as a function of the step alone, so that a resumed run needs nothing to go on with it."""
+    # transformers makes a scheduler of an optimiser; all that is wanted of it is step -> factor
     unused = torch.optim.SGD([torch.zeros(1)], config.learning_rate)
-    [factor] = get_scheduler(config.lr_scheduler_type, unused, config.warmup_steps, steps).lr_lambdas
+    [factor] = get_scheduler(config.lr_scheduler_type, unused, config.warmup_steps, steps).lr_lambdas  # a group each
     return lambda step: config.learning_rate * factor(step)
 
 
@@ -540,6 +558,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 def save_state(run: Run, folder: Path) -> None:
     """This rank's part of a checkpoint."""
     save_adapter(run, folder)
+    # put together where it is sharded, so that all ranks must call
     optimizer = get_optimizer_state_dict(run.wrapped, _plain(run.optimizer), options=WHOLE)
     save_file(_random_states(), folder / f"rng_{run.accelerator.process_index}.safetensors")
     if run.accelerator.is_main_process:
@@ -575,6 +594,7 @@ def _random_states() -> dict[str, Tensor]:
     """Of the generators that dropout draws from."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
+        # zeros before the number: names sort as the GPUs do
         states |= {f"cuda_{index:03d}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
