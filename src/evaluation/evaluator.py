@@ -415,7 +415,7 @@ def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
                 why = (
                     "it was measured on the student in 4 bits, which is another model (kd_results.json has the numbers)"
                 )
-            # an arm that was not evaluated has nothing to differ from
+            # the fingerprints of this evaluation are of the arms that it evaluated, no others
             for own, name in (("base", "student"), ("teacher", "teacher")):
                 if own in facts["arms"] and not _same_model(facts, own, run_config, name):
                     why = f"it was measured with another {name}"
