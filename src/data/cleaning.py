@@ -21,11 +21,15 @@ REASONS = (
     "duplicate", "eval_overlap", "wrong", "not_selected",
 )  # fmt: skip
 SELECT = ("first_correct", "all_correct", "shortest_correct", "all")
+# of a grader's outcome; a truncated answer never gets there
 VERIFIED = {"correct": True, "wrong": False, "no_answer": False, "not_executed": None, "error": None}
 
 # "<|im_start|>", "<｜Assistant｜>", "<end_of_turn>", "<eos>", "[/INST]"
 SPECIAL_TOKEN = re.compile(r"<[|｜][\w ▁]+[|｜]>|<(?:start|end)_of_turn>|<(?:bos|eos)>|\[/?INST\]")
+# "i can't", "i am unable to"
 CANNOT = r"i(?:'m| am)? (?:can'?t|cannot|can not|won'?t|(?:am )?(?:unable|not able) to)"
+# "i'm sorry, but i can't", "as an ai language model, i cannot", "i am unable to assist", "作为一个人工智能，我不能";
+# not "i cannot help but", nor "i can't" with another verb
 REFUSAL = re.compile(
     rf"\W*(?:(?:i(?:'m| am) )?(?:(?:very|really|so) )?sorry,? (?:but )?{CANNOT}|i apologi[sz]e,? (?:but )?{CANNOT}|"
     rf"(?:unfortunately, )?as an? (?:ai|artificial intelligence)\b[\w ]*,? (?:{CANNOT}|i (?:do not|don't) have)|"
@@ -33,7 +37,7 @@ REFUSAL = re.compile(
     r"(?:很|非常)?(?:抱歉|对不起)[，,]\s*(?:但)?我?(?:不能|无法)|作为(?:一[个名]|)(?:人工智能|ai)[^，。]{0,8}[，,]?\s*我?(?:不能|无法|没有))"
 )
 
-NGRAM = 13
+NGRAM = 13  # words, as in GPT-3's filter (Brown et al. 2020, appendix C)
 SHINGLE, ALIKE = 3, 0.8  # two masked questions are near-duplicates if their word 3-grams have this Jaccard similarity
 MIN_WORDS = 8  # a shorter question says too little to be told apart by its words
 BOILERPLATE = 10  # an n-gram in more rows than this is a template's wording, not a leak
@@ -42,12 +46,14 @@ SHORT_NGRAM, SHORT_SHARE = 8, 0.25  # questions that share this part of the shor
 
 def words_of(text: str) -> list[str]:
     """Lower-case words and numbers, punctuation dropped; an identifier with underscores and a Han character is one."""
+    # "It's max_len = 18元" -> it, s, max_len, 18, 元
     return re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+", text.lower())
 
 
 def word_ngrams(text: str, n: int) -> set[str]:
     """All runs of n consecutive words, joined by blanks; empty for a shorter text."""
     words = words_of(text)
+    # "a b c", n = 2 -> {"a b", "b c"}
     return {" ".join(words[start : start + n]) for start in range(len(words) - n + 1)}
 
 
@@ -60,6 +66,7 @@ def gram_counts(rows: Iterable[Row], n: int, references: bool) -> Counter[str]:
     for row in rows:
         question = question_of(row)
         grams = word_ngrams(question, n) or word_ngrams(question, max(MIN_WORDS, len(words_of(question))))
+        # sets: a row counts once for each of its n-grams
         counts.update(grams | word_ngrams(row["reference"], n) if references else grams)
     return counts
 
@@ -71,16 +78,19 @@ def overlap_index(rows: Iterable[Row], n: int = NGRAM) -> set[str]:
 
 def entry_lengths(index: set[str]) -> list[int]:
     """Word counts of the entries, for `overlaps`."""
+    # 13, and those of whole short questions
     return sorted({gram.count(" ") + 1 for gram in index})
 
 
 def overlaps(text: str, index: set[str], lengths: Iterable[int], given: str = "") -> bool:
     """Whether `text` holds an entry of `index` that does not also stand in `given`."""
+    # the text's n-grams of every length that an entry has, less those of `given`
     return any((word_ngrams(text, n) & index) - word_ngrams(given, n) for n in lengths)
 
 
 def masked_question(row: Row) -> str:
     """The question's words with every number as 0; empty below 8 words."""
+    # "He pays 1,300.5 for 12" -> "he pays 0 for 0"
     words = words_of(re.sub(r"\d+(?:[.,]\d+)*", " 0 ", question_of(row)))
     return " ".join(words) if len(words) >= MIN_WORDS else ""
 
@@ -90,18 +100,25 @@ def near_duplicates(rows: list[Row], names: Collection[str] = ()) -> list[Row]:
 
     Two sets that alike share one of their rarest 3-grams, so only rows that do are compared (Bayardo et al. 2007).
     """
+    # 1. numbers and names masked, the longest name first: "cart-service" before "cart"
     longest_first = sorted(names, key=len, reverse=True)
+    # "cart" as a word of its own, not in "cartoon"; without names "(?!)", which matches nothing
     pattern = "|".join(rf"(?<![a-z0-9_]){re.escape(name)}(?![a-z0-9_])" for name in longest_first) or "(?!)"
     mask = re.compile(pattern, re.IGNORECASE)
+    # "10:15" -> " 0 ", too
     masked = [re.sub(r"\d+(?:[.,:]\d+)*", " 0 ", mask.sub(" name ", question_of(row))) for row in rows]
     shingles = [word_ngrams(text, SHINGLE) or {text} for text in masked]
+    # 2. in how many rows each 3-gram stands; ties by text, so that all rows put their 3-grams in one order
     number_of = Counter(gram for grams in shingles for gram in grams)
     rows_with: dict[str, list[int]] = {}
     found = []
+    # 3. each row against those earlier ones that share one of its rarest
     for index, grams in enumerate(shingles):
         rarest = sorted(grams, key=lambda gram: (number_of[gram], gram))
+        # of 10 3-grams an alike row has at least 8, so one of any 3: the 3 rarest are looked up
         prefix = rarest[: len(grams) - math.ceil(ALIKE * len(grams) - 1e-9) + 1]
         earlier = {other for gram in prefix for other in rows_with.get(gram, [])}
+        # Jaccard >= 0.8, without a division
         if any(len(grams & shingles[other]) >= ALIKE * len(grams | shingles[other]) for other in earlier):
             found.append(rows[index])
         for gram in prefix:
@@ -115,6 +132,7 @@ def shared_ngrams(train_rows: list[Row], eval_rows: list[Row], index: set[str]) 
     Args:
         index: the evaluation's 8-grams that are not template wording; only these count.
     """
+    # 1. which evaluation rows hold each 8-gram, and how many each has
     holders: dict[str, list[int]] = defaultdict(list)
     sizes = []
     for number, row in enumerate(eval_rows):
@@ -122,6 +140,7 @@ def shared_ngrams(train_rows: list[Row], eval_rows: list[Row], index: set[str]) 
         sizes.append(len(grams))
         for gram in grams:
             holders[gram].append(number)
+    # 2. training rows: how many 8-grams are shared with each of those rows
     found = set()
     for row in train_rows:
         grams = word_ngrams(question_of(row), SHORT_NGRAM)
@@ -138,6 +157,7 @@ def check_disjoint(train_rows: list[Row], eval_rows: list[Row]) -> None:
         UserError: same id, or same question but for case and blanks; names source and id of both rows.
     """
     by_id = {row["id"]: row for row in eval_rows}
+    # case and runs of blanks aside
     by_question = {" ".join(question_of(row).lower().split()): row for row in eval_rows}
     for row in train_rows:
         twin = by_id.get(row["id"]) or by_question.get(" ".join(question_of(row).lower().split()))
@@ -162,6 +182,7 @@ def drop_overlapping(train_rows: list[Row], eval_rows: list[Row]) -> tuple[list[
         UserError: an exact overlap, see `check_disjoint`.
     """
     check_disjoint(train_rows, eval_rows)
+    # 1. what the evaluation is known by; wording that both splits together use in many rows betrays nothing
     indices = []
     for n in (NGRAM, SHORT_NGRAM):
         counts, train_counts = (gram_counts(rows, n, references=False) for rows in (eval_rows, train_rows))
@@ -172,6 +193,7 @@ def drop_overlapping(train_rows: list[Row], eval_rows: list[Row]) -> tuple[list[
     masked = {masked_question(row) for row in eval_rows} - {""}
     names = {name for row in eval_rows if row["grader"] == "python_tests" for name in function_names(row)}
     trees = {tree for row in eval_rows for tree in function_trees(row)}
+    # 2. the first of these that a training row has, too
     kept, dropped = [], []
     for row in train_rows:
         if overlaps(question_of(row), index, lengths):
@@ -194,18 +216,21 @@ def text_fault(answer: dict[str, Any], prompt: str = "") -> str | None:
 
     Control tokens that stand in code, or in the answer's own prompt, and think tags in code are text.
     """
+    # the order is that of `REASONS`: the first that applies is told
     text, finish_reason = answer_text(answer["response"]), finish_word(answer["finish_reason"])
     if finish_reason == "refused":
         return "refused"
-    if not text and final_answer(answer["response"]) is not None:
+    if not text and final_answer(answer["response"]) is not None:  # no text behind a thought that ended, or without one
         return "empty"
     if finish_reason != "stop":
         return "truncated"
+    # what a prompt spells out ("what does <eos> mean?") an answer may repeat
     control_words = [match[0] for match in SPECIAL_TOKEN.finditer(without_code(text)) if match[0] not in prompt]
     if control_words or END_WORDS.search(text):
         return "special_token"
-    if not text or has_think_tag(text):
+    if not text or has_think_tag(text):  # no text: its thought did not end
         return "think_tag"
+    # at the start only, where refusals stand
     return "refusal" if REFUSAL.match(text[:200].lower().replace("’", "'")) else None
 
 
@@ -229,7 +254,7 @@ def clean_row(row: Row, answer: dict[str, Any], verified: bool | None) -> dict[s
 def verify(answers: list[dict[str, Any]], by_id: dict[str, Row], sandbox: Sandbox) -> dict[int, bool | None]:
     """Answer number -> whether it is right, by the graders that score the student; None, or no entry, where nothing can
     judge it. Answers to unknown prompts and those with a `text_fault` are not judged."""
-    judged = [
+    judged = [  # numbers of the answers, into `answers`
         number
         for number, answer in enumerate(answers)
         if (row := by_id.get(answer["id"])) and row["grader"] != UNGRADED and text_fault(answer, row["prompt"]) is None
@@ -245,7 +270,7 @@ def chosen(group: list[dict[str, Any]], select: str) -> list[dict[str, Any]]:
     """
     if select in ("all", "all_correct"):
         return group
-    best = [row for row in group if row["verified"]] or group
+    best = [row for row in group if row["verified"]] or group  # none verified: of those that nothing can judge
     if select == "first_correct":
         return [min(best, key=lambda row: row["sample_index"])]
     return [min(best, key=lambda row: (len(row["messages"][-1]["content"]), row["sample_index"]))]
@@ -286,12 +311,13 @@ def _find_fault(
     """What speaks against an answer, in the order of `REASONS`."""
     if row is None:
         return _Finding("unknown_id")
+    # a key that came before, whatever became of that answer
     if (answer["id"], answer["sample_index"]) in seen.keys:
         return _Finding("duplicate_key")
     if fault := text_fault(answer, row["prompt"]):
         return _Finding(fault)
     text = _text_key(answer)
-    if text in seen.verdict_of_text:
+    if text in seen.verdict_of_text:  # the same text has the same verdict: it counts in the acceptance rate
         return _Finding("duplicate", seen.verdict_of_text[text])
     if overlaps(answer_text(answer["response"]), index.entries, index.lengths, given=row["prompt"]):
         return _Finding("eval_overlap")
@@ -357,7 +383,9 @@ def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], 
     for number, answer in enumerate(answers):
         row = by_id.get(answer["id"])
         found = _find_fault(answer, row, seen, index, verdict_of.get(number), select)
+        # after the look-up, or every answer would be its own duplicate
         seen.keys.add((answer["id"], answer["sample_index"]))
+        # the answers without a fault of form; of those that quote the evaluation nothing is counted
         if found.reason in (None, "wrong", "duplicate"):
             verdicts[row["source"], found.verified] += 1
         if found.reason is None:
@@ -399,7 +427,9 @@ def count(
     by_source = {}
     for source in sorted(total):
         reasons = Counter(row["reason"] for row in rejected if source_of.get(row["id"], "unknown") == source)
+        # "true", "false", "null"
         verified = Counter(json.dumps(row["verified"]) for row in kept if row["source"] == source)
+        # what was rejected unread counts as judged, and as not correct
         judgeable = 0 if source == "unknown" else total[source] - verdicts[source, None]
         by_source[source] = {
             "answers": total[source],

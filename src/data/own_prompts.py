@@ -47,6 +47,7 @@ def _conversation(value: Any) -> tuple[str, str, str]:
     if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
         raise ValueError("every message needs a role and a text as content")
     roles = [message.get("role") for message in messages]
+    # ["system", "user", "assistant"] -> ["user", "assistant"]
     body = roles[1:] if roles[:1] == ["system"] else roles
     if body not in (["user"], ["user", "assistant"]):
         raise ValueError(f"one question is wanted, its roles are {', '.join(map(str, roles)) or 'none'}")
@@ -65,7 +66,9 @@ def _texts(record: dict[str, Any], columns: Columns) -> dict[str, str]:
     for name in ("prompt", "system", "reference", "grader"):
         column = getattr(columns, name)
         value = record.get(column, "")
+        # True is an int to Python, and no reference
         if name == "reference" and isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool):
+            # an int may be too large for a float, and is finite
             if not isinstance(value, int) and not math.isfinite(value):
                 raise ValueError(f"{column} is {value}; put a finite number, or leave it out")
             value = str(value)
@@ -84,6 +87,7 @@ def _arguments(record: dict[str, Any], columns: Columns, grader: str) -> dict[st
         for name, value in given.items():
             if value is not None:  # a Parquet struct names in each record what any record has
                 said[name] = value
+        # there and back: what could not be stored as JSON is refused here, with its place
         arguments = parse_json(json.dumps(said))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{columns.grader_args} must be a JSON object: {error}") from None
@@ -104,6 +108,7 @@ def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str, 
     Raises:
         ValueError: what is wrong with the record, in words.
     """
+    # 1. system, prompt and reference, from a column each or from a conversation
     found = {name: value for name, value in record.items() if not _is_missing(value)}
     texts = _texts(found, columns)
     if columns.prompt in found:
@@ -113,8 +118,10 @@ def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str, 
             system, prompt, answer = _conversation(found[columns.messages])
         except ValueError as error:
             raise ValueError(f"{columns.messages}: {error}") from None
+        # what a column says goes before the conversation's answer
         system, reference = system or texts["system"], texts["reference"] or answer
     else:
+        # why there is neither: the column is empty, or its name is another
         wanted = f"{columns.prompt} or {columns.messages}"
         if columns.prompt in record or columns.messages in record:
             wanted += " with something in it"
@@ -122,9 +129,11 @@ def own_row(record: dict[str, Any], columns: Columns, source: str, domain: str, 
         raise ValueError(f"no column {wanted}; found {names}; {NAME_COLUMNS}")
     if not prompt.strip():
         raise ValueError("the prompt is empty")
+    # 2. the grader: the record's own, the one named for all, or none
     grader = texts["grader"].strip() or grader or UNGRADED
     if grader not in GRADERS:
         raise ValueError(f"unknown grader {grader!r}; known are {', '.join(GRADERS)}")
+    # 3. what it needs: "6 x 7 = 42\n#### 42" -> " 42"; a text without the mark stays whole
     if grader == "numeric":
         reference = reference.rpartition("####")[2]  # GSM8K's own answers end so
         if not reference.strip():
@@ -143,6 +152,7 @@ def _records(
 ) -> tuple[str, str, Iterable[tuple[str, dict[str, Any]]]]:
     """The name of a file or hub data set, its origin in words, and its records with the place where each stands."""
     path = Path(place)
+    # a name that ends like a file is one, also where it is not there: no hub is asked for it
     if format_of(path):
         if not path.is_file():
             raise UserError(f"{path}: no such file; name another with {flag}")
@@ -177,6 +187,7 @@ def read_own_prompts(
     source, origin, records = _records(place, columns, hub_split, flag)
     rows, unread = [], {}
     for where, record in records:
+        # a set that keeps the order of the columns
         unread |= dict.fromkeys(name for name in record if name not in astuple(columns))
         try:
             rows.append(own_row(record, columns, source, domain, grader))
@@ -184,7 +195,7 @@ def read_own_prompts(
             raise UserError(f"{where}: {error}") from None
     if not rows:
         raise UserError(f"{place}: there are no rows in it; name another with {flag}")
-    unique = {row["id"]: row for row in rows}
+    unique = {row["id"]: row for row in rows}  # an id hashes all that a row says
     if unread:
         logger.info("%s: columns that are not read: %s", place, ", ".join(map(str, unread)))
     if len(unique) < len(rows):
@@ -198,6 +209,7 @@ def split_by_question(rows: list[Row], eval_fraction: float) -> tuple[list[Row],
 
     def held(row: Row) -> bool:
         question = " ".join(question_of(row).lower().split())
+        # 8 hex digits: a number spread evenly over 0 to 2**32
         return int(sha256_text(f"eval/{question}")[:8], 16) < eval_fraction * 2**32
 
     return [row for row in rows if not held(row)], [row | {"split": "eval"} for row in rows if held(row)]

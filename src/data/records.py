@@ -23,14 +23,15 @@ Record = dict[str, Any]
 def format_of(path: Path) -> str:
     """What a file holds by its name, `.jsonl` for mine.jsonl and Mine.JSONL.gz; empty for what is not read."""
     packed = path.suffix.lower() == ".gz"
-    suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
-    if suffix not in FORMATS or (packed and suffix == ".parquet"):
+    suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()  # "Mine.JSONL.gz" -> ".jsonl"
+    if suffix not in FORMATS or (packed and suffix == ".parquet"):  # Parquet packs itself
         return ""
     return suffix
 
 
 def name_of(path: Path) -> str:
     """A file's name without what says its format: `mine` for mine.jsonl and mine.jsonl.gz."""
+    # "mine.jsonl.gz" -> "mine.jsonl" -> "mine"
     return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
 
 
@@ -62,7 +63,7 @@ def read_records(path: Path, wanted: Sequence[str], hint: str = "") -> Iterator[
 
 def _begins_a_list(path: Path) -> bool:
     with open_text(path) as file:
-        start = file.read(4096)
+        start = file.read(4096)  # bytes, for a byte order mark may come first
     return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
@@ -81,6 +82,7 @@ def _json_records(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Reco
     except UnwritableJSON as error:
         raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
     except json.JSONDecodeError as error:
+        # its first line is JSON by itself: JSON Lines under another name
         if not _is_json(text.lstrip().partition("\n")[0]):
             raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); mend it there") from None
         yield from _line_records(path)
@@ -107,7 +109,7 @@ def _list_in(path: Path, whole: Any, wanted: Sequence[str]) -> list[Any]:
         return whole
     if not isinstance(whole, dict):
         raise UserError(f"{path}: a list of JSON objects is wanted, found {type(whole).__name__}")
-    if any(name in whole for name in wanted):
+    if any(name in whole for name in wanted):  # an object with a prompt in it
         return [whole]
     lists = []
     for name, value in whole.items():
@@ -124,6 +126,7 @@ def _list_in(path: Path, whole: Any, wanted: Sequence[str]) -> list[Any]:
 
 def _columns(text: str, delimiter: str) -> list[str]:
     """The names in a table's header, cut at this delimiter; none where it cannot be cut so."""
+    # newline: the reader must see the ends of lines inside quotes; strict: a broken quote is an error
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         return [name.strip() for name in next(lines, [])]
@@ -153,7 +156,7 @@ def _table_records(
     path: Path, delimiters: Sequence[str], wanted: Sequence[str], hint: str
 ) -> Iterator[tuple[str, Record]]:
     """The rows under a header; an empty cell is None."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2**31 - 1)  # by itself Python refuses a field of more than 131,072 characters
     text, skipped = read_text(path), 0
     said = SEPARATOR_LINE.match(text)
     if said:
@@ -167,6 +170,7 @@ def _table_records(
             if not any(record.values()):  # workbooks leave rows of empty cells behind their own
                 continue
             _check_header(where, names, delimiter, wanted, hint)
+            # DictReader's words: surplus fields are under None, missing ones are None
             if None in record or None in record.values():
                 raise UserError(f"{where}: not as many fields as the header has ({', '.join(names)})")
             yield where, {name: value or None for name, value in record.items()}

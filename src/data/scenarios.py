@@ -50,6 +50,7 @@ def at(where: object) -> Iterator[None]:
 
 
 def unknown(what: str, name: object, known: Collection[str]) -> str:
+    # "did you mean", or all that are known
     hint = nearest(str(name), list(known)) or f"; known: {', '.join(known) or 'none'}"
     return f"unknown {what} {name!r:.60}{hint}"
 
@@ -82,6 +83,7 @@ def _options(raw: Any) -> list[Any]:
         for value in option.values() if isinstance(option, dict) else [option]:
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise ValueError(f"{value!r:.60} is neither text nor a number (quote it if it is meant as text)")
+    # the fields of a mapping; None for plain entries
     if len({frozenset(option) if isinstance(option, dict) else None for option in raw}) != 1:
         raise ValueError("entries must be all of one sort: plain ones, or mappings with the same fields")
     return raw
@@ -99,7 +101,7 @@ def _splits(entries: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 def _integers(numbers: list[int]) -> range:
     """All values of `[lo, hi]` or `[lo, hi, step]`, both ends included."""
-    lo, hi, step = [*numbers, 1][:3]
+    lo, hi, step = [*numbers, 1][:3]  # [2, 8] -> 2, 8, 1; [2, 8, 3] -> 2, 8, 3
     if lo > hi or step < 1 or (hi - lo) // step > 1e7:
         raise ValueError(f"expected [lo, hi] or [lo, hi, step] with lo <= hi and 1e7 values at most: {numbers}")
     return range(lo, hi + 1, step)
@@ -112,6 +114,7 @@ def _decimals(numbers: list[float]) -> list[float]:
         raise ValueError(
             f"expected [lo, hi] or [lo, hi, digits] with lo <= hi, 1 to 6 digits and 1e6 values at most: {numbers}"
         )
+    # counted in whole numbers, so that 0.1 + 0.1 + 0.1 adds no error: [0.1, 0.3] -> 0.1, 0.2, 0.3
     return [number / 10**digits for number in range(round(lo * 10**digits), round(hi * 10**digits) + 1)]
 
 
@@ -155,6 +158,7 @@ class SlotShape(Shape):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "SlotShape":
+        # fields that the YAML names, not those with a default
         if len(self.model_fields_set - {"distinct_from"}) != 1:
             raise ValueError("expected exactly one of int, decimal, choice, from, expr")
         return self
@@ -193,10 +197,12 @@ def _shape_of(raw: Any) -> PackShape:
     try:
         return PackShape.model_validate(raw)
     except ValidationError as error:
+        # 1. where, as pydantic has it: ("families", 2, "slots", "hh")
         mistake = error.errors(include_url=False)[0]
     path = list(mistake["loc"])
     if path[-1:] == ["[key]"]:
         path[-2:] = [str(path[-2])]  # the key itself is wrong, and a number is no entry's place
+    # 2. what, in words of ours
     if mistake["type"] == "missing":
         problem = f"missing {path.pop()}"
     elif mistake["type"] == "value_error":
@@ -205,6 +211,7 @@ def _shape_of(raw: Any) -> PackShape:
         problem = f"{mistake['msg']}, found {mistake['input']!r:.60}"
         if mistake["type"] == "string_type":
             problem += " (quote it if it is meant as text)"
+    # 3. where, in words: family flat_battery: slots: hh
     where = []
     if path[:1] == ["families"] and len(path) > 1:
         family, number = raw["families"][path[1]], path[1] + 1
@@ -236,7 +243,7 @@ def shown(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     value = round(value, 6)
-    return format(value, "" if value % 1 else ".0f")
+    return format(value, "" if value % 1 else ".0f")  # 2.50 -> "2.5", 3.0 -> "3"
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": rounded, "abs": abs}
@@ -290,6 +297,7 @@ class Compiled:
 @lru_cache(maxsize=10_000)  # families share the entries of the pack's lists
 def _compiled(source: str, is_expression: bool) -> Compiled:
     try:
+        # an expression is parsed as the text {{ it }}, to see its names
         tree = TEMPLATES.parse(f"{{{{ {source} }}}}" if is_expression else source)
         for part in tree.body:
             if not isinstance(part, nodes.Output):
@@ -411,7 +419,9 @@ def load_pack(path: str | Path) -> Pack:
     raw = read_yaml(path)
     families: dict[str, Family] = {}
     with at(path):
+        # 1. the shape of the YAML
         pack = _shape_of(raw)
+        # 2. each family: templates compiled, tried once
         for entry in pack.families:
             with at(f"family {entry.name}"):
                 if entry.name in families:
@@ -443,6 +453,7 @@ def _family(entry: FamilyShape, pack: PackShape) -> Family:
                 groups[name] = [template(phrase, sample) for phrase in phrases]
     family = Family(entry.name, entry.kind, entry.split, slots, require, prompts, pack.instruction[entry.grader],
                     reference, entry.grader, groups, pass_mark)  # fmt: skip
+    # the trial: what no draw can fill is a mistake of the pack, told now and not at some row
     values = _draw(family, random.Random(family.name))
     with at("prompt"):
         for prompt in prompts:
@@ -458,6 +469,7 @@ def _family_slots(entry: FamilyShape, pack: PackShape) -> tuple[tuple[Slot, ...]
     for name in entry.slots:
         if name in pack.slots:
             raise UserError(f"slots: {name}: is a slot of the whole pack already; use another name")
+    # in their order: a slot may refer to those above it, which `sample` has
     for name, shape in (pack.slots | entry.slots).items():
         with at(f"slots: {name}"):
             for other in shape.distinct_from:
@@ -510,9 +522,11 @@ def render_rows(pack: Pack, split: str, count: int, seed: int, domain: str | Non
     rows: list[Row] = []
     seen: set[str] = set()
     for number in range(count):
+        # 1. the family whose turn it is, and a generator of this row's own
         family, turn = families[number % len(families)], number // len(families)
         rng = random.Random(f"{seed}/{family.name}/{turn}")
         with at(f"{pack.path}: family {family.name}"):
+            # 2. draws until the prompt is a new one
             for _ in range(TRIES):
                 values = _draw(family, rng)
                 prompt = fill(rng.choice(family.prompts), values).strip()
@@ -520,6 +534,7 @@ def render_rows(pack: Pack, split: str, count: int, seed: int, domain: str | Non
                     break
             else:
                 raise UserError(f"prompt: no distinct prompt left after {turn}; ask for fewer rows or widen its slots")
+            # 3. what is right, from the same values
             reference, grader_args = _grading(family, values)
         seen.add(prompt)
         rows.append(
@@ -533,6 +548,7 @@ def render_rows(pack: Pack, split: str, count: int, seed: int, domain: str | Non
 def names_of(pack: Pack) -> set[str]:
     """The names a pack fills in: what its lists hold that is short and has no slot of its own."""
     entries = [entry for splits in pack.lists.values() for split in SPLITS for entry in splits[split]]
+    # a mapping brings the texts of all its fields
     texts = [str(text) for entry in entries for text in (entry.values() if isinstance(entry, dict) else [entry])]
     return {text for text in texts if "{" not in text and len(words_of(text)) <= NAME_WORDS}
 
@@ -555,6 +571,7 @@ def _draw_slot(slot: Slot, values: Values, rng: random.Random) -> Any:
         return calculate(slot.expression, values)
     if not slot.distinct_from:
         return fill(rng.choice(slot.options), values)
+    # compared as they read when filled: two options may give one text
     taken = [values[name] for name in slot.distinct_from]
     filled = [fill(option, values) for option in slot.options]
     free = [value for value in filled if value not in taken]
@@ -574,6 +591,7 @@ def _grading(family: Family, values: Values) -> tuple[str, dict[str, Any]]:
     groups = []
     for name, phrases in family.groups.items():
         with at(f"groups: {name}"):
+            # ["disk | volume", "{{ svc.disk }}"] -> ["disk", "volume", ...]: one phrase may hold several
             filled = "|".join(fill(phrase, values) for phrase in phrases).lower().split("|")
             groups.append({"name": name, "any": [phrase.strip() for phrase in filled if phrase.strip()]})
     return reference, {"groups": groups, "pass_mark": family.pass_mark}

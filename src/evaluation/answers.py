@@ -26,7 +26,7 @@ from src.utils.common import Progress, UserError, append_jsonl, read_jsonl, repa
 if TYPE_CHECKING:
     from src.evaluation.evaluator import EvaluateConfig
 
-MODES = {"quick": 10, "medium": 50, "full": 350}
+MODES = {"quick": 10, "medium": 50, "full": 350}  # prompts
 PRESETS = {"raw": {"top_p": 1.0, "top_k": 0}, "recommended": {"top_p": 0.8, "top_k": 20}}
 
 
@@ -54,7 +54,7 @@ def cells(config: "EvaluateConfig") -> list[Cell]:
     found = []
     for preset in config.presets:
         for temperature in config.temperatures:
-            if temperature or preset == config.presets[0]:
+            if temperature or preset == config.presets[0]:  # at 0 the first preset stands for all
                 found.append(Cell(preset, temperature))
     return found
 
@@ -62,10 +62,12 @@ def cells(config: "EvaluateConfig") -> list[Cell]:
 def select_rows(rows: list[Row], count: int) -> list[Row]:
     """`count` rows, the sources taking turns, each in the order of its ids: quick is part of medium, medium of full."""
     left: dict[str, list[Row]] = {}
+    # reversed, because `pop` takes the last
     for row in sorted(rows, key=lambda row: row["id"], reverse=True):
         left.setdefault(row["source"], []).append(row)
     chosen: list[Row] = []
     while len(chosen) < min(count, len(rows)):
+        # one of each source, again and again: gsm8k, mbpp, gsm8k, mbpp, gsm8k, ...
         for source in sorted(left):
             if left[source] and len(chosen) < count:
                 chosen.append(left[source].pop())
@@ -80,7 +82,7 @@ def sweep_requests(config: "EvaluateConfig", rows: list[Row]) -> list[Request]:
     requests: list[Request] = []
     for cell in cells(config):
         sampling = Sampling(cell.temperature, **PRESETS[cell.preset], max_new_tokens=config.max_new_tokens)
-        salt = f"{cell.preset}/{cell.temperature:g}"
+        salt = f"{cell.preset}/{cell.temperature:g}"  # "recommended/0.7": each cell has seeds of its own
         requests += make_requests(rows, config.num_samples, config.seed, sampling, salt)
     return requests
 
@@ -153,18 +155,23 @@ def generate_answers(config: "EvaluateConfig", arms: Arms, rows: list[Row], path
     """Append the answers that answers.jsonl lacks, arm after arm. All cells of an arm share its batches."""
     serve = check_serve(config)
     serve = with_open_port(serve) if serve else None
+    # 1. what is asked of every arm
     requests = sweep_requests(config, rows)
+    # 2. what each has answered; the seed tells cells apart, which share id and sample index
     keys: dict[str, set] = {arm: set() for arm in arms.found}
     refused = dict.fromkeys(arms.found, 0)
     for row in stored_rows(path):
         keys[row["arm"]].add((row["id"], row["sample_index"], row["seed"]))
         refused[row["arm"]] += row["finish_reason"] == "refused"
+    # as requests: `generate` wants those to pass over
     done = {}
     for arm in arms.found:
         done[arm] = frozenset(r for r in requests if (r.id, r.sample_index, r.seed) in keys[arm])
+    # 3. the rest, one server after the other: no two models need share a GPU
     with Progress(len(arms.found) * len(requests), "answers", "answer") as progress:
         progress.skip(sum(map(len, done.values())))
         for server, answered in arms_by_server(config, arms, serve).items():
+            # no server is started for arms that have answered all
             todo = [arm for arm in answered if len(done[arm]) < len(requests)]
             if not todo:
                 continue
@@ -177,11 +184,13 @@ def generate_answers(config: "EvaluateConfig", arms: Arms, rows: list[Row], path
 
 def _answer_arm(engine: Engine, asking: Asking, path: Path, progress: Progress) -> None:
     tokenizer, arm = load_tokenizer(engine.model, engine.experiment_dir), asking.arm
+    # what was read, to the letter
     prompts = {request.id: sha256_text(prompt_text(tokenizer, request.messages)) for request in asking.requests}
     with opened(engine) as generate:
         for part in generate(asking.requests, asking.done, asking.refused):
             for answer in part:
                 answer |= {"arm": arm, "preset": preset_of(answer["sampling"]), "prompt_sha256": prompts[answer["id"]]}
+            # stored part by part: what a kill leaves is not asked again
             append_jsonl(path, part)
             progress.advance(len(part), arm=arm)
 

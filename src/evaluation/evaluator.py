@@ -51,7 +51,7 @@ from src.utils.stages import hold
 
 SECTION = "evaluate_distillation"
 MADE = {  # by each step
-    "answers": ("answers.jsonl",),
+    "answers": ("answers.jsonl",),  # the first file of each step is the one it must have
     "grade": ("samples.jsonl",),
     "results": ("results.json", "heldout.jsonl"),
     "report": ("report.md", "report.html"),
@@ -105,6 +105,7 @@ def shipped_profile(model_path: str | None = None) -> Path:
     experiment = run_of_model(model_path).get("experiment") if model_path else None
     found = []
     for profile in sorted((ROOT / "configs").glob("*.yaml")):
+        # runs lie beside the experiment's folder, which names the experiment
         folder = Path(read_profile(profile, SECTION, EvaluateConfig).get("experiment_dir", ""))
         if model_path:
             found += [(folder.name, profile)] if folder.name == experiment else []
@@ -112,7 +113,7 @@ def shipped_profile(model_path: str | None = None) -> Path:
             if read_json(results).get("experiment") == folder.name:
                 found.append((results.parent.name, profile))
     if found:
-        return max(found)[1]
+        return max(found)[1]  # runs' folders end in the time they began: the greatest name is the newest
     if model_path:
         raise UserError(
             f"--model_path {model_path} is of no shipped profile's experiment; name its profile with --config"
@@ -121,6 +122,7 @@ def shipped_profile(model_path: str | None = None) -> Path:
 
 
 def _check(config: EvaluateConfig) -> None:
+    # 1. lists: at least one, known, once
     for name, known in (("arms", ARMS), ("presets", PRESETS), ("temperatures", None)):
         values = getattr(config, name)
         if not values:
@@ -128,13 +130,16 @@ def _check(config: EvaluateConfig) -> None:
         for value in values:
             if known is not None and value not in known:
                 raise UserError(f"{name}: unknown {value!r}; there are {', '.join(known)}")
+            # named twice, a cell would be there twice
             if values.count(value) > 1:
                 raise UserError(f"{name}: {value} is named twice")
+    # 2. numbers and flags
     for name in ("num_samples", "max_new_tokens", "batch_size"):  # what a batch holds can change an answer's rounding
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1")
     if config.overwrite and config.from_step != "answers":
         raise UserError(f"--overwrite makes all four steps again, --from {config.from_step} the later ones; say one")
+    # 3. what others check: a server's settings, the engine's, a temperature
     serve = check_serve(config)
     make_engine(config, config.base or "", [], serve)  # complains about its settings
     for temperature in config.temperatures:
@@ -156,8 +161,10 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         # the last step first: every evaluation wants that lock, so that the second is refused before it touches a file
         for step in reversed(STEPS[first:]):
             held.enter_context(hold(folder, SECTION, step))
+        # each step checks by itself whether there is anything to do
         if arms is not None:
             answer_step(config, folder, arms)
+        # steps that are passed over must be there, and fit one another
         for step in STEPS[:first]:
             _require(folder, step)
         if first <= 1:
@@ -180,6 +187,7 @@ def _require(folder: Path, step: str) -> None:
         UserError: names the step and the way out.
     """
     marker = marker_of(folder, step)
+    # step -> the name in its fingerprint, and the file, that it was made from
     made_from = {"grade": ("answers", "answers.jsonl"), "results": ("samples", "samples.jsonl")}
     stored = read_json(marker) if marker.is_file() else {}
     complete = stored.get("finished") and (folder / MADE[step][0]).is_file()
@@ -200,6 +208,7 @@ def answered(folder: Path) -> dict[str, Any]:
 def _discard(folder: Path, first: int) -> None:
     """Delete what the steps from this one on have made: they are made from what is about to change."""
     for step in STEPS[first:]:
+        # the marker goes first: what a kill leaves without one is refused, not taken over
         for path in (marker_of(folder, step), *(folder / name for name in MADE[step])):
             path.unlink(missing_ok=True)
 
@@ -209,8 +218,10 @@ def answer_settings(config: EvaluateConfig, arms: Arms) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in CONDUCT}
     settings["engine"], serve = engine_name(config), check_serve(config)
     settings["server"] = server_kind(config, serve)
+    # what a server answers depends on which one it is and on its flags, not on batches of ours
     if settings["engine"] != "transformers":  # only there batches have a fixed make-up
         del settings["batch_size"]
+    # what a server runs in the teacher's place (a quantised one, say) answers in its name
     if serve is not None and serve.model and "teacher" in arms.found and not config.teacher_base_url:
         settings["answers_as_teacher"] = model_fingerprint(serve.model)
     if serve is not None and answering(serve):
@@ -221,30 +232,36 @@ def answer_settings(config: EvaluateConfig, arms: Arms) -> dict[str, Any]:
 def answer_step(config: EvaluateConfig, folder: Path, arms: Arms) -> None:
     """answers.jsonl: every arm's answers, as the engine gave them."""
     rows = _chosen_rows(config)
+    # 1. what the answers depend on
     asked = [[row["id"], row["system"], row["prompt"]] for row in rows]
     settings = answer_settings(config, arms)
     fingerprint = settings | {
         "prompts": sha256_text(repr(asked)),
         "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},
     }
+    # 2. what is there of them
     path, marker = folder / "answers.jsonl", marker_of(folder, "answers")
     if config.overwrite:
         _discard(folder, 0)
+    # without a marker, any file of any step is of another version, or of something else
     made = [path] if marker.is_file() else [folder / name for names in MADE.values() for name in names]
     state = stage_state(marker, fingerprint, False, made)
     if state == "done":
         logger.info("%s is complete; no answers are generated", path)
         return
+    # 3. where they came from: a run that goes on keeps what was written when it began
     facts = {name: value for name, value in answered(folder).items() if name not in ("finished", "fingerprint")}
     if state == "fresh":
         _discard(folder, 1)
         shown = {"experiment": Path(config.experiment_dir).name, "data_dir": config.data_dir, "prompts": len(rows)}
         facts = {"arms": arms.found, "missing_arms": arms.missing, "settings": shown | settings,
                  "provenance": provenance()}  # fmt: skip
+    # 4. room for them: 4 bytes a token, 2 kB for the other fields
     answers = len(rows) * len(arms.found) * len(cells(config)) * config.num_samples
     require_disk(folder, answers * (4 * config.max_new_tokens + 2000), "the answers")
+    # 5. the answers that are missing
     start_stage(marker, fingerprint, **facts)
-    path.touch()
+    path.touch()  # there may be nothing to answer, and the next step reads the file
     for arm, why in arms.missing.items():
         logger.info("arm %s: %s", arm, why)
     generate_answers(config, arms, rows, path)
@@ -261,6 +278,7 @@ def _chosen_rows(config: EvaluateConfig) -> list[Row]:
     wanted = MODES[config.mode]
     if len(gradeable) < wanted:
         logger.info("%s asks for %d prompts, %s has %d: all are used", config.mode, wanted, data, len(gradeable))
+    # by source in turn, the smaller modes inside the larger
     return select_rows(gradeable, wanted)
 
 
@@ -268,6 +286,7 @@ def graders_sha256() -> str:
     """A hash of the code that judges an answer."""
     digest = hashlib.sha256()
     source = Path(__file__).resolve().parents[1]
+    # sources as text: a changed comment counts as a change, which costs no more than grading again
     for path in [*sorted((source / "grading").glob("*.py")), source / "utils" / "answers.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -275,6 +294,7 @@ def graders_sha256() -> str:
 
 def grade_step(config: EvaluateConfig, folder: Path, again: bool = False) -> None:
     """samples.jsonl: the answers with their grades, in an order of its own. No model, and no state but the sandbox."""
+    # 1. whether there is anything to do
     data = Path(config.data_dir) / "eval_dataset.jsonl"
     answers, samples, marker = folder / "answers.jsonl", folder / "samples.jsonl", marker_of(folder, "grade")
     fingerprint = {
@@ -286,6 +306,7 @@ def grade_step(config: EvaluateConfig, folder: Path, again: bool = False) -> Non
     way_out = "pass --from grade to grade again"
     if not again and stage_state(marker, fingerprint, False, [samples], way_out) == "done":
         return
+    # 2. the prompts must be those that were answered; the references may have changed
     rows = {row["id"]: row for row in read_dataset(data)}
     given = sorted(stored_rows(answers), key=_place)
     for answer in given:
@@ -296,18 +317,21 @@ def grade_step(config: EvaluateConfig, folder: Path, again: bool = False) -> Non
             )
     _discard(folder, 1)  # only now, when nothing is left to refuse
     start_stage(marker, fingerprint)
+    # 3. the grades; a sandbox is opened only where there is code, since that probes the host
     asked = {answer["id"] for answer in given}
     has_code = any(rows[key]["grader"] == "python_tests" for key in asked)
     sandbox = open_sandbox(config.allow_unsafe_execution) if has_code else Sandbox("none", "there is no code to run")
     graded: list[dict[str, Any]] = []
     with Progress(len(given), "grades", "answer") as progress:
         for start in range(0, len(given), GRADED_AT_ONCE):
+            # `grade_all` runs the code of one part in parallel
             part = given[start : start + GRADED_AT_ONCE]
             grades = grade_all([(rows[a["id"]], a["response"], a["finish_reason"]) for a in part], sandbox)
             for answer, grade in zip(part, grades, strict=True):
                 level = {"sandbox_level": sandbox.used_level}
                 graded.append(_sample(answer, rows[answer["id"]]) | asdict(grade) | level)
             progress.advance(len(part))
+    # 4. all in one write: a killed regrading leaves no half file
     write_jsonl(samples, graded)
     finish_stage(marker, fingerprint)
 
@@ -345,12 +369,13 @@ def _sample(answer: dict[str, Any], row: Row) -> dict[str, Any]:
 
 def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> None:
     """results.json from the grades, and heldout.jsonl, which joins what the training runs measured."""
+    # 1. whether there is anything to do
     facts, samples = answered(folder), folder / "samples.jsonl"
     runs = _measured_runs(facts) if config.heldout else {}
     fingerprint = {
         "samples": sha256_file(samples),
         "heldout": {arm: sha256_file(run / "heldout.jsonl") for arm, run in runs.items()},
-        "training": sha256_text(json.dumps(run_files(facts["arms"]))),
+        "training": sha256_text(json.dumps(run_files(facts["arms"]))),  # kd_results.json and curves
         "schema_version": SCHEMA_VERSION,
     }
     marker, results, joined = marker_of(folder, "results"), folder / "results.json", folder / "heldout.jsonl"
@@ -358,6 +383,7 @@ def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> N
     way_out = "pass --from results to make them again"
     if not again and stage_state(marker, fingerprint, False, outputs, way_out) == "done":
         return
+    # 2. the held-out rows; a run brings base along, whether or not it was asked for
     heldout: list[dict[str, Any]] = []
     if runs:
         families = {row["id"]: family_of(row) for row in read_dataset(Path(config.data_dir) / "eval_dataset.jsonl")}
@@ -366,6 +392,7 @@ def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> N
     start_stage(marker, fingerprint)
     if runs:
         write_jsonl(joined, heldout)
+    # 3. the numbers, with the seed of the answers: from stored files alone, the same every time
     context = {name: facts[name] for name in ("arms", "missing_arms", "settings", "provenance")}
     context |= run_files(facts["arms"])
     write_results(results, make_results(stored_rows(samples), heldout, context, facts["settings"]["seed"]))
@@ -388,6 +415,7 @@ def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
                 why = (
                     "it was measured on the student in 4 bits, which is another model (kd_results.json has the numbers)"
                 )
+            # the fingerprints of this evaluation are of the arms that it evaluated, no others
             for own, name in (("base", "student"), ("teacher", "teacher")):
                 if own in facts["arms"] and not _same_model(facts, own, run_config, name):
                     why = f"it was measured with another {name}"
@@ -414,6 +442,7 @@ def report_step(folder: Path, again: bool = False) -> None:
             raise UserError(f"{needed}: no such file; run this without --from report")
     fingerprint = {"results": sha256_file(results), "samples": sha256_file(samples)}
     marker, outputs = marker_of(folder, "report"), [folder / name for name in MADE["report"]]
+    # again: both are deleted first
     if stage_state(marker, fingerprint, again, outputs, "pass --from report to draw it again") == "done":
         return
     start_stage(marker, fingerprint)

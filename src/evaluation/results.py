@@ -85,10 +85,12 @@ def _recovered(sums: Sums, before: int, after: int, goal: int | None, is_loss: b
         is_loss: whether less is better; a goal that is not shown to be better than before is no goal.
     """
 
+    # from the student before to the goal: what is divided by
     def way(s: np.ndarray) -> np.ndarray:
         return s[..., before] - (0 if goal is None else s[..., goal])
 
     room = estimate(sums, way)
+    # a way that may be 0 divides by nothing, and one in the wrong direction leads to no goal
     if not excludes_zero(room) or (room.value > 0) != is_loss:
         return None
     found = estimate(sums, lambda s: (s[..., before] - s[..., after]) / way(s))
@@ -125,6 +127,7 @@ def _heldout_sums(rows: Sequence[Row], seed: int) -> HeldoutSums:
     by_arm: dict[Arm, dict[str, Row]] = {}
     family_of = {}
     for row in rows:
+        # arm -> prompt -> its sums, from 0
         prompt = by_arm.setdefault(row["arm"], {}).setdefault(row["id"], dict.fromkeys(("num_tokens", *SUMS), 0))
         family_of[row["id"]] = _family(row)
         for name in prompt:
@@ -140,6 +143,7 @@ def _heldout_sums(rows: Sequence[Row], seed: int) -> HeldoutSums:
     names = [(None, "num_tokens"), (None, "teacher_nll_sum")]
     for arm in arms:
         names += [(arm, column) for column in METRICS.values()]
+    # what all arms share (no arm) is read off the first
     columns = [[prompt[column] for prompt in prompts[arm or arms[0]]] for arm, column in names]
     place = {name: index for index, name in enumerate(names)}
     return HeldoutSums(arms, prompts, families, resample(columns, families, seed), place)
@@ -157,7 +161,7 @@ def heldout_section(rows: Sequence[Row], seed: int) -> Heldout:
     for arm in held.arms:
         intervals[arm] = {metric: _interval(held.mean(arm, metric)) for metric in METRICS}
     return {
-        "rows": len(rows) // len(held.arms),
+        "rows": len(rows) // len(held.arms),  # every arm has the same rows, or `join_heldout` refuses
         "prompts": len(of_any),
         "families": held.sums.families,
         "response_tokens": sum(prompt["num_tokens"] for prompt in of_any),
@@ -193,9 +197,10 @@ def _heldout_recovered(held: HeldoutSums) -> dict[Arm, HeldoutRecovered]:
     found = {}
     for arm in ("sft", "kd"):
         if arm in held.arms and "base" in held.arms:
+            # (before, after) columns of each measure
             kl, nll = ((held.place["base", name], held.place[arm, name]) for name in ("kl_sum", "nll_sum"))
             teacher_nll = held.place[None, "teacher_nll_sum"]
-            found[arm] = HeldoutRecovered(
+            found[arm] = HeldoutRecovered(  # no goal column: the teacher's KL to itself is 0
                 kl_to_teacher=_recovered(held.sums, *kl, None), nll=_recovered(held.sums, *nll, teacher_nll)
             )
     return found
@@ -205,12 +210,13 @@ def _by_position(rows: Sequence[Row], shown: Sequence[Arm]) -> ByPosition:
     """Means per token over the bins of response positions, as far as a row reaches."""
     found: ByPosition = {"start": [], "tokens": [], "arms": {}}
     for arm in shown:
-        sums = np.zeros((3, len(POSITIONS)))
+        sums = np.zeros((3, len(POSITIONS)))  # tokens, KL and agreement of each bin
         for row in (row for row in rows if row["arm"] == arm):
-            reached = len(row["kl_by_position"])
+            reached = len(row["kl_by_position"])  # a short answer has the first bins only
             own = (tokens_by_position(row["num_tokens"]), row["kl_by_position"], row["agreement_by_position"])
             sums[:, :reached] += own
-        tokens, kl, agreement = sums[:, sums[0] > 0]
+        tokens, kl, agreement = sums[:, sums[0] > 0]  # without bins that no answer reaches
+        # the same from every arm, for all have read the same rows
         found |= {"start": list(POSITIONS[: len(tokens)]), "tokens": [int(count) for count in tokens]}
         found["arms"][arm] = {
             "kl_to_teacher": (kl / tokens).tolist(),
@@ -220,12 +226,13 @@ def _by_position(rows: Sequence[Row], shown: Sequence[Arm]) -> ByPosition:
 
 
 HAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts without blanks between words: a letter is a word
-WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
+WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")  # "It's 18元." -> It, ', s, 18, 元, .
 
 
 def repetition(text: str) -> float:
     """The share of 4-grams of words that stood in the text before (seq-rep-4, Welleck et al. 2020); 0 without any."""
     words = WORD.findall(text)
+    # "a b c d e" -> (a, b, c, d), (b, c, d, e)
     grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -243,6 +250,7 @@ Cells = dict[Cell, dict[Arm, Prompts]]
 
 
 def _cells(samples: Sequence[Row]) -> Cells:
+    # cell -> arm -> prompt -> its answers
     found: Cells = {}
     for row in samples:
         arms = found.setdefault(Cell(row["domain"], row["preset"], row["temperature"]), {})
@@ -281,10 +289,12 @@ def _families(prompts: Prompts, ids: Collection[str]) -> list[str]:
 
 def _score(cell: Cell, arm: Arm, prompts: Prompts, seed: int) -> Score:
     """One arm in one cell. Where some answers were not executed there is no accuracy: the others alone say nothing."""
+    # 1. what needs no right answers
     rows = _rows(prompts)
     outcomes = Counter(row["outcome"] for row in rows)
     families = _families(prompts, prompts)
     repeated = [sum(repetition(row["response"]) for row in answers) / len(answers) for answers in prompts.values()]
+    # the mean with its interval: a difference from 0
     share = difference(repeated, [0.0] * len(repeated), families, seed)
     entry = Score(
         **asdict(cell),
@@ -303,8 +313,9 @@ def _score(cell: Cell, arm: Arm, prompts: Prompts, seed: int) -> Score:
         pass_at_k={},
         majority_at_k=None,
     )
+    # 2. what does
     if _executed(prompts):
-        samples = min(map(len, prompts.values()))
+        samples = min(map(len, prompts.values()))  # of a prompt; k of pass@k is at most this
         accuracy = proportion(_shares(prompts, prompts), families, samples)
         entry["accuracy"], entry["interval"] = accuracy.value, _interval(accuracy)
         entry["strict_accuracy"] = sum(bool(row["strict"]) for row in rows) / len(rows)
@@ -328,8 +339,10 @@ def _majority_at_k(prompts: Prompts) -> float | None:
     """The share of prompts whose most frequent number is right; None where not all answers are numbers."""
     won = []
     for answers in prompts.values():
+        # votes are counted by value, which only numbers have
         if any(row["grader"] != "numeric" for row in answers):
             return None
+        # a cut answer or one without a number has no vote
         votes = [(row["extracted"], row["outcome"] == "correct") for row in answers
                  if row["outcome"] in ("correct", "wrong")]  # fmt: skip
         won.append(majority(votes))
@@ -383,6 +396,7 @@ class Finding:
 
 
 def _find(pair: Pair, cut_is_right: bool, seed: int) -> Finding:
+    # shares say who won a prompt and make the interval, counts by family make the exact test
     a, b = (_shares(arm, pair.ids, cut_is_right) for arm in (pair.a, pair.b))
     net = [_right(pair.a[i], cut_is_right) - _right(pair.b[i], cut_is_right) for i in pair.ids]
     nets = by_family(np.array(net), pair.families)
@@ -397,6 +411,7 @@ def _find_all(pairs: Sequence[Pair], cut_is_right: bool, seed: int) -> list[Find
     """
     found = [_find(pair, cut_is_right, seed) for pair in pairs]
     able = [one for one in found if one.could_differ]
+    # Holm over the cells that could differ; the others keep p_holm = 1
     for one, adjusted in zip(able, holm([one.p for one in able]), strict=True):
         one.p_holm = adjusted
     return found
@@ -406,8 +421,9 @@ def _pairs(cells: Cells, a: Arm, b: Arm) -> list[Pair]:
     """Two arms in every cell in which both are judged."""
     found = []
     for cell, arms in cells.items():
+        # a cell of which some answers were not executed is no comparison
         if a in arms and b in arms and _executed(arms[a]) and _executed(arms[b]):
-            ids = sorted(arms[a].keys() & arms[b].keys())
+            ids = sorted(arms[a].keys() & arms[b].keys())  # prompts that both answered
             if ids:
                 found.append(Pair(cell, arms[a], arms[b], ids))
     return found
@@ -418,12 +434,14 @@ def _compare(cells: Cells, a: Arm, b: Arm, seed: int) -> list[Comparison]:
 
     The decision is withheld where it turns when the answers that were cut are scored all right instead of all wrong.
     """
+    # every cell is decided twice, each time with a correction of its own
     pairs = _pairs(cells, a, b)
     if_wrong, if_right = (_find_all(pairs, cut_is_right, seed) for cut_is_right in (False, True))
     able = sum(one.could_differ for one in if_wrong)
     entries = []
     for pair, found, other in zip(pairs, if_wrong, if_right, strict=True):
         tests = able if found.could_differ else able + 1  # a difference that it shows would be among the corrected
+        # found: cut answers are wrong, which is what is reported; other: they are right
         entries.append(
             Comparison(
                 **asdict(pair.cell),
@@ -477,10 +495,12 @@ def _nothing_to_learn(cells: Sequence[Mapping[Arm, Prompts]]) -> str | None:
 
 def _overall(cells: Cells, seed: int) -> Overall:
     """The domains in which something can be learnt as one: their prompts together, by preset and temperature."""
+    # 1. which domains teach something
     by_domain: dict[str, list[dict[Arm, Prompts]]] = {}
     for cell, arms in cells.items():
         by_domain.setdefault(cell.domain, []).append(arms)
     reasons = {domain: _nothing_to_learn(found) for domain, found in by_domain.items()}
+    # 2. their prompts, by preset and temperature
     pooled: Cells = {}
     for cell, arms in cells.items():
         if reasons[cell.domain] is None:
@@ -503,7 +523,9 @@ def _graded_recovered(cells: Cells, seed: int) -> list[GradedRecovered]:
             three = [arms[name] for name in ("base", arm, "teacher") if name in arms]
             if len(three) == 3 and all(map(_executed, three)):
                 ids = sorted(set.intersection(*map(set, three)))
+                # sums of shares, not means: the number of prompts cancels in the ratio
                 sums = resample([_shares(one, ids) for one in three], _families(three[0], ids), seed)
+                # columns: 0 before, 1 after, 2 the teacher
                 found.append(GradedRecovered(**asdict(cell), arm=arm, score=_recovered(sums, 0, 1, 2, is_loss=False)))
     return found
 
@@ -576,23 +598,28 @@ def _read_measured(path: Path) -> Measured:
         raise UserError(f"{path}: the KL of its rows is {' of some, '.join(sorted(kinds))} of others; {AGAIN}")
     if found["before"].keys() != found["after"].keys():
         raise UserError(f"{path}: its rows before and after training are not the same; {AGAIN}")
+    # one order, whatever the order in which a run wrote its rows
     return Measured(path, dict(sorted(found["before"].items())), dict(sorted(found["after"].items())), kinds.pop())
 
 
 def _refuse_other_measures(one: Measured, other: Measured) -> None:
     """Raise a UserError unless two runs read the same rows, as well, and found the same student before training."""
+    # 1. KLs of one kind, exact or of the same bound
     way_out = "train both on the same rows, or evaluate with --no_heldout"
     if one.kl_is != other.kl_is:
         raise UserError(
             f"{one.path}: its KL is {one.kl_is}, that of {other.path} {other.kl_is}, which cannot be compared; train "
             "both with the same teacher_cache, or evaluate with --no_heldout"
         )
+    # 2. the same rows
     if one.before.keys() != other.before.keys():
-        row_id, sample = min(one.before.keys() ^ other.before.keys())
+        row_id, sample = min(one.before.keys() ^ other.before.keys())  # the first that only one of them has
         raise UserError(f"{one.path}: {row_id}, sample {sample}, is in only one of it and {other.path}; {way_out}")
+    # 3. of the same tokens
     for key, row in one.before.items():
         if row["num_tokens"] != other.before[key]["num_tokens"]:
             raise UserError(f"{one.path}: {key[0]}, sample {key[1]}, has other tokens than in {other.path}; {way_out}")
+    # 4. the same student before training, by the same teacher: its sums are alike
     tokens = sum(row["num_tokens"] for row in one.before.values())
     for name in ALIKE:
         ours, theirs = (sum(row[name] for row in run.before.values()) / tokens for run in (one, other))
@@ -616,6 +643,7 @@ def join_heldout(runs: Mapping[str, Path], families: Mapping[str, str]) -> list[
     Raises:
         UserError: a run has no heldout.jsonl or a broken one, or the runs measured other rows or models.
     """
+    # the student before training is measured by each run; where there are two, kd's is taken
     measured = {arm: _read_measured(Path(runs[arm]) / "heldout.jsonl") for arm in ("kd", "sft") if arm in runs}
     if len(measured) == 2:
         _refuse_other_measures(measured["sft"], measured["kd"])
@@ -639,6 +667,7 @@ def run_files(arms: Mapping[str, str]) -> dict[str, Any]:
         if arm in arms and (run / "metrics.jsonl").is_file():
             rows = read_jsonl(run / "metrics.jsonl", ("step",))
             curves = [{name: row[name] for name in ("step", *CURVES) if name in row} for row in rows]
+            # a row with nothing but its step is no point
             found["curves"][arm] = [row for row in curves if len(row) > 1]
     return found
 
@@ -652,10 +681,12 @@ def make_results(samples: Sequence[Row], heldout: Sequence[Row], context: dict[s
         seed: of the bootstrap.
     """
     results: Results = {"schema_version": SCHEMA_VERSION, "headline": "", "verdict": "", **context}
+    # sorted, so that no sum depends on the order in which rows were stored
     if heldout:
         results["heldout"] = heldout_section(
             sorted(heldout, key=lambda r: (r["arm"], r["id"], r["sample_index"])), seed
         )
     if samples:
         results["graded"] = graded_section(sorted(samples, key=lambda r: (r["id"], r["sample_index"])), seed)
+    # in words, of the numbers above
     return results | {"headline": headline(results), "verdict": " ".join(sentences(results))}

@@ -14,6 +14,7 @@ WHO = {
     "kd": "the distilled student",
     "teacher": "the teacher",
 }
+# in the order in which they are told
 DECISIONS = {
     "better": "better",
     "worse": "worse",
@@ -52,6 +53,7 @@ def headline_setting(results: dict[str, Any]) -> Setting | None:
     """The lowest temperature of the preset `recommended`, else of the first preset; None where nothing was graded."""
     if "graded" not in results:
         return None
+    # where no domain can be pooled, single ones
     scores = results["graded"]["overall"]["scores"] or results["graded"]["scores"]
     presets = [score["preset"] for score in scores]
     preset = PREFERRED_PRESET if PREFERRED_PRESET in presets else presets[0]
@@ -72,6 +74,7 @@ def pooled_first(graded: dict[str, Any], kind: str) -> list[Entry]:
 
 
 def _overall_comparison(results: dict[str, Any], against: str) -> Entry | None:
+    # at the headline's sampling, over all domains that teach something
     setting = headline_setting(results)
     for entry in results["graded"]["overall"]["comparisons"] if setting else ():
         if (entry["a"], entry["b"]) == ("kd", against) and setting.holds(entry):
@@ -89,17 +92,20 @@ def _heldout_difference(results: dict[str, Any], against: str) -> Entry | None:
 
 def _number(value: float, decimals: int) -> str:
     """With a minus sign that is one, and no sign on a zero."""
+    # -0.4 with no decimals is "-0": the sign goes; -3 is "−3"
     text = f"{value:.{decimals}f}"
     return f"{0:.{decimals}f}" if float(text) == 0 else text.replace("-", "−")
 
 
 def _points(share: float) -> str:
     """Whole points; below one point a decimal, so that an end of an interval beside 0 does not read as 0."""
+    # 0.123 -> "12", 0.004 -> "0.4", -0.05 -> "−5"
     return _number(100 * share, 1 if 0 < abs(share) < 0.01 else 0)
 
 
 def _nats(value: float) -> str:
     """Two decimals; below 0.1 two digits, so that a small KL does not read as 0."""
+    # 0.673 -> "0.67", 0.0512 -> "0.051"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
@@ -107,6 +113,7 @@ def _interval(interval: Sequence[float] | None, flip: bool = False) -> str:
     """In points; flipped where the words already say that it is a loss."""
     if interval is None:
         return "no interval"
+    # of a loss, [-0.12, -0.03] reads 3 to 12
     low, high = (-interval[1], -interval[0]) if flip else interval
     return f"95 % interval {_points(low)} to {_points(high)}"
 
@@ -116,6 +123,7 @@ def _plural(number: int, word: str) -> str:
 
 
 def _joined(words: Sequence[str]) -> str:
+    # ["a", "b", "c"] -> "a, b and c"; ["a"] -> "a"
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -134,6 +142,8 @@ def _right(score: Entry, counted: bool) -> str:
 
 def _accuracies(scores: dict[str, Entry]) -> str:
     """How much each arm has right, the distilled student first where it is there."""
+    # "the distilled student answers 31 of 50 questions right, 22 before training, its teacher 41"; where not counted:
+    # "... has 58.5 % of 200 answers to 50 questions right, 42.0 % before training, its teacher 79.5 %"
     counted = _is_counted(scores)
     first = "kd" if "kd" in scores else next(iter(scores))
     score = scores[first]
@@ -150,6 +160,7 @@ def _accuracies(scores: dict[str, Entry]) -> str:
 
 def _undecided(entry: Entry) -> str:
     """A difference that is not shown: its size, and how far the test is from showing it."""
+    # "4 points higher, 95 % interval −2 to 10, corrected p = 0.21"
     way = "higher" if entry["difference"] > 0 else "lower"
     corrected = "corrected p" if entry["corrected_over"] > 1 else "p"
     size = f"{_points(abs(entry['difference']))} points {way}" if entry["difference"] else "0 points"
@@ -158,8 +169,9 @@ def _undecided(entry: Entry) -> str:
 
 def _decided(entry: Entry) -> str:
     """What may be said of the distilled student's accuracy against before training."""
-    flip = entry["decision"] == "worse"
+    flip = entry["decision"] == "worse"  # a loss is told by its size: signs turn, ends change places
     size = f"{_points(abs(entry['difference']))} points ({_interval(entry['interval'], flip)})"
+    # one cell alone needs none
     holds = "holds after correction" if entry["corrected_over"] > 1 else "the exact test confirms"
     if entry["decision"] in ("better", "worse"):
         return f"a {'loss' if flip else 'gain'} of {size} that {holds}"
@@ -169,6 +181,7 @@ def _decided(entry: Entry) -> str:
             f"whether that is a gain is withheld, because {ours} of its answers and {theirs} from before training were "
             "cut at the token limit, and the decision would turn if they counted as right"
         )
+    # no signs of the differences could have given p <= 0.05
     if not entry["could_differ"]:
         why = "too few answers differ" if entry["won"] or entry["lost"] else "no question is answered differently"
         return f"no gain can be shown, because {why}"
@@ -212,6 +225,7 @@ def closeness(results: dict[str, Any]) -> str:
     arms = held.get("arms", {})
     if "kd" not in arms:
         return NOT_HELD_OUT
+    # a KL and an acceptance known from the top tokens alone are lower bounds
     least = "at least " if bound_note(held) else ""
     accepted = {arm: f"{least}{100 * own['expected_acceptance']:.0f}" for arm, own in arms.items()}
     kl = {arm: f"{least}{_nats(own['kl_to_teacher'])}" for arm, own in arms.items()}
@@ -227,6 +241,7 @@ def closeness(results: dict[str, Any]) -> str:
 
 def _win(entry: Entry) -> str:
     """Who wins a decided comparison with SFT, and by how much."""
+    # the interval is of kd - sft: turned where SFT wins
     winner, flip = ("distilled", False) if entry["decision"] == "better" else ("SFT", True)
     size = f"{_points(abs(entry['difference']))} points ({_interval(entry['interval'], flip)})"
     return f"{winner} wins, by {size}"
@@ -236,6 +251,7 @@ def _elsewhere(results: dict[str, Any], here: str) -> str:
     """What is decided against SFT at other samplings than the headline's, other than `here`; empty where nothing is."""
     setting, said = headline_setting(results), []
     for entry in results["graded"]["overall"]["comparisons"]:
+        # what says the same as the headline's sampling need not be said again
         decided = (entry["a"], entry["b"]) == ("kd", "sft") and entry["decision"] in ("better", "worse")
         if decided and entry["decision"] != here and not setting.holds(entry):
             preset = "" if entry["preset"] == setting.preset else f", {entry['preset']} sampling,"
@@ -264,6 +280,7 @@ def _closeness_against_sft(results: dict[str, Any]) -> str:
         return "closeness was not compared"
     if not entry["real"]:
         return "in closeness to the teacher neither is shown to win"
+    # a real difference has both ends on one side of 0: [-0.31, -0.12] -> 0.12, 0.31
     ends = sorted(abs(end) for end in entry["interval"])
     size = f"{_nats(abs(entry['difference']))} nats per token (95 % interval {_nats(ends[0])} to {_nats(ends[1])})"
     winner = "distilled" if entry["difference"] < 0 else "SFT"
@@ -276,12 +293,13 @@ def against_sft(results: dict[str, Any]) -> str:
     if "kd" not in results["arms"]:
         return ""
     if "sft" not in results["arms"]:
-        return f"{NO_CONTROL[0].upper()}{NO_CONTROL[1:]}."
+        return f"{NO_CONTROL[0].upper()}{NO_CONTROL[1:]}."  # a sentence of its own: capital and full stop
     return f"Distilled against SFT: {_accuracy_against_sft(results)}; {_closeness_against_sft(results)}."
 
 
 def _places(entries: Sequence[Entry]) -> str:
     """Domain and temperatures of every entry, a domain once; the preset is named where there are several."""
+    # "maths at T = 0.1, 0.7; code at T = 0.1"; with several presets "maths (raw) at T = 0.1"
     presets = {entry["preset"] for entry in entries}
     found: dict[str, set[float]] = {}
     for entry in entries:
@@ -300,6 +318,7 @@ def could_show_nothing(comparisons: Sequence[Entry]) -> str:
     idle = [entry for entry in comparisons if is_idle(entry)]
     if not idle:
         return ""
+    # where all comparisons are idle, there is nothing that these come on top of
     further = "further " if len(idle) < len(comparisons) else ""
     return (
         f"{_plural(len(idle), f'{further}comparison')} could show nothing: no or too few answers differ "
@@ -316,6 +335,7 @@ def _domain_sentence(results: dict[str, Any], against: str, other: str) -> str:
     said = []
     for decision, words in DECISIONS.items():
         if found := [entry for entry in entries if entry["decision"] == decision]:
+            # "withheld: cut answers would turn it" -> "Withheld"
             said.append(f"{words[0].upper()}{words[1:].partition(':')[0]}: {_places(found)}.")
     return f"Against {other}, by domain. {' '.join(said)}"
 
@@ -330,6 +350,7 @@ def particulars(results: dict[str, Any]) -> list[str]:
     said = [_domain_sentence(results, "base", "before training"), _domain_sentence(results, "sft", "SFT")]
     if graded := results.get("graded"):
         pooled, left_out = graded["overall"]["domains"], _left_out(results)
+        # one domain of one needs no words: the headline is about it
         if len(pooled) > 1 or (pooled and left_out):
             said.append(f"The headline is about {_joined(pooled)}{f'; left out: {left_out}' if left_out else ''}.")
         said.append(cut_rate(graded))

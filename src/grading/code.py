@@ -53,13 +53,15 @@ def fenced_blocks(response: str) -> list[Block]:
     blocks: list[Block] = []
     number = 0
     while number < len(lines):
-        opening = OPENING.match(lines[number])
+        opening = OPENING.match(lines[number])  # a fence, perhaps with a language
         number += 1
         if not opening or number - 1 in examples:
             continue
+        # 1. the lines of the block
         fence, tag = opening["ticks"] or opening["tildes"], (opening["word"] or opening[4] or "").lower()
         end = _block_end(lines, number, fence, tag in PYTHON_TAGS)
         body, number, closed = lines[number:end], end + 1, False
+        # 2. what ended it: another block, which begins there; a fence, or code with a fence behind it; or the text
         if end < len(lines) and _opens_another(lines[end], fence):
             number = end
         elif end < len(lines):
@@ -164,6 +166,7 @@ def offered_names(code: str) -> set[str]:
 
 def with_helpers(code: str, earlier: list[str]) -> str:
     """Code, after those of the earlier blocks that offer something it uses and does not have itself."""
+    # the nearest first: what is taken may itself need something from those before it
     for block in reversed(earlier):
         if (offered_names(block) - offered_names(code)) & set(re.findall(r"\w+", code)):
             code = f"{block}\n\n{code}"
@@ -176,7 +179,8 @@ def indentation(line: str) -> int:
 
 def as_body(code: str) -> str:
     """The lines of a function's body, indented by four. In a continued prompt only the first may lack them."""
-    first, *rest = [line for line in code.splitlines() if line.strip()]
+    first, *rest = [line for line in code.splitlines() if line.strip()]  # lines that are not empty
+    # how deep the second line is says whether the first alone has lost its blanks
     expected = 4 if first.rstrip().endswith(":") else 0
     continued = rest and min(map(indentation, rest)) > 0 and indentation(rest[0]) >= expected + 4
     return f"    {code}" if continued else textwrap.indent(code, "    ")
@@ -190,9 +194,11 @@ def extract_code(response: str, names: Collection[str] = ()) -> str:
     block of Markdown stands for the blocks in it.
     Without a fence: from the first line that must be code on, or all of it if it reads like the body of a function.
     """
+    # 1. the blocks, those inside Markdown among them
     fenced = []
     for block in fenced_blocks(response):
         fenced += fenced_blocks(block.code) if block.tag in ("markdown", "md") else [block]
+    # 2. Python's, else what defines something under another language's name
     blocks = [block.code for block in fenced if block.code.strip() and block.tag in PYTHON_TAGS]
     if not blocks:
         blocks = [block.code for block in fenced if defined_names(block.code)]
@@ -200,7 +206,9 @@ def extract_code(response: str, names: Collection[str] = ()) -> str:
         return _bare_code(response)
     if not blocks:
         return ""
+    # 3. the last of the highest rank
     last = len(blocks) - 1
+    # (defines what is asked for, defines anything)
     ranks = [(bool(defined_names(code) & {*names}), bool(defined_names(code))) for code in blocks]
     chosen = last - ranks[::-1].index(max(ranks))
     return with_helpers(blocks[chosen], blocks[:chosen])
@@ -209,6 +217,7 @@ def extract_code(response: str, names: Collection[str] = ()) -> str:
 def _bare_code(response: str) -> str:
     """The code of an answer without fences."""
     lines = response.splitlines()
+    # 1. the lines from the first that must be code on, as long as they look like it
     first = next((number for number, line in enumerate(lines) if CODE_START.match(line)), len(lines))
     last = first
     while last < len(lines) and (CODE_START.match(lines[last]) or CODE_LINE.match(lines[last])):
@@ -216,6 +225,7 @@ def _bare_code(response: str) -> str:
     code = "\n".join(lines[first:last]).rstrip()
     if code:
         return code
+    # 2. a body without its function: every line reads like code, and one returns
     bare = textwrap.dedent(response).strip("\n").rstrip()
     is_body = RETURNS.search(bare) and all(BODY_LINE.match(line) for line in bare.splitlines())
     return bare if is_body else ""

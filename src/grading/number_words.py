@@ -48,20 +48,22 @@ def english_value(words: list[str]) -> int | None:
     fresh = True  # nothing since the last thousand
     for word in words:
         if word in SCALES:
-            factor = 1 if fresh else current
+            factor = 1 if fresh else current  # "hundred" alone is 100
+            # "zero hundred", "one hundred hundred"; "twelve hundred" is 1200
             if factor == 0 or (word == "hundred" and factor > 99):
                 return None
             if word == "hundred":
                 current = 100 * factor
-            elif total and total < 1000 * SCALES[word]:
+            elif total and total < 1000 * SCALES[word]:  # "two thousand three million": scales fall
                 return None
             else:
                 total, current = total + factor * SCALES[word], 0
             fresh = word != "hundred"
         elif word in ONES or word in TENS:
             below = current % 100
+            # "twenty one" fits; "one two" and "twenty twelve" do not
             fits = below == 0 or (below in TENS.values() and 0 < ONES.get(word, 0) < 10)
-            if not fits or (not fresh and current == 0):
+            if not fits or (not fresh and current == 0):  # "zero five"
                 return None
             current += ONES.get(word, 0) + TENS.get(word, 0)
             fresh = False
@@ -82,6 +84,7 @@ def _english(span: str) -> int | None:
     if not _is_statement(span, rest):
         return None
     words, unit = re.findall(r"[a-z]+", match["words"]), re.findall(r"[^\W\d_]+", rest["unit"])
+    # the words behind it make another number of it
     if {*unit} & {*ONES, *TENS, *SCALES, *CHANGES} or (words == ["one"] and len(unit) > 1):
         return None  # "two or three"; "one we can find"
     value = english_value(words)
@@ -93,7 +96,7 @@ def _chinese(span: str) -> int | None:
     if not match or not match[0].strip("负") or not _is_statement(span, CHINESE_UNIT.match(span, match.end())):
         return None
     value = HAN_DIGITS.get(match["ones"], 0) if match["ones"] else 0
-    if match["ten"]:
+    if match["ten"]:  # "十八": no digit before 十 is one ten
         value += 10 * HAN_DIGITS.get(match["tens"], 1)
     value += 100 * HAN_DIGITS.get(match["hundreds"], 0) + 1000 * HAN_DIGITS.get(match["thousands"], 0)
     return -value if match["sign"] else value

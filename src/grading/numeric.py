@@ -120,13 +120,13 @@ class Place:
 
 def number_value(match: re.Match[str] | None) -> tuple[str, Fraction] | None:
     """Text (without commas and currency) and exact value of a NUMBER match; None for a/0 or absurd length."""
-    body = match["body"].replace(",", "") if match else ""
-    if not match or len(body) > MAX_DIGITS or re.search(r"/0+$", body):
+    body = match["body"].replace(",", "") if match else ""  # "1,234.50" -> "1234.50"
+    if not match or len(body) > MAX_DIGITS or re.search(r"/0+$", body):  # "5/0" is no number
         return None
-    whole, _, part = body.rpartition(" ")
+    whole, _, part = body.rpartition(" ")  # "2 1/2" -> "2", "1/2"; "18" -> "", "18"
     value = int(whole or 0) + Fraction(part)
     if power := match["power"]:
-        if value == 0 and int(power) <= 0:
+        if value == 0 and int(power) <= 0:  # 0^-1, 0^0
             return None
         value **= int(power)
         body = str(value)
@@ -153,18 +153,20 @@ def behind_decoration(span: str, place: int) -> int:
 def follow_sum(span: str, start: int) -> Sum:
     """The calculation that starts at `start`. Its result is the last of its sides that is one number: `8 * 9 = 72` and
     `72 = 8 * 9` have 72, `8 * 9 =` has none; where no side is (`72 - 3`), what the last begins with."""
+    # "2 x 9 = 18": sides at "2" and "18", counts [2, 1]
     sides, counts = [start], [0]  # where each begins, and how many numbers it has
     place = end = start
     while number := NUMBER.match(span, place):
         counts[-1] += 1
         end = number.end()
         joint = JOINT.match(span, end)
-        if not joint:
+        if not joint:  # no operator, no equals sign: the sum ends here
             break
         place = behind_decoration(span, joint.end())
         if joint["equals"]:
             sides.append(place)
             counts.append(0)
+    # the last side with one number, else the beginning of the last
     result = sides[-1] if counts[-1] else None
     for side, count in zip(sides, counts, strict=True):
         if count == 1:
@@ -174,12 +176,15 @@ def follow_sum(span: str, start: int) -> Sum:
 
 def leading_number(span: str) -> tuple[str, Fraction] | None:
     """The number that a place gives (rules 3, 4 and 6), None where it begins with none."""
+    # 1. thousands set apart by blanks, and x between numbers as a sign
     span = LETTER_X.sub(r"\1×", SPACED.sub(ungrouped, span[:MAX_SPAN]))
+    # 2. past what may stand before the number: " **$", "x = "
     start = behind_decoration(span, 0)
     if LONG_DASH.match(span, start):
         span = f"{span[:start]}-{span[start + 1 :]}"
     if named := NAMED.match(span, start):
         start = behind_decoration(span, named.end())
+    # 3. the calculation there, and those that follow it
     found = follow_sum(span, start)
     while found.worked and (further := NEXT_SUM.match(span, found.end)):  # "3 * 5 = 15, so 15 + 3 = 18"
         following = follow_sum(span, behind_decoration(span, further.end()))
@@ -196,14 +201,16 @@ def is_item(text: str, match: re.Match[str], headings: set[int]) -> bool:
         headings: the numbers of all numbered headings of the text.
     """
     item = ITEM.match(match[1])
-    if not item or match.re is BOXED:
+    if not item or match.re is BOXED:  # a box is an answer, whatever is in it
         return False
     number, below = int(item[1]), match.end(1)
     if match.re is ANSWER_IS:
+        # below "Answer:" a list may begin on the next line
         own_line = "\n" in text[match.start() : match.start(1)]
         return number == 1 and (own_line or SECOND.search(text, below) is not None)
-    if headings & {number - 1, number + 1}:
+    if headings & {number - 1, number + 1}:  # such lines count up
         return True
+    # "#### 3. Conclusion": one digit, a word, no full stop at its end
     is_title = number < 10 and match[1][item.end() - 1].isalpha() and not SENTENCE_END.search(match[1])
     return is_title and NUMBER.search(text, below) is not None
 
@@ -216,6 +223,7 @@ def places_of(text: str, pattern: re.Pattern[str]) -> list[Place]:
         number = leading_number(match[1])
         digits = number is not None
         if not digits:
+            # number words, where the place holds no digits that count
             span = match[1][:MAX_SPAN]
             number = worded_number(span[behind_decoration(span, 0) :])
         if number and not is_item(text, match, headings):
@@ -233,6 +241,7 @@ def is_last_line(text: str, place: Place) -> bool:
 def find_number(response: str) -> tuple[str, Fraction, bool] | None:
     """The final answer as (text, value, strict), by the rules above; None where there is no number."""
     text = plain_numbers(response)
+    # 1. the first kind of place that holds a number; of several the last, before the answer runs on
     for pattern in (MARKED, BOXED, ANSWER_IS):
         places = places_of(text, pattern)
         if not places:
@@ -243,6 +252,7 @@ def find_number(response: str) -> tuple[str, Fraction, bool] | None:
         last = places[-1]
         strict = pattern is MARKED and last.digits and not run_on and is_last_line(text, last)
         return *last.number, strict
+    # 2. else the last number of all
     numbers = [number for match in NUMBER.finditer(text) if (number := number_value(match))]
     return (*numbers[-1], False) if numbers else None
 

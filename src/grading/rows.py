@@ -67,8 +67,9 @@ def dataset_row(*, source: str, domain: str, split: str, prompt: str, instructio
         "grader": grader,
         "grader_args": json.dumps(grader_args or {}, sort_keys=True, ensure_ascii=False),
     }
+    # sorted: the id does not depend on the order in which the fields stand
     content = json.dumps({key: value for key, value in row.items() if key != "split"}, sort_keys=True)
-    return {"id": sha256_text(content)[:16], **row}
+    return {"id": sha256_text(content)[:16], **row}  # 64 bits
 
 
 def question_of(row: Row) -> str:
@@ -86,6 +87,7 @@ def family_of(row: Row) -> str:
     return f"{row['source']}/{row['family']}" if row.get("family") else row["id"]
 
 
+# an evaluation grades a row once an arm, temperature and sample; a mapping that cannot be changed may be shared
 @functools.lru_cache(maxsize=65_536)
 def _parsed(text: str) -> MappingProxyType[str, Any]:
     arguments = parse_json(text or "{}")

@@ -91,6 +91,7 @@ def run_task(task: Task, sandbox: Sandbox) -> Verdict:
     """Run one task in a jail of its own; nothing of it is left afterwards."""
     nonce = secrets.token_hex(16)
     limits = (str(sandbox.cpu_seconds), str(sandbox.wall_seconds))
+    # -I: no environment, no user packages, no folder of ours on the path; -S: no site-packages; -B: no bytecode
     command = [sandbox.python, "-I", "-S", "-B", str(JAIL), str(os.getpid()), sandbox.level, *limits]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", env={}, text=True,
@@ -100,15 +101,17 @@ def run_task(task: Task, sandbox: Sandbox) -> Verdict:
             asked = json.dumps(asdict(task) | {"nonce": nonce})
             said, complaint = jail.communicate(asked, timeout=sandbox.wall_seconds + GRACE)
         except subprocess.TimeoutExpired:
-            os.killpg(jail.pid, signal.SIGKILL)
+            os.killpg(jail.pid, signal.SIGKILL)  # its own session, so its own group
             return Verdict("timeout", "the jail did not end by itself")
     last = (complaint.strip().splitlines() or ["no word"])[-1]
+    # below 0 is a signal: the candidate may have sent it, so that is no defect of the jail
     if jail.returncode > 0:
         return Verdict("unavailable", f"the jail could not be kept: {last}")
     try:
         known, kind, detail = json.loads(said)
     except (ValueError, TypeError):  # at level rlimits the code can kill its keeper
         return Verdict("failed", f"the jail was killed: {last}")
+    # the keeper may say these three without the nonce, which only the judge has read
     if known != nonce and kind not in ("failed", "timeout", "unavailable"):
         return Verdict("failed", "a forged verdict")
     return Verdict(kind, detail)
@@ -129,7 +132,7 @@ def run_tasks(tasks: Sequence[Task], sandbox: Sandbox) -> list[Verdict]:
             verdict = run_task(task, sandbox)
         return Verdict("error", verdict.detail) if verdict.kind == "unavailable" else verdict
 
-    with ThreadPoolExecutor(sandbox.workers) as pool:
+    with ThreadPoolExecutor(sandbox.workers) as pool:  # threads that wait for processes
         return list(pool.map(run, tasks))
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import types
 
-MAX_MESSAGE = 1 << 24
+MAX_MESSAGE = 1 << 24  # bytes
 PLAIN = (list, tuple, set, frozenset, dict, str, int, float, bytes)
 SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
@@ -33,10 +33,11 @@ def encode(value, other):
         return {"bytes": value.hex()}
     if kind is complex:
         return {"complex": [value.real, value.imag]}
-    if kind is type and vars(builtins).get(value.__name__) is value:
+    if kind is type and vars(builtins).get(value.__name__) is value:  # `int` itself, as an answer
         return {"type": value.__name__}
     if kind.__module__ == "collections" and kind.__name__ in ("Counter", "OrderedDict"):
         return encode(dict(value), other)
+    # a named tuple, an enumeration of ints: they compare as their base does
     for base in PLAIN:
         if isinstance(value, base) and kind.__eq__ is base.__eq__:
             return encode(base(value), other)
@@ -53,7 +54,7 @@ def decode(item, other):
         return [decode(part, other) for part in item]
     if type(item) is not dict:
         return item
-    [(kind, content)] = item.items()
+    [(kind, content)] = item.items()  # more or fewer keys than one: ValueError
     if kind == "int":
         return int(content, 16)
     if kind in SEQUENCES:
@@ -73,9 +74,9 @@ def decode(item, other):
 
 def send(channel, message):
     data = json.dumps(message).encode()
-    data = len(data).to_bytes(4, "big") + data
+    data = len(data).to_bytes(4, "big") + data  # length, then text
     while data:
-        data = data[os.write(channel, data) :]
+        data = data[os.write(channel, data) :]  # a pipe may take a part only
 
 
 def receive(channel):
@@ -99,7 +100,7 @@ def receive(channel):
 def serve(read, write):
     """Run the candidate's sources in one module, then answer until the judge has gone."""
     module = types.ModuleType("candidate")
-    sys.modules["candidate"] = module
+    sys.modules["candidate"] = module  # where `dataclasses` looks up a class's module
     scope, kept = module.__dict__, []
 
     def keep(value):
@@ -132,6 +133,6 @@ def serve(read, write):
         action, *parts = receive(read)
         try:
             reply = ["value", encode(work(action, parts), keep)]
-        except BaseException as error:
+        except BaseException as error:  # SystemExit too: the guest goes on answering
             reply = ["raised", type(error).__name__, str(error)[:500]]
         send(write, reply)

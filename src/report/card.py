@@ -78,6 +78,7 @@ class CardFacts:
 
 def plain(text: Any) -> str:
     """Text of others as one line of Markdown that says it and nothing else."""
+    # 1. no control characters and no line ends; 2. every special sign gets a backslash: "a_b\n<i>" -> "a\_b \<i\>"
     printable = "".join(letter if letter.isprintable() else " " for letter in str(text))
     return SPECIAL.sub(r"\\\g<0>", " ".join(printable.split()))
 
@@ -110,11 +111,13 @@ def _size(results: Results, path: Path) -> _Size:
         time = datetime.strptime(results["provenance"]["time"], "%Y-%m-%dT%H:%M:%S%z")  # as `common.provenance` has it
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: no provenance.time such as 2026-11-27T09:00:00+0000; make it again") from None
+    # of one that does not say: 0 prompts, 1 sample
     return _Size(settings.get("prompts", 0), settings.get("num_samples", 1), time)
 
 
 def _arm_of(results: Any, measured: Any) -> Arm | None:
     """What a run with this kd_results.json is called in an evaluation; None if it took no part."""
+    # unchecked JSON, perhaps of another version: nothing is taken for granted
     training = results.get("training") if isinstance(results, dict) else None
     for arm in ("kd", "sft"):
         if isinstance(training, dict) and training.get(arm) == measured:
@@ -131,6 +134,7 @@ def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
     Raises:
         UserError: all that there are of this run are of another version of this code, or broken.
     """
+    # 1. every evaluation of this run that can be read
     measured = read_json(run / "kd_results.json")
     found: list[_Candidate] = []
     passed_over: list[str] = []
@@ -151,10 +155,12 @@ def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
         raise refused
     if not found:
         return None
+    # 2. the largest; the others are named on the card
     *others, taken = sorted(found, key=lambda candidate: candidate.size)
     for other in others:
         asked = f"{other.size.prompts} prompts, {other.size.samples} samples of each"
         passed_over.append(f"{other.path.parent.name} ({asked}, {other.size.time:%Y-%m-%d %H:%M %z})")
+    # 3. who graded, which only the answers say
     samples = taken.path.with_name("samples.jsonl")
     rows = read_jsonl(samples) if samples.is_file() else []
     graders = sorted({(row["domain"], row["grader"]) for row in rows})
@@ -162,11 +168,13 @@ def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
 
 
 def _is_hub_id(model: str) -> bool:
+    # "Qwen/Qwen3-8B", "gpt2"; not what is a folder here, nor "/data/models/student"
     return not Path(model).exists() and model.count("/") <= 1
 
 
 def _model(name: str) -> str:
     """A model in words: a hub id with its revision, if it has one, or the name of a folder, without the way to it."""
+    # "Qwen/Qwen3-8B@main" -> id, revision
     hub_id, _, revision = name.partition("@")
     if not _is_hub_id(hub_id):
         return f"the local folder {plain(Path(name).name)}"
@@ -192,6 +200,7 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
 
 def _hub_data_set(origin: str) -> str | None:
     """The hub's id of a data set that comes from there; what is no id (a/..) would have the hub refuse the card."""
+    # "model hub, openai/gsm8k main train at revision 740312a" -> "openai/gsm8k"
     found = HUB_ORIGIN.match(origin)
     if found is None:
         return None
@@ -213,6 +222,7 @@ def _trained_on(facts: CardFacts) -> list[Mapping[str, Any]]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    # a rule stands below the first line, the header
     lines = [f"| {' | '.join(map(plain, cells))} |" for cells in (header, *rows)]
     return [lines[0], f"|{'---|' * len(header)}", *lines[1:], ""]
 
@@ -235,6 +245,7 @@ def _beginning(config: Mapping[str, Any]) -> list[str]:
     """Whose adapter training went on from, if it did: the run's name, without the way to it."""
     if not config.get("init_from"):
         return []
+    # "runs/gpu_optimized_kd_20261124_101500/final_model" -> "gpu_optimized_kd_20261124_101500"
     run = Path(config["init_from"].rstrip("/").removesuffix("/final_model")).name
     return [f"- Began from the adapter of {plain(run)} (sha256 {config['fingerprint']['init_from'][:16]})."]
 
@@ -243,11 +254,12 @@ def _what(facts: CardFacts) -> list[str]:
     config, base = facts.config, _base(facts)
     if config["arm"] == "kd":
         kind = "distilled from"
+        # "0.5 x T^2 x forward_kl(teacher, student) at T = 2 (the teacher at 0.7, top_p 0.8) + 0.5 x cross-entropy"
         objective = f"{config['alpha']:g} x T^2 x {config['divergence']}(teacher, student) at T = "
         objective += f"{config['temperature']:g}"
         cut = [f"top_k {config['teacher_top_k']}"] if config.get("teacher_top_k") else []
         cut += [f"top_p {config['teacher_top_p']:g}"] if config.get("teacher_top_p", 1) < 1 else []
-        if config["teacher_temperature"] or cut:
+        if config["teacher_temperature"] or cut:  # None: the teacher's T is the student's
             own = f"{config['teacher_temperature'] or config['temperature']:g}"
             objective += f" (the teacher at {', '.join([own, *cut])})"
         objective += f" + {1 - config['alpha']:g} x cross-entropy"
@@ -291,6 +303,7 @@ def _not_evaluated(facts: CardFacts) -> list[str]:
     measured = facts.measured
     before, after = measured["before"], measured["after"]
     kl_is = measured.get("kl_is", "exact")  # a run of the version before does not say
+    # a KL from a server's top tokens is a bound and must read as one
     least = "" if kl_is == "exact" else "at least "
     bound = f" The KL is a {kl_is}: the teacher's server says no more." if least else ""
     return [
@@ -326,6 +339,7 @@ def _results(facts: CardFacts) -> list[str]:
         for sentence in (headline(results), closeness(results), against_sft(results)):
             lines += [plain(sentence), ""] if sentence else []
     settings = results["settings"]
+    # settings that say how large the evaluation was
     named = ("prompts", "mode", "num_samples", "max_new_tokens", "engine", "seed")
     asked = [f"{name} {settings[name]}" for name in named if name in settings]
     lines += [
@@ -346,11 +360,13 @@ def _results(facts: CardFacts) -> list[str]:
 
 def vllm_command(folder: str, hybrid: bool) -> str:
     """How the folder is served; a hybrid student's template is told there not to ask for a thought."""
+    # a hybrid model thinks where its template is not told otherwise
     off = " --default-chat-template-kwargs '{\"enable_thinking\": false}'" if hybrid else ""
     return f"vllm serve {shlex.quote(folder)}{off}"
 
 
 def _use(facts: CardFacts) -> list[str]:
+    # the same, as the pipeline takes it
     off = ', tokenizer_encode_kwargs={"enable_thinking": False}' if facts.hybrid else ""
     lines = [
         "## How to use it",
@@ -395,6 +411,7 @@ def _data(facts: CardFacts) -> list[str]:
 
 
 def _limits(facts: CardFacts) -> list[str]:
+    # each from a fact of the run: nothing is warned of that does not apply
     lines = [f"One training seed ({facts.config['seed']}): how much another would differ is not known."]
     if sources := [entry["source"] for entry in _trained_on(facts)]:
         lines.append(f"Trained for {', '.join(sources)} alone; nothing is known of it elsewhere, nor of its safety.")
@@ -428,7 +445,7 @@ def _limits(facts: CardFacts) -> list[str]:
 
 
 def _licence(facts: CardFacts) -> list[str]:
-    licences = sorted({entry["licence"] for entry in _trained_on(facts)})
+    licences = sorted({entry["licence"] for entry in _trained_on(facts)})  # each licence once
     data = f"the data's ({plain(', '.join(licences))})" if licences else "the data's (not recorded)"
     if facts.licence:
         own = f"The base model's licence is {plain(facts.licence.get('license_name') or facts.licence['license'])}."
@@ -453,6 +470,7 @@ def _provenance(facts: CardFacts) -> list[str]:
 
 def model_card(facts: CardFacts) -> str:
     """README.md's text."""
+    # sort_keys: the order above is for readers; allow_unicode: names stay legible
     front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True)
     lines = [*_what(facts), *_results(facts), *_use(facts), *_data(facts), *_limits(facts), *_licence(facts),
              *_provenance(facts)]  # fmt: skip

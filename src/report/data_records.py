@@ -33,6 +33,7 @@ def data_records(fingerprint: Mapping[str, Any], data_dir: Path, sft: Path) -> D
     """
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
+    # the chain: clean rows of the run <- stats.json <- prompts that were cleaned <- manifest.json
     paths = {"stats.json": sft / "stats.json", "manifest.json": data_dir / "manifest.json"}
     reasons = {"stats.json": _why_not_stats(fingerprint, sft), "manifest.json": _why_not_manifest(data_dir, sft)}
     for name, path in paths.items():
@@ -47,15 +48,18 @@ def data_records(fingerprint: Mapping[str, Any], data_dir: Path, sft: Path) -> D
 
 def _why_not_stats(fingerprint: Mapping[str, Any], sft: Path) -> str | None:
     """Why stats.json is not of the rows that were trained on; None if it is."""
+    # 1. the clean rows are those of the run
     for name in CLEAN:
         path = sft / name
         if not path.is_file() or sha256_file(path) != fingerprint.get(name):
             return f"{name} is no longer the file that was trained on"
+    # 2. cleaning has recorded what it did, and had finished
     for name in ("fix_sft_data.json", "stats.json"):
         if not (sft / name).is_file():
             return f"there is no {name} beside the clean rows"
     if not read_json(sft / "fix_sft_data.json").get("finished"):
         return "the cleaning of the answers is not finished"
+    # 3. the statistics count these rows
     stats = read_json(sft / "stats.json")
     for name, split in zip(CLEAN, ("train", "eval"), strict=True):
         if stats[split]["kept"] != len(read_jsonl(sft / name)):
@@ -65,6 +69,7 @@ def _why_not_stats(fingerprint: Mapping[str, Any], sft: Path) -> str | None:
 
 def _why_not_manifest(data_dir: Path, sft: Path) -> str | None:
     """Why manifest.json is not of the prompts whose answers were cleaned; None if it is."""
+    # 1. the prompts are those whose answers were cleaned: cleaning recorded their hash
     prompts, manifest = data_dir / "train_dataset.jsonl", data_dir / "manifest.json"
     if not manifest.is_file():
         return "there is no manifest.json beside the prompts"
@@ -75,7 +80,7 @@ def _why_not_manifest(data_dir: Path, sft: Path) -> str | None:
     # each part of the file was written in one piece, in the manifest's order
     rows, start = read_jsonl(prompts), 0
     for entry in read_json(manifest)["sources"]:
-        if entry["split"] != "train":
+        if entry["split"] != "train":  # parts of the other file
             continue
         part = rows[start : start + entry["rows"]]
         start += entry["rows"]

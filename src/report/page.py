@@ -79,11 +79,11 @@ def _percent(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.0%}" if value else "0"
+    return f"{value:+.0%}" if value else "0"  # no sign on a zero
 
 
 def _plain(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.4g}"  # 0.06732 -> "0.06732", 12.3456 -> "12.35"
 
 
 def _accuracy_dots(scores: Sequence[dict[str, Any]]) -> list[Dot]:
@@ -97,7 +97,7 @@ def _heldout_dots(held: dict[str, Any], metric: str, arms: Iterable[str]) -> lis
     """The teacher is held against itself: its value has no interval."""
     rows = []
     for arm in (arm for arm in ARMS if arm in arms):
-        interval = held["intervals"].get(arm, {}).get(metric)
+        interval = held["intervals"].get(arm, {}).get(metric)  # None for the teacher
         rows.append(Dot(NAMES[arm], arm, held["arms"][arm][metric], interval, strong=arm == "kd"))
     return rows
 
@@ -113,11 +113,13 @@ def _accuracy_figures(results: dict[str, Any]) -> list[Figure]:
     setting = headline_setting(results)
     if setting is None:
         return []
+    # 1. the scores at the headline's setting, by domain
     pooled, together = results["graded"]["overall"]["domains"], list(overall_scores(results).values())
     domains: dict[str, list[dict[str, Any]]] = {}
     for score in results["graded"]["scores"]:
         if setting.holds(score) and (score["domain"] in pooled or not pooled):
             domains.setdefault(score["domain"], []).append(score)
+    # 2. together where there are several; of many domains that is all
     figures = []
     if len(pooled) > 1 and together:
         figures.append(_accuracy_figure("Together", together, f" in {len(pooled)} domains"))
@@ -143,13 +145,14 @@ def _heldout_figures(held: dict[str, Any]) -> list[Figure]:
         title, note = METRIC_NAMES[metric]
         text = _percent if metric in ("top1_agreement", "expected_acceptance") else _plain
         rows = _heldout_dots(held, metric, held["intervals"])
-        within = [] if metric == "nll" else [0]
+        within = [] if metric == "nll" else [0]  # a KL or a share is read against 0, an NLL against the teacher's
         line_at = held["arms"]["teacher"]["nll"] if metric == "nll" else None
         figures.append(Figure(title, note, dots(rows, text, title, within, line_at)))
     return figures
 
 
 def _by_task(graded: dict[str, Any]) -> list[Figure]:
+    # (domain, preset) -> temperature -> the arms' scores
     panels: dict[tuple, dict[float, list[dict[str, Any]]]] = {}
     for score in graded["scores"]:
         panels.setdefault((score["domain"], score["preset"]), {}).setdefault(score["temperature"], []).append(score)
@@ -172,10 +175,11 @@ def _differences(graded: dict[str, Any]) -> list[Figure]:
         for c in graded["comparisons"]:
             if (c["a"], c["b"]) != (a, b) or is_idle(c):
                 continue
-            if (place := (c["domain"], c["preset"])) != last:
+            if (place := (c["domain"], c["preset"])) != last:  # a heading where another place begins
                 rows.append(Dot(f"{c['domain']} ({c['preset']})"))
                 last = place
             shown = c["decision"] in ("better", "worse")
+            # hollow where nothing is shown; the axis holds 10 points both ways at least
             rows.append(Dot(f"T = {c['temperature']:g}", a, c["difference"], c["interval"], not shown))
         if rows:
             title = f"{NAMES[a]} less {NAMES[b]}"
@@ -184,6 +188,7 @@ def _differences(graded: dict[str, Any]) -> list[Figure]:
 
 
 def _against_temperature(graded: dict[str, Any]) -> list[Figure]:
+    # (domain, preset) -> arm -> its scores by temperature
     panels: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
     for score in graded["scores"]:
         panels.setdefault((score["domain"], score["preset"]), {}).setdefault(score["arm"], []).append(score)
@@ -200,7 +205,7 @@ def _against_temperature(graded: dict[str, Any]) -> list[Figure]:
             series = [
                 Series(arm, NAMES[arm], [Point(s["temperature"], s[measure], s[interval]) for s in scores])
                 for arm, scores in arms.items()
-                if all(s[measure] is not None for s in scores)
+                if all(s[measure] is not None for s in scores)  # not executed: no line
             ]
             if series:
                 label = f"{domain}: {title}"
@@ -213,6 +218,7 @@ def _by_position(held: dict[str, Any]) -> list[Figure]:
     found = held["by_position"]
     if len(found["start"]) < 2:
         return []
+    # bins at even steps, though they double in width
     at = [Tick(i, str(start)) for i, start in enumerate(found["start"])]
     figures = []
     for metric, text in (("top1_agreement", _percent), ("kl_to_teacher", _plain)):
@@ -237,27 +243,31 @@ def _curves(curves: dict[str, list[dict[str, float]]]) -> list[Figure]:
         series = []
         for arm, rows in curves.items():
             points = [Point(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if len(points) > 1 and any(p.y for p in points):
+            if len(points) > 1 and any(p.y for p in points):  # a loss that had no part in a run is 0 all along
+                # every n-th, so that at most 400 are left
                 series.append(Series(arm, NAMES[arm], points[:: len(points) // MAX_POINTS + 1]))
         if series:
             at = [Tick(step, f"{step:g}") for step in ticks(0, max(p.x for one in series for p in one.points))]
             text, within = (_percent, ()) if "agreement" in name else (_plain, (0,))
-            sparse = max(len(one.points) for one in series) <= 12
+            sparse = max(len(one.points) for one in series) <= 12  # marks on a few points, a line alone on many
             figures.append(Figure(title, note, lines(series, text, title, at, "optimisation step", within, sparse)))
     return figures
 
 
 def browser_data(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the answer browser shows: prompts, and for each (prompt, preset, temperature, sample) the arms' answers."""
+    # 1. an item for each question at each sampling, with every arm's answer
     prompts: dict[str, list[str]] = {}
     items: dict[tuple, dict[str, Any]] = {}
     for row in samples:
         prompts[row["id"]] = [row["prompt"], row["reference"]]
+        # first samples first: they are what fits where all do not
         key = (row["sample_index"], row["domain"], row["id"], row["preset"], row["temperature"])
         item = items.setdefault(key, {name: row[name] for name in ("id", "domain", "preset", "temperature")})
         item.setdefault("sample", row["sample_index"])
         answer = [row["outcome"], row["response"], row["num_tokens"], row["extracted"]]
         item.setdefault("answers", {})[row["arm"]] = answer
+    # 2. as many as the page can carry, whole items, counted in `all`
     kept, left = [], MAX_EMBEDDED
     for _, item in sorted(items.items(), key=lambda pair: pair[0]):
         left -= sum(len(answer[1]) for answer in item["answers"].values())
@@ -270,6 +280,7 @@ def browser_data(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def script_json(value: Any) -> Markup:
     """JSON that can stand in a script element: no `<`, `>` or `&`, and no line separators."""
+    # "</script>" -> "\u003c/script\u003e", which is the same string to JSON and ends no element to HTML
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -320,6 +331,7 @@ def _parts(results: dict[str, Any]) -> list[Part]:
     parts = _graded_parts(graded, tables) if graded else []
     parts += _closeness_parts(held, tables) if held else []
     if figures := _curves(curves):
+        # a text times False is empty
         about = "What the runs logged." + " Both arms saw the same rows in the same order." * (len(curves) > 1)
         bounds = {facts["kl_is"] for facts in results["training"].values() if facts.get("kl_is", "exact") != "exact"}
         notes = [f"The KL on validation rows is a {bound}." for bound in sorted(bounds)]
@@ -338,18 +350,19 @@ def _folded(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     found = {}
     for title, items in lists.items():
         shown = {n: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for n, v in items.items()}
-        found |= {title: shown} if shown else {}
+        found |= {title: shown} if shown else {}  # no list without entries
     return found
 
 
 def html_page(results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> str:
     """The whole page."""
     source = TEMPLATE.read_text(encoding="utf-8")
+    # the policy names the hash of the one script that may run; a change of one letter would block it
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)[1]  # holds nothing of the template's language
     environment = Environment(
         autoescape=True,
         loader=FileSystemLoader(TEMPLATE.parent),
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a misspelt name is an error, not an empty text
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -54,8 +54,8 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
         high = low + (abs(low) or 1.0)
     span = high - low
     power = 10.0 ** floor(log10(span / wanted))
-    step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= wanted)
-    first = floor(low / step + 1e-9)
+    step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= wanted)  # 0 to 0.93 -> 0, 0.5, 1
+    first = floor(low / step + 1e-9)  # a low end that is a tick but for rounding is the first
     found = [first * step]
     while found[-1] < high - step * 1e-9:
         found.append((first + len(found)) * step)
@@ -64,7 +64,7 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
 def _mark(arm: str, x: float, y: float, hollow: bool = False) -> str:
     kind = " hollow" if hollow else ""
-    if arm == "base":
+    if arm == "base":  # arms differ by shape as well as by colour
         return f'<circle class="mark{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.6"/>'
     shape = {
         "sft": "-3.3,-3.3 3.3,-3.3 3.3,3.3 -3.3,3.3",
@@ -103,7 +103,7 @@ def _spoken(name: str, value: float, interval: Sequence[float] | None, text: Tex
 def _dot(row: Dot, y: float, x: Callable[[float], float], text: Text) -> list[str]:
     """A row of `dots` on the baseline y: label, whisker, mark and value; or a heading."""
     if not row.arm:
-        return [_text("heading", 0, y - 1, row.label)]
+        return [_text("heading", 0, y - 1, row.label)]  # a row without an arm
     kind = "label end strong" if row.strong else "label end"
     label = _text(kind, LEFT - 9, y - 1, row.label)
     if row.value is None:
@@ -126,7 +126,7 @@ def dots(
         line_at: where to draw a line to compare with (0, or the teacher's value).
     """
     values = [v for row in rows for v in (row.value, *(row.interval or ())) if v is not None]
-    values += [*within, *([] if line_at is None else [line_at])]
+    values += [*within, *([] if line_at is None else [line_at])]  # the axis holds all that is drawn
     scale = ticks(min(values), max(values))
     height = sum(ROW if row.arm else HEADING for row in rows) + AXIS
 
@@ -163,13 +163,13 @@ def lines(
     values = [v for one in series for p in one.points for v in (p.y, *(p.interval or ()))] + list(within)
     scale = ticks(min(values), max(values))
     first, last = x_ticks[0].at, x_ticks[-1].at
-    pad = 14 if marks else 0
+    pad = 14 if marks else 0  # px at both ends, so that marks and whiskers stay inside
 
     def x(value: float) -> float:
         return MARGIN + pad + (value - first) / (last - first) * (WIDTH - MARGIN - RIGHT - 2 * pad)
 
     def y(value: float) -> float:
-        return TOP + (scale[-1] - value) / (scale[-1] - scale[0]) * (HEIGHT - TOP - BOTTOM)
+        return TOP + (scale[-1] - value) / (scale[-1] - scale[0]) * (HEIGHT - TOP - BOTTOM)  # y of SVG grows downwards
 
     parts = []
     for tick in scale:
