@@ -634,9 +634,8 @@ def answer_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
         raise _refused(tokenizer, "does not write what the assistant said")
     # 2. the prompt: the longer of the two, if the other is its beginning
     if before.startswith(asked):
-        prompt = (
-            before  # "<|start|>assistant" is asked with, "<|start|>assistant<|channel|>final<|message|>" is answered
-        )
+        # "<|start|>assistant" is asked with, "<|start|>assistant<|channel|>final<|message|>" is answered
+        prompt = before
     elif asked.startswith(before) and CLOSED_THOUGHT.fullmatch(asked[len(before) :]):
         prompt = asked  # a hybrid model asked not to think: its finished conversation need not show the empty thought
     else:

@@ -60,10 +60,12 @@ def tokens_that_fit(
     Returns:
         None where the rows are too few or too short to tell.
     """
-    # 1. two passes of the longest rows, about 1,024 and 4,096 tokens
-    small, large = (_longest(lengths, tokens) for tokens in PROBED)
+    # 1. two passes of the longest rows, about 1,024 and 4,096 tokens; a row of more by itself, and then with another
+    small = _longest(lengths, PROBED[0])
+    least = sum(lengths[index] for index in small) + 1
+    large = _longest(lengths, max(PROBED[1], least))
     sizes = [sum(lengths[index] for index in rows) for rows in (small, large)]
-    # the same rows twice, where all together or the longest alone decide: a line needs two points
+    # all rows together are in both: a line needs two points
     if sizes[0] == sizes[1]:
         return None
     # 2. the peak of each, on every GPU

@@ -460,7 +460,7 @@ def _prepare(
     # 1. the models and the adapters
     set_seed(config.seed)  # A of the adapters is drawn from it
     models = _load_models(config, accelerator, data, tokenizers, part)
-    model = _add_adapters(config, models.student, folder)
+    model = _add_adapters(config, models.student, folder, part.steps)
     rounds = config.on_policy_rounds if config.on_policy else 1  # each compiles them again
     layers_compiled = _layers_compiled(config, accelerator, part.steps // rounds)
     if layers_compiled:
@@ -558,7 +558,7 @@ def _load_models(
     return Models(student, teacher, vocab_size, pad_id)
 
 
-def _add_adapters(config: KDConfig, student: PreTrainedModel, folder: Path) -> PeftModel:
+def _add_adapters(config: KDConfig, student: PreTrainedModel, folder: Path, steps: int) -> PeftModel:
     model = add_lora(
         student,
         config.lora_r,
@@ -570,7 +570,7 @@ def _add_adapters(config: KDConfig, student: PreTrainedModel, folder: Path) -> P
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    checkpoints = config.save_total_limit or 2
+    checkpoints = config.kept_checkpoints(steps)
     # an adapter and the optimiser's two moments each, one checkpoint more while it is written, and the final model
     need = 4 * count_parameters(model, trainable=True) * (3 * checkpoints + 4)
     there = 0  # of a run that goes on; what rounds have left takes room beside it

@@ -257,6 +257,13 @@ class KDConfig(Conduct):
         except UserError as error:
             raise UserError(f"on_policy_{error}") from None
 
+    def kept_checkpoints(self, steps: int) -> int:
+        """Most checkpoints that lie in the folder of a run of so many steps, but for one that is being written."""
+        if self.save_total_limit:
+            return self.save_total_limit
+        made = math.ceil(steps / self.save_steps) if self.save_steps else 0
+        return made + (self.on_policy_rounds if self.on_policy else 0)  # a round ends with one
+
     def own_sampling(self, max_new_tokens: int) -> Sampling:
         """How the student's own answers are drawn."""
         return Sampling(self.on_policy_temperature, self.on_policy_top_p, self.on_policy_top_k, max_new_tokens)

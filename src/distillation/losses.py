@@ -262,8 +262,10 @@ def _topk_divergence_and_gradient(teacher: TopK, temperature: float, log_q: Tens
     The teacher does not say how its rest is spread, so the gradient spreads it as the student does.
     """
     found = _in_buckets(teacher, temperature, log_q)
-    # outside the K: q - p' with p' = rest_p * q / rest_q, the teacher's rest spread as the student's
-    grad = log_q.exp() * (1 - found.rest_p_N / found.log_rest_q_N.exp())[:, None]
+    # outside the K: q - p' with p' = rest_p * q / rest_q, the teacher's rest spread as the student's; by logarithms,
+    # for rest_q is 0 in fp32 where a sharp student leaves the rest less than exp(-103)
+    spread = (found.rest_p_N.log() - found.log_rest_q_N)[:, None]
+    grad = (log_q + spread).exp_().neg_().add_(log_q.exp())
     # at the K, in the place of that: q - p, as with a whole distribution
     return found.kl_N, grad.scatter_(1, teacher.ids_NK, found.log_q_top_NK.exp() - found.p_NK)
 

@@ -293,7 +293,8 @@ def _varlen_error(device: torch.device, dtype: torch.dtype, width: int) -> float
         weights = torch.randn(found.shape, generator=generator, device=device)
         gradients = [torch.autograd.grad((out * weights).sum(), states) for out in (found, wanted)]
     pairs = [(found.detach(), wanted.detach()), *zip(*gradients, strict=True)]
-    return max(((one.float() - other.float()).norm() / other.float().norm()).item() for one, other in pairs)
+    distances = [(one.float() - other.float()).norm() / other.float().norm() for one, other in pairs]
+    return torch.stack(distances).max().item()  # NaN where one of them is; Python's `max` may pass over it
 
 
 @functools.cache
@@ -307,9 +308,10 @@ def varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         logger.info("no varlen attention (%s); a call a row does the same, slower", str(error).split("\n")[0][:120])
         return False
-    if off > 0.02:  # rounding in bf16 is 0.005
+    works = off <= 0.02  # rounding in bf16 is 0.005; NaN is no `<=`
+    if not works:
         logger.info("varlen attention is off by %.0f %% here; a call a row instead, slower", 100 * off)
-    return off <= 0.02
+    return works
 
 
 def _row_by_row(
@@ -367,12 +369,13 @@ def packed_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what RoPE has touched in fp32
     # a window that no row is longer than cuts nothing off
     window = sliding_window if sliding_window is not None and layout.longest > sliding_window else None
+    alike = query.shape[-1] == value.shape[-1]  # not with multi-head latent attention, whose values are narrower
     # 1. one call for all rows, where a GPU has it
     half = value.is_cuda and value.dtype in (torch.bfloat16, torch.float16)
-    if half and not dropout and varlen_works(value.device, value.dtype, value.shape[-1]):
+    if half and alike and not dropout and varlen_works(value.device, value.dtype, value.shape[-1]):
         return _varlen(query, key, value, layout, scaling, window), None
     # 2. plain products for short rows on a CPU
-    if value.device.type == "cpu" and layout.longest <= SHORT and not dropout and window is None:
+    if value.device.type == "cpu" and alike and layout.longest <= SHORT and not dropout and window is None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _ShortRows.apply(query, key, value, layout, scale), None
     # 3. a call a row, which knows dropout and windows too

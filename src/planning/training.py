@@ -137,7 +137,7 @@ def plan_training(work: Training, rows: Rows, hardware: Hardware) -> StagePlan:
         computing(work_flops, hardware, utilisation.TRAINING, utilisation.CPU_TRAINING, work.processes),
         starting(work.student.weights * config.dtype.itemsize + (work.teacher.weights * 2 if step.resident else 0)),
     )
-    checkpoints = config.save_total_limit or 2
+    checkpoints = config.kept_checkpoints(steps_of(work, rows))
     return StagePlan(
         stage=f"run_improved_kd ({work.arm})",
         how=_how_trained(work, tokens, rows),

@@ -349,6 +349,16 @@ def test_a_full_disk_is_seen_before_the_work(settings, monkeypatch):
     refused(settings, r"0\.00 GB free, the run's checkpoints needs")
 
 
+def test_how_many_checkpoints_a_disk_must_hold(settings):
+    def kept(**changes) -> int:
+        return build_config(KDConfig, settings | {"save_steps": 10} | changes).kept_checkpoints(95)
+
+    assert kept(save_total_limit=3) == 3
+    assert kept(save_total_limit=0) == 10, "all: after 10, 20, ..., 90 and 95"
+    assert kept(save_total_limit=0, save_steps=0) == 0
+    assert kept(save_total_limit=0, on_policy_rounds=4) == 14
+
+
 def test_more_ranks_take_a_share_of_the_accumulation(settings, monkeypatch):
     config = build_config(KDConfig, settings | {"batch_size": 4, "gradient_accumulation_steps": 3})
     odd = build_config(KDConfig, settings | {"batch_size": 3, "gradient_accumulation_steps": 3})

@@ -473,6 +473,21 @@ def test_topk_is_the_divergence_of_the_bucketed_distributions(k, temperature):
         assert fast.loss.item() == pytest.approx(exact.loss.item(), rel=1e-4)
 
 
+def test_topk_of_a_student_that_leaves_the_rest_nothing():
+    """exp(-129) is 0 in fp32, and what is divided by it no number: the gradient is that of fp64 all the same."""
+    torch.manual_seed(0)
+    student = torch.randn(6, 50, dtype=torch.float64)
+    student[:, :4] += 20  # at T = 0.1 some exp(-200) are left for the other 46
+    teacher = top_k(torch.randn(6, 50, dtype=torch.float64), 4, 0.1)
+    teacher = teacher._replace(ids_NK=torch.arange(4).expand(6, 4))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        log_q = torch.log_softmax(student.to(dtype) / 0.1, -1)
+        found.append(losses._topk_divergence_and_gradient(teacher, 0.1, log_q)[1])
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[0].double(), found[1].double(), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("k", [1, 8, V - 1])
 def test_what_a_top_k_tells_of_a_student_is_exact_or_a_bound(k):
     """KL and expected acceptance never more than they are; by their definition over K + 1 outcomes, and over K."""

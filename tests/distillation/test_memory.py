@@ -58,6 +58,20 @@ def test_what_cannot_be_measured():
     assert gpu.tokens_that_fit(lengths, work, memory) == 1500, "the smaller pass fits"
 
 
+def test_a_long_row_is_measured_by_itself_and_with_another():
+    memory = FakeMemory([40 * GIB], GIB, [2**20])
+    lengths, passes = [5000, 300, 4500], []
+
+    def work(rows):
+        passes.append(rows)
+        memory.tokens = sum(lengths[row] for row in rows)
+
+    fits = gpu.tokens_that_fit(lengths, work, memory)
+    assert fits == pytest.approx((0.85 * 40 * GIB - GIB) / 2**20, rel=0.01)
+    assert passes == [[0], [0], [0, 2]]
+    assert gpu.tokens_that_fit([5000], work, memory) is None, "there is no other"
+
+
 @pytest.fixture
 def settings(tmp_path, tiny_teacher, tiny_student, clean_rows, write_sft):
     experiment = write_sft(tmp_path / "experiment" / "tiny", clean_rows(40), clean_rows(8, start=100))

@@ -155,6 +155,14 @@ def test_varlen_attention_is_told_where_everything_is(monkeypatch, parents, wind
     assert layout.on(states[0].device) is layout.on(states[0].device), "made once for all layers"
 
 
+def test_values_may_be_narrower_than_queries():
+    """As in multi-head latent attention: no plain products, whose result would be as wide as a query."""
+    layout = packing.Layout([5, 3], [-1, 0])
+    query, key, value = (torch.randn(1, heads, 8, width) for heads, width in ((4, 6), (2, 6), (2, 4)))
+    out, _ = packing.packed_attention(torch.nn.Identity(), query, key, value, None, layout=layout)
+    assert out.shape == (1, 8, 4, 4)
+
+
 def test_where_there_is_no_varlen_attention_a_call_a_row_does_it(monkeypatch, caplog):
     """It is tried once, and an answer that differs counts as none."""
     packing.varlen_works.cache_clear()
@@ -170,6 +178,14 @@ def test_where_there_is_no_varlen_attention_a_call_a_row_does_it(monkeypatch, ca
     with caplog.at_level("INFO"):
         assert not packing.varlen_works(torch.device("cpu"), torch.float32, 16)
     assert "varlen attention is off by" in caplog.text
+    packing.varlen_works.cache_clear()
+
+    def without_gradients(query, key, value, *rest, **settings):
+        out = bottom_right(query, key, value, *rest, **settings)
+        return out + 0 * (query - query.detach()).sqrt().sum()  # 0, whose gradient is 0 times infinity, NaN
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", without_gradients)
+    assert not packing.varlen_works(torch.device("cpu"), torch.float32, 16)
     packing.varlen_works.cache_clear()
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", bottom_right)
     for inside in (contextlib.nullcontext, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)):
