@@ -161,6 +161,7 @@ def refuse_second_server(settings: ServerSettings) -> None:
 
 def server_kind(settings: ServerSettings, serve: Serve | None) -> str:
     """The kind of server that answers, one of `openai_engine.SERVERS`."""
+    # of a whole command line nobody knows what it starts, so the setting says it
     return settings.server if serve is None or serve.program == "other" else serve.program
 
 
@@ -208,6 +209,7 @@ def planned_servers(
     serve, planned = stage_serve(settings), []
     if serve is None:
         return planned
+    # a command line that is run as it stands serves every arm that it names
     if base and serve.program == "other":
         places = {"base": base, "teacher": teacher} | dict(adapters or {})
         return [arms_server(serve, places, sorted({*settings.teacher_devices, *student_devices}))]
@@ -228,6 +230,7 @@ def started(planned: PlannedServer | None, log: Path) -> Iterator[None]:
     if planned is None:
         yield
         return
+    # in order of what it costs to find out
     openai_engine.require_client()  # before the minutes that a server takes to come up
     check_devices(planned.answers_for, planned.devices)
     with running(planned.words, planned.base_url, log, planned.environment):
@@ -237,10 +240,12 @@ def started(planned: PlannedServer | None, log: Path) -> Iterator[None]:
 def rows_that_fit(engine: Engine, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> int:
     """The batch size of the transformers engine for these requests, from the memory of its devices or the machine."""
     if torch.cuda.is_available():
+        # what the cards have, not what is free: a run that goes on must cut the same batches (`sft.fitting_batch_size`)
         memory = sum(torch.cuda.get_device_properties(i).total_memory for i in (engine.devices or (0,)))
     else:
         memory = psutil.virtual_memory().total
     texts = [prompt_text(tokenizer, request.messages, engine.enable_thinking) for request in requests]
+    # of a batch of the longest rows
     longest = max(map(len, prompt_ids(tokenizer, texts))) + requests[0].sampling.max_new_tokens
     dtype = compute_dtype()
     weights = model_bytes(engine.model, dtype)
@@ -263,16 +268,18 @@ def served_teacher(engine: Engine) -> tuple[PreTrainedTokenizerBase | None, list
     Raises:
         UserError: it cannot be had, and the server needs those ids.
     """
+    # it is told the end tokens with every request (`extra_body`), so the tokenizer must be there
     if engine.server.kind == "transformers":
         tokenizer = load_tokenizer(engine.model)
         return tokenizer, end_ids(engine.model, tokenizer)
-    if not engine.model:
+    if not engine.model:  # known by the server's name alone
         return None, []
     try:
         tokenizer = load_tokenizer(engine.model)
     except UserError as error:
         logger.info("%s; without it only the server can count tokens", error)
         return None, []
+    # such a server ends answers by its own settings
     if engine.server.kind not in openai_engine.TAKES_END_IDS:
         return tokenizer, []
     try:
@@ -302,6 +309,7 @@ def _by_server(engine: Engine) -> Iterator[Generate]:
     tokenizer, ends = served_teacher(engine)
 
     def answer(requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]:
+        # each request goes out by itself: no batch that would have to be asked again whole, as transformers' has
         missing = [request for request in requests if request not in done]
         return openai_engine.generate_from_server(
             engine.server, missing, engine.enable_thinking, ends, tokenizer, len(requests), refused, engine.keep_ids
@@ -319,6 +327,7 @@ def _by_transformers(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Iter
     logger.info("%s in %s", engine.adapter or engine.model, str(dtype).removeprefix("torch."))
 
     def answer(requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]:
+        # from all requests, answered ones too, so that a run that goes on cuts the batches that it had
         rows = engine.batch_size or rows_that_fit(engine, tokenizer, requests)
         return sft.generate(model, tokenizer, requests, rows, done, engine.enable_thinking, engine.keep_ids)
 
