@@ -55,7 +55,7 @@ def model_card(config: KDConfig, rows: int, steps: int, end: str, began: str | N
         alpha=config.alpha,
         divergence=config.divergence,
         temperature=config.temperature,
-        ce=round(1 - config.alpha, 6),
+        ce=round(1 - config.alpha, 6),  # 1 - 0.8 is 0.19999999999999996
         rank=config.lora_r,
         seed=config.seed,
         end=end,
@@ -65,6 +65,7 @@ def model_card(config: KDConfig, rows: int, steps: int, end: str, began: str | N
 
 def teachers_own(config: KDConfig) -> str:
     """How the teacher's softmax differs from the student's: " (the teacher at 0.2, top_k 20, top_p 0.9)"."""
+    # what is left at its default is not said
     cut = [f"top_k {config.teacher_top_k}"] if config.teacher_top_k else []
     cut += [f"top_p {config.teacher_top_p:g}"] if config.teacher_top_p < 1 else []
     if config.teacher_temperature is None and not cut:

@@ -250,7 +250,7 @@ def _read_prompts(model: PreTrainedModel, pad_id: int, prompts: list[list[int]])
     longest = len(distinct[-1]) - 1
     for index in range(len(cache.layers)):
         columns = zip(*(part.pop(0) for part in parts), strict=True)  # a layer at a time: never two whole caches
-                # [rows, heads, positions, head_dim]: zeros before the first position; the rows' mask hides them
+        # [rows, heads, positions, head_dim]: zeros before the first position; the rows' mask hides them
         keys, values = (
             torch.cat([pad(own, (0, 0, longest - own.shape[2], 0)) for own in column]) for column in columns
         )
