@@ -212,5 +212,6 @@ def command_of(stage: str, profile: Profile) -> Command:
 
 def command_line(command: Command) -> str:
     """As it can be typed."""
+    # CUDA_VISIBLE_DEVICES=0,1 python scripts/cache_teacher.py ...
     assignments = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
     return " ".join([*assignments, shlex.join(command.argv)])

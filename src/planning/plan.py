@@ -76,6 +76,7 @@ def _hardware(profile: dict[str, Any], gpus: str | Hardware | None) -> Hardware:
     if wanted:
         return parse_gpus(str(wanted))
     sections = [section for section in profile.values() if isinstance(section, dict)]
+    # without a size nothing can be said of GPUs, and a plan for the processor would be of another run
     if any(section.get(key) for section in sections for key in ("teacher_devices", "student_devices")):
         raise UserError("the profile names GPUs, but not of what size; pass --gpus 8x40 (how many x GB each)")
     return this_machine()

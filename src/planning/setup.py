@@ -141,6 +141,7 @@ def weight_bytes(name: str) -> float:
     >>> weight_bytes("Qwen/Qwen3-30B-A3B-Instruct-2507-FP8"), weight_bytes("Qwen/Qwen3-8B")
     (1.0, 2.0)
     """
+    # group 1: one byte a weight; group 2: half a byte
     found = QUANTISED.search(name)
     if not found:
         return 2.0
@@ -150,13 +151,16 @@ def weight_bytes(name: str) -> float:
 def _answering(setup: Setup, section: dict[str, Any], what: str, model: Shapes, answers: int,
                devices_key: str, name: str) -> Answering:  # fmt: skip
     serve = _serve(setup, section, name)
+    # 1. who answers: transformers, the server that the stage starts, or one elsewhere
     served = serve is not None and not setup.hardware.is_cpu
     serve = serve or {}
     stands_in = str(serve.get("model", "")) if model is setup.teacher else ""
     wanted = section.get(devices_key) or (serve.get("devices") if served and model is setup.teacher else None)
     own = section.get("gpu_memory_gb") or serve.get("gpu_memory_gb") or EngineSettings().gpu_memory_gb
+    # 2. on what
     tensor, data = serve.get("tensor_parallel"), serve.get("data_parallel")
     devices = setup.devices(wanted, f"{name}.{devices_key}")
+    # sizes that do not fit on the GPUs at hand are derived anew
     fixed = model is setup.teacher and tensor and data and tensor * data <= len(devices)
     return Answering(
         what=what,

@@ -111,7 +111,9 @@ def pass_tokens(work: Training, rows: Rows, hardware: Hardware, step: Step, shar
 def _filling(step: Step, share: Share, hardware: Hardware) -> float:
     """Tokens with which a pass fills its share of what is free, see `gpu.tokens_that_fit`."""
     small, large = (training_memory(step, share, tokens, hardware) for tokens in PROBED)
+    # what grows with the tokens; the rest is there whatever they are
     passing = [memory.activations + memory.loss for memory in (small, large)]
+    # not there yet when the engine measures, so it keeps room for them
     reserved = small.gradients + small.optimiser
     free = hardware.device.memory_gb - (small.peak - passing[0] - reserved)
     per_token = (passing[1] - passing[0]) / (PROBED[1] - PROBED[0])
@@ -128,6 +130,7 @@ def plan_training(work: Training, rows: Rows, hardware: Hardware) -> StagePlan:
     named = []
     for share in shares:
         memory = training_memory(step, share, tokens, hardware)
+        # processes have a GPU each, from the first on, and all hold the same
         places = range(work.processes) if work.processes > 1 else [share.device]
         named += [(place, memory) for place in places]
     if config.teacher_signal == "online" and work.teacher_devices:
@@ -174,6 +177,7 @@ def steps_of(work: Training, rows: Rows) -> int:
     train, _ = _train_rows(rows, config.validation_fraction)
     if config.max_steps > 0:
         return config.max_steps
+    # rows beyond the last whole step sit an epoch out (`StepOrder`)
     return math.ceil(train // config.rows_per_step * config.num_train_epochs)
 
 
@@ -183,11 +187,13 @@ def training_flops(work: Training, rows: Rows, step: Step) -> tuple[float, float
     length, answer = min(rows.tokens, config.max_length), rows.answer_tokens
     adapters, first = adapters_of(student.name, config.lora_r, tuple(config.lora_target_modules))
     teacher = work.teacher if step.beliefs else None
+    # 1. rows that are trained on, and rows that are only read
     steps = steps_of(work, rows)
     trained = steps * config.rows_per_step
     _, aside = _train_rows(rows, config.validation_fraction)
     scorings = math.ceil(steps / config.eval_steps) if config.eval_steps else 0
     measured = scorings * aside + 2 * rows.evaluation  # at the end before and after, on the held-out rows
+    # 2. operations of a row of each kind
     a_row = [round(length)]
     total = trained * (
         flops.body_training(student, a_row, adapters, first, config.gradient_checkpointing)

@@ -101,6 +101,7 @@ def _names(config_class: type) -> dict[str, str]:
     for field in dataclasses.fields(config_class):
         if field.init:
             names[field.name] = field.name
+            # {"kd_temperature": "temperature"}
             names |= {alias.lstrip("-"): field.name for alias in field.metadata.get("aliases", [])}
     return names
 
@@ -139,6 +140,7 @@ def _as_arguments(values: dict[str, Any], config_class: type, where: str) -> lis
         elif isinstance(value, list | tuple):
             arguments += [f"--{name}", *map(str, value)]
         else:
+            # "=": as a word of its own a value such as "-x" would pass for a flag
             arguments.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
     return arguments
 
