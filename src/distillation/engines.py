@@ -125,6 +125,7 @@ def engine_name(settings: EngineSettings) -> str:
         )
     if said and said not in ENGINES:
         raise UserError(f"engine {said!r}: there are transformers and openai, and `serve` starts vLLM or SGLang")
+    # no server to start: transformers here, or a server that runs already
     if not settings.serve.strip():
         return said or "transformers"
     if said == "transformers":
@@ -145,6 +146,7 @@ def stage_serve(settings: EngineSettings) -> Serve | None:
     serve = read_serve(settings.serve)
     if serve is not None:
         refuse_second_server(settings)
+    # the server's own budget stands over the stage's
     if serve is None or serve.gpu_memory_gb:
         return serve
     return dataclasses.replace(serve, gpu_memory_gb=settings.gpu_memory_gb)
@@ -180,6 +182,7 @@ def make_engine(settings: EngineSettings, model: str, devices: Sequence[int], se
     """
     if settings.batch_size < 0 or min(settings.concurrency, settings.tries) < 1:
         raise UserError("concurrency and tries must be at least 1, batch_size at least 0 (from memory)")
+    # a server that is started answers on this machine, at the port it was given
     own_url = settings.base_url if serve is None else serve.base_url
     server = Server(
         base_url or own_url, served_name or model, server_kind(settings, serve), settings.api_key_variable,
@@ -213,6 +216,7 @@ def planned_servers(
     if base and serve.program == "other":
         places = {"base": base, "teacher": teacher} | dict(adapters or {})
         return [arms_server(serve, places, sorted({*settings.teacher_devices, *student_devices}))]
+    # the order in which the evaluation asks: the students, then the teacher
     if base:
         planned.append(students_server(serve, base, adapters or {}, student_devices, rank))
     if teacher:
@@ -256,6 +260,7 @@ def end_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that end the teacher's answers, without its weights."""
     named = model_name(model)
     try:
+        # as `generate` would have it, without loading the model
         own = GenerationConfig.from_pretrained(named.id, **named.pin).eos_token_id
     except OSError:  # it has no generation_config.json
         own = load_model_config(model).eos_token_id

@@ -668,7 +668,7 @@ class _Run:
         self.fresh = deque(requests)
         self.again: list[tuple[float, int, int, Request]] = []  # a heap of (when, order, attempt, request)
         self.running: dict[asyncio.Task, tuple[Request, int, float]] = {}  # task -> request, attempt, when it began
-        # limit: places, 5.2 are 5; cut: when it was halved last; order: settles equal times in the heap
+        # limit: places (5.2 are 5); cut: when it was halved last; order: settles equal times in the heap
         self.limit, self.cut, self.order = float(self.server.concurrency), 0.0, itertools.count()
         self.refused: list[dict[str, Any]] = []
         self.fatal: list[UserError] = []
@@ -793,7 +793,7 @@ def open_client(server: Server) -> Any:
         # the client refuses to be made without one, servers on this machine want none
         api_key=server.key or "none",
         timeout=openai.Timeout(server.timeout, connect=10.0),
-        max_retries=0,  # see above: `_Run` repeats
+        max_retries=0,  # `_Run` repeats
     )
 
 

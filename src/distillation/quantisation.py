@@ -55,6 +55,7 @@ def check_machine(name: str, config: PreTrainedConfig) -> None:
     """
     if method_of(config) != FP8:
         return
+    # (8, 9) of Ada, (9, 0) of Hopper, (8, 0) of an A100
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if capability is None or capability < FP8_CAPABILITY:
         where = "a CPU" if capability is None else f"a GPU of compute capability {'.'.join(map(str, capability))}"
@@ -132,6 +133,7 @@ def check_head(name: str, model: PreTrainedModel) -> None:
         UserError: it is quantised, or has a bias.
     """
     head = model.get_output_embeddings()
+    # a quantised layer may keep its numbers under other names, or packed into bytes
     weight = getattr(head, "weight", None)
     if weight is None or weight.dtype not in PLAIN:
         kind = type(head).__name__ if weight is None else str(weight.dtype).removeprefix("torch.")

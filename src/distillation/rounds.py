@@ -134,7 +134,6 @@ def check_rounds(config: KDConfig) -> None:
         )
     if serve is not None and serve.model:
         raise UserError("on_policy_serve answers as the student and its adapter; take model out of it")
-    # one model answers and another learns: the reader should know that nothing here says how far they are apart
     if config.load_in_4bit:
         logger.warning(
             "own answers: the student that learns is in 4 bits, the one that answers is its bf16 model with the "
@@ -209,6 +208,7 @@ def read_prompts(config: KDConfig, data: TrainingData) -> Prompts:
     path = clean_files(Path(config.experiment_dir) / "sft")["train"]
     # what each row asks: its messages without the answer, which is the last
     messages = {(row["id"], row.get("sample_index", 0)): row["messages"][:-1] for row in read_clean(path)}
+    # room: tokens that a prompt may have
     room, rows = config.max_length - config.on_policy_max_new_tokens, []
     for pair in data.train:
         asked = messages[pair.student.id, pair.student.sample_index]
@@ -234,6 +234,7 @@ def _check_prompts(config: KDConfig, asked: int, there: int) -> None:
         UserError: not even one step's are.
     """
     most = config.on_policy_max_new_tokens
+    # `StepOrder` takes whole steps: of fewer prompts it makes none
     if asked < config.own_rows_per_step:
         raise UserError(
             f"{asked} of {there} training prompts leave room for an answer of {most} tokens within max_length = "
@@ -312,7 +313,6 @@ def open_round(config: KDConfig, accelerator: Accelerator, tokenizers: Tokenizer
     if accelerator.is_main_process:
         _begin(plan)
     accelerator.wait_for_everyone()  # nobody takes a folder that has just been cleared for a finished one
-    # each lock also has its own folder cleared of what killed writers left half-written
     # each of the two locks also clears its own folder of what killed writers left half-written
     if accelerator.is_main_process:
         with hold(folder, SECTION), hold(folder / "sft", SECTION):
@@ -425,7 +425,7 @@ def _make(config: KDConfig, tokenizers: Tokenizers, plan: RoundPlan) -> None:
         release_memory()  # the student's, for the teacher
         size = max(tokenizers.student.get_vocab().values()) + 1  # tokens that exist; logits may be padded beyond
         _write_clean(folder, plan.requests, read_jsonl(folder / "sft" / "sft_train_data.jsonl"), size)
-        # before the teacher is loaded for nothing
+        # asked before the teacher is loaded for nothing
         if not read_own_pairs(folder, tokenizers, config.max_length):
             raise UserError(
                 f"{folder}: none of {len(plan.requests)} answers can be learned from; read them in "
@@ -476,6 +476,7 @@ def _say_round(facts: dict[str, Any], answers: Sequence[dict[str, Any]]) -> None
         facts["mean_length"],
         facts["caching_seconds"],
     )
+    # an untrained student may end at once or never; the run goes on, but somebody should look
     bad = sum(row["finish_reason"] == "length" or not row["response"].strip() for row in answers)
     if bad > len(answers) / 2:
         logger.warning(
@@ -525,12 +526,12 @@ def _student(config: KDConfig, plan: RoundPlan) -> Iterator[Generate]:
         adapters = {STUDENT: adapter} if adapter else {}
         planned = students_server(serve, model, adapters, config.student_devices)
         served_name = adapter_name(serve.program, model, STUDENT) if adapter else ""
-        # the server has it, by name; the engine has nothing to merge
         adapter = ""  # the server has it
     engine = make_engine(
         _engine_settings(config), model, config.student_devices, serve, served_name,
         adapter=adapter, experiment_dir=config.experiment_dir, keep_ids=True,
     )  # fmt: skip
+    # the server first: the engine asks it
     with started(planned, plan.folder / "server.log"), opened(engine) as generate:
         yield generate
 
@@ -542,6 +543,7 @@ def _write_clean(folder: Path, requests: list[Request], answers: list[dict[str, 
     that its tokenizer would cut in another way, and the teacher is to judge what was sampled. An answer with a token
     that only the padding of the student's logits has is left out.
     """
+    # stored as they came; learned from in the order of the requests, whatever engine answered
     by_key = {(row["id"], row["sample_index"]): row for row in answers}
     rows = []
     for request in requests:

@@ -27,6 +27,7 @@ def _cited(model: ModelName) -> str:
 def model_card(config: KDConfig, rows: int, steps: int, end: str, began: str | None = None) -> str:
     """`began`: the sha256 of the adapter that `init_from` named when the run began."""
     student = model_name(config.model_name_or_path)
+    # each of these is a part of a sentence, or nothing
     start = ""
     if config.init_from:  # the run's name, without the way to it
         run = Path(config.init_from.rstrip("/").removesuffix("/final_model")).name

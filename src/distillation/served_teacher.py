@@ -259,6 +259,7 @@ class _Asking:
     def refusal(self, row: EncodedRow, words: str) -> str:
         """The line that a refused row ends the run with: a cache without it would be of other rows."""
         way_out = "see what the server wants"
+        # the server's words for what can be mended on its command line
         if TOO_MANY.search(words):
             way_out = f"start the server with --max-logprobs {self.k}, or lower --top_k"
         elif TOO_LONG.search(words):
@@ -284,6 +285,7 @@ def check_served(server: Server) -> None:
 
     try:
         with asyncio.Runner() as runner:
+            # {"data": [{"id": "Qwen/Qwen3-8B"}, ...]}
             names = [model["id"] for model in MODELS.validate_json(runner.run(listed()))["data"]]
     except (openai.OpenAIError, ValidationError) as error:
         why = _misshapen(error) if isinstance(error, ValidationError) else f"{error} {error.__cause__ or ''}"
@@ -304,7 +306,7 @@ def ask_rows(server: Server, rows: Sequence[EncodedRow], k: int, vocab_size: int
     Raises:
         UserError: a reply is not what was asked for, a row is refused, or there is no answer in `server.tries` tries.
     """
-    told_of: dict[tuple[str, int], Told] = {}
+    told_of: dict[tuple[str, int], Told] = {}  # (id, sample_index) -> what was told
     with asyncio.Runner() as runner:
         asking = _Asking(open_client(server), server, k, vocab_size)
         # answers come in any order

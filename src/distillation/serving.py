@@ -327,7 +327,6 @@ def serve_command(
             flags["tokenizer-revision"] = named.revision
     # 3. the words of each program for the same things
     if serve.program == "vllm":
-        # https://docs.vllm.ai/en/latest/cli/serve
         words, modules = [program, "serve", named.id], "lora-modules"
         flags |= {"tensor-parallel-size": tensor, "data-parallel-size": data, "dtype": dtype}
         flags |= {"max-model-len": "auto", "generation-config": "vllm", "seed": 0}  # no defaults of the model's own

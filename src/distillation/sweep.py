@@ -124,7 +124,7 @@ def read_grid(words: Sequence[str], values: dict[str, Any]) -> Grid:
     Raises:
         UserError: an unknown setting, one that a sweep cannot vary, or no setting with several values.
     """
-    # 1. flag by flag: the same for all runs, or an axis
+    # flag by flag: the same for all runs, or an axis
     types = get_type_hints(KDConfig)
     fixed: list[str] = []
     axes: dict[str, tuple[str, ...]] = {}
@@ -134,7 +134,7 @@ def read_grid(words: Sequence[str], values: dict[str, Any]) -> Grid:
         if not given and name.startswith("no_"):  # a switch: --no_packing
             fixed.append(flag)
             continue
-        field = field_of(KDConfig, name)  # "lr" or an alias -> its setting, so that none is said twice
+        field = field_of(KDConfig, name)  # "kd_alpha" -> "alpha", so that none is said twice
         if field in said:
             raise UserError(f"{flag}: {field} is set twice; name all its values once")
         said.add(field)
@@ -382,7 +382,7 @@ def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-        # 3. somebody who ends it if this process cannot
+    # 3. somebody who ends it if this process cannot
     # it waits for the end of its input, which comes with the end of this process, whatever ends it
     guard = subprocess.Popen([sys.executable, "-c", GUARD, str(child.pid)], stdin=subprocess.PIPE)
     try:

@@ -178,7 +178,7 @@ def _token_hash(row: EncodedRow) -> str:
 
 
 def _template_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    # by id: a dict has no order of its own that could be relied on
+    # by id: a tokenizer gives its vocabulary in any order
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     hashes = {"tokenizer": sha256_text(str(vocabulary))[:16], "template": sha256_text(tokenizer.chat_template)[:16]}
     if hasattr(tokenizer, "prompt_date"):  # the template asks for the day

@@ -71,6 +71,7 @@ def said(values: dict[str, Any], stage: str, name: str, default: Any = None) -> 
     """What a profile says to a stage: in its section, or above the sections."""
     section = values.get(STAGES[stage]) or {}
     value = section.get(name)
+    # null in a section says nothing; "" and 0 do
     value = values.get(name) if value is None else value
     return default if value is None else value
 
@@ -79,6 +80,7 @@ def device_list(value: Any) -> list[int]:
     """GPUs as YAML may name them: a list, one number or nothing."""
     if value is None:
         return []
+    # teacher_devices: 0 is [0]
     devices = list(value) if isinstance(value, list) else [value]
     for device in devices:
         if not isinstance(device, int):
@@ -120,6 +122,7 @@ def read_launch(values: dict[str, Any]) -> Launch:
     if not (ROOT / "configs" / "accelerate" / f"{launch.accelerate}.yaml").is_file():
         raise UserError(f"launch: configs/accelerate/{launch.accelerate}.yaml: no such file")
     training = values.get("run_improved_kd") or {}
+    # as `batching.Cutting` decides it
     by_tokens = training.get("packing", True) and training.get("tokens_per_batch") != 0
     # what the processes share: rows of a step where passes are cut by tokens, else its passes
     shared = rows_of_a_step(training) if by_tokens else step_sizes(training)[PASSES]
@@ -151,6 +154,7 @@ def gpus_of(stage: str, values: dict[str, Any], launch: Launch) -> tuple[int, ..
         devices = [*(device_list(serve_of(stage, values).get("devices")) or teacher), *student]
     else:
         devices = []
+    # a GPU that two models share is one GPU
     return tuple(sorted(set(devices)))
 
 

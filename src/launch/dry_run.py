@@ -60,6 +60,7 @@ def paths_of(stage: str, values: dict[str, Any]) -> Paths:
     clean = [path.replace(".jsonl", "_clean.jsonl") for path in answers]
     cache, runs = f"{experiment}/teacher_cache", str(Path(experiment).parent)
     control, distilled = f"{runs}/sft_control_{TIME}", f"{runs}/gpu_optimized_kd_{TIME}"
+    # what stands in for the teacher, where something does
     answering = serve_of(stage, values).get("model") or teacher
     if stage == "prepare_models":
         package = own("teacher_package")
@@ -140,6 +141,7 @@ def server_notes(stage: str, values: dict[str, Any]) -> list[str]:
 
 def servers_of(stage: str, values: dict[str, Any]) -> list[PlannedServer]:
     """The servers of a stage, one after the other."""
+    # as the stage itself reads them: what is said, over the defaults
     names = [one.name for one in fields(EngineSettings)]
     own = {name: said(values, stage, name) for name in names}
     settings = build_config(EngineSettings, {name: value for name, value in own.items() if value is not None})

@@ -46,6 +46,7 @@ def reseeded(values: dict[str, Any], seed: int) -> dict[str, Any]:
         values.get("evaluate_distillation") or {}
     )
     for name in SECTIONS:
+        # a section that says a seed of its own gets the other one too
         if name in changed and name != "prepare_models":
             section = dict(changed[name] or {})
             section |= {key: seed for key in ("seed", "data_seed") if key in section}

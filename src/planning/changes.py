@@ -139,6 +139,7 @@ def answering_options(work: Answering, hardware: Hardware, section: str, key: st
         section: of the profile, for the settings.
         key: the setting there that names the model's GPUs.
     """
+    # 0.85: room beside the weights for keys, values and activations
     every, budget = tuple(range(hardware.count)), round(0.85 * hardware.device.memory_gb, 1)
     rows = work.rows
     while not work.served and rows > 1:
@@ -154,6 +155,7 @@ def answering_options(work: Answering, hardware: Hardware, section: str, key: st
         settings = {f"{section}.{key}": list(every), f"{section}.gpu_memory_gb": budget}
         yield Option(f"the model over all {len(every)} GPUs", settings, wide, hardware)
     if not hardware.is_cpu:
+        # bytes a weight
         for words, size in (("FP8", 1.0), ("4 bits", FOUR_BITS_AND_SCALES)):
             if size < work.weight_bytes:
                 copy = replace(wide, served=True, weight_bytes=size)

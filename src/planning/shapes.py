@@ -49,6 +49,7 @@ def open_meta(name: str, dtype: torch.dtype = torch.bfloat16, layers: int | None
     Raises:
         UserError: its configuration cannot be had.
     """
+    # a folder of this repository may stand in for a model that is not here: its configuration is enough
     config = load_model_config(config_folder(name))
     if layers is not None:
         text = config.get_text_config()
@@ -69,6 +70,7 @@ def read_shapes(name: str) -> Shapes:
     """
     model = open_meta(name)
     config, layers = model.config.get_text_config(), model.get_decoder().layers
+    # families have their own words for it; 0 for a dense model
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
     per_token = getattr(config, "num_experts_per_tok", None) or 0
     heads = config.num_attention_heads

@@ -192,6 +192,7 @@ class PassBytes:
     def at(self, layers: int, tokens: float) -> Counted:
         def one(name: str) -> float:
             fixed, layer, token, both = (getattr(c, name) for c in (self.fixed, self.layer, self.token, self.both))
+            # a line through two points may pass below 0
             return max(0.0, fixed + layer * layers + token * tokens + both * layers * tokens)
 
         return Counted(one("forward"), one("kept"), one("backward"))
@@ -245,6 +246,7 @@ def trace(wanted: Pass) -> PassBytes:
 def _count(wanted: Pass, layers: int, rows: int) -> Counted:
     # 1. the model and rows, on the meta device
     model = open_meta(wanted.model, wanted.dtype, layers)
+    # the stand-ins above, in place of kernels that want real tensors
     model.set_attn_implementation(f"planned_{wanted.attention}")
     if wanted.liger:
         _as_liger(model)
@@ -269,6 +271,7 @@ def _count(wanted: Pass, layers: int, rows: int) -> Counted:
             return Counted(forward, kept, 0)
         # 4. backward, counted anew
         live.peak = live.now
+        # the gradient that the loss gives; its contents do not matter here
         hidden.backward(torch.empty_like(hidden))
         return Counted(forward, kept, live.peak)
 

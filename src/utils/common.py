@@ -70,6 +70,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
         UserError: by its beginning the file is something else, or its gzip is broken.
     """
     try:
+        # by its name alone: gzip under another name is refused with a word (`BEGINNINGS`)
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             # peek: what is looked at is read again by whoever reads the file
             _refuse_other_encodings(path, file.peek(16)[:16])
@@ -80,6 +81,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
 
 def _decode(data: bytes, where: str | Path) -> str:
     """UTF-8 text, without the byte order mark before it (or several: files get joined)."""
+    # ef bb bf
     while data.startswith(codecs.BOM_UTF8):
         data = data.removeprefix(codecs.BOM_UTF8)
     try:
@@ -315,6 +317,7 @@ def append_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
+        # one write, so that rows of a batch come together
         file.write("".join(to_line(row) for row in rows))
         file.flush()
         os.fsync(file.fileno())
@@ -380,6 +383,7 @@ def stage_state(
     fingerprint = json.loads(json.dumps(fingerprint))
     # 1. nothing to go on with
     if overwrite or not marker.is_file():
+        # outputs that no marker speaks of: somebody else's
         for output in () if overwrite else outputs:
             if output.exists():
                 raise UserError(f"{output} is there but was not made by this stage; move it away or pass --overwrite")
@@ -456,6 +460,7 @@ def setup_logging() -> None:
 
     if not logger.handlers:  # called twice, every line would come twice
         handler = logging.StreamHandler()
+        # "14:03:22 round 1: 80 answers in 41 s"
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
@@ -496,6 +501,7 @@ class Progress:
         if note:
             self.say(**note)
         self.bar.update(count)
+        # the end is not announced
         if not self.live and time.monotonic() - self.spoken >= self.every and self.count < self.total:
             self.spoken = time.monotonic()
             new = self.count - self.first  # of this session
