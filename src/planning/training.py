@@ -167,7 +167,7 @@ def _resident(work: Training, step: Step, tokens: float, hardware: Hardware) -> 
     named = []
     for share in spread(work.teacher, work.teacher_devices):
         memory = reading_memory(work.teacher, share, reading, tokens, 0, hardware)
-        # its weights are the teacher's part of what the GPU holds
+        # under `teacher`, as where it shares the student's GPU
         named.append((share.device, replace(memory, weights=0.0, teacher=memory.weights)))
     return named
 

@@ -352,7 +352,7 @@ def refuse_mismatch(
     where: str | Path, stored: dict[str, Any], wanted: dict[str, Any], way_out: str = OVERWRITE
 ) -> None:
     """Raise a UserError that names the first field in which two fingerprints differ."""
-    # keys of either: one that is missing differs as well
+    # keys of either: one that is missing counts as null
     for key in sorted(stored.keys() | wanted.keys()):
         if stored.get(key) != wanted.get(key):
             raise UserError(
