@@ -125,6 +125,7 @@ def engine_name(settings: EngineSettings) -> str:
         )
     if said and said not in ENGINES:
         raise UserError(f"engine {said!r}: there are transformers and openai, and `serve` starts vLLM or SGLang")
+    # no server to start: transformers here, or a server that runs already
     if not settings.serve.strip():
         return said or "transformers"
     if said == "transformers":
@@ -145,6 +146,7 @@ def stage_serve(settings: EngineSettings) -> Serve | None:
     serve = read_serve(settings.serve)
     if serve is not None:
         refuse_second_server(settings)
+    # the server's own budget stands over the stage's
     if serve is None or serve.gpu_memory_gb:
         return serve
     return dataclasses.replace(serve, gpu_memory_gb=settings.gpu_memory_gb)
@@ -161,6 +163,7 @@ def refuse_second_server(settings: ServerSettings) -> None:
 
 def server_kind(settings: ServerSettings, serve: Serve | None) -> str:
     """The kind of server that answers, one of `openai_engine.SERVERS`."""
+    # of a whole command line nobody knows what it starts, so the setting says it
     return settings.server if serve is None or serve.program == "other" else serve.program
 
 
@@ -179,6 +182,7 @@ def make_engine(settings: EngineSettings, model: str, devices: Sequence[int], se
     """
     if settings.batch_size < 0 or min(settings.concurrency, settings.tries) < 1:
         raise UserError("concurrency and tries must be at least 1, batch_size at least 0 (from memory)")
+    # a server that is started answers on this machine, at the port it was given
     own_url = settings.base_url if serve is None else serve.base_url
     server = Server(
         base_url or own_url, served_name or model, server_kind(settings, serve), settings.api_key_variable,
@@ -208,9 +212,11 @@ def planned_servers(
     serve, planned = stage_serve(settings), []
     if serve is None:
         return planned
+    # a command line that is run as it stands serves every arm that it names
     if base and serve.program == "other":
         places = {"base": base, "teacher": teacher} | dict(adapters or {})
         return [arms_server(serve, places, sorted({*settings.teacher_devices, *student_devices}))]
+    # the order in which the evaluation asks: the students, then the teacher
     if base:
         planned.append(students_server(serve, base, adapters or {}, student_devices, rank))
     if teacher:
@@ -228,6 +234,7 @@ def started(planned: PlannedServer | None, log: Path) -> Iterator[None]:
     if planned is None:
         yield
         return
+    # in order of what it costs to find out
     openai_engine.require_client()  # before the minutes that a server takes to come up
     check_devices(planned.answers_for, planned.devices)
     with running(planned.words, planned.base_url, log, planned.environment):
@@ -237,10 +244,12 @@ def started(planned: PlannedServer | None, log: Path) -> Iterator[None]:
 def rows_that_fit(engine: Engine, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> int:
     """The batch size of the transformers engine for these requests, from the memory of its devices or the machine."""
     if torch.cuda.is_available():
+        # what the cards have, not what is free: a run that goes on must cut the same batches (`sft.fitting_batch_size`)
         memory = sum(torch.cuda.get_device_properties(i).total_memory for i in (engine.devices or (0,)))
     else:
         memory = psutil.virtual_memory().total
     texts = [prompt_text(tokenizer, request.messages, engine.enable_thinking) for request in requests]
+    # of a batch of the longest rows
     longest = max(map(len, prompt_ids(tokenizer, texts))) + requests[0].sampling.max_new_tokens
     dtype = compute_dtype()
     weights = model_bytes(engine.model, dtype)
@@ -251,6 +260,7 @@ def end_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that end the teacher's answers, without its weights."""
     named = model_name(model)
     try:
+        # as `generate` would have it, without loading the model
         own = GenerationConfig.from_pretrained(named.id, **named.pin).eos_token_id
     except OSError:  # it has no generation_config.json
         own = load_model_config(model).eos_token_id
@@ -263,16 +273,18 @@ def served_teacher(engine: Engine) -> tuple[PreTrainedTokenizerBase | None, list
     Raises:
         UserError: it cannot be had, and the server needs those ids.
     """
+    # it is told the end tokens with every request (`extra_body`), so the tokenizer must be there
     if engine.server.kind == "transformers":
         tokenizer = load_tokenizer(engine.model)
         return tokenizer, end_ids(engine.model, tokenizer)
-    if not engine.model:
+    if not engine.model:  # known by the server's name alone
         return None, []
     try:
         tokenizer = load_tokenizer(engine.model)
     except UserError as error:
         logger.info("%s; without it only the server can count tokens", error)
         return None, []
+    # such a server ends answers by its own settings
     if engine.server.kind not in openai_engine.TAKES_END_IDS:
         return tokenizer, []
     try:
@@ -302,6 +314,7 @@ def _by_server(engine: Engine) -> Iterator[Generate]:
     tokenizer, ends = served_teacher(engine)
 
     def answer(requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]:
+        # each request goes out by itself: no batch that would have to be asked again whole, as transformers' has
         missing = [request for request in requests if request not in done]
         return openai_engine.generate_from_server(
             engine.server, missing, engine.enable_thinking, ends, tokenizer, len(requests), refused, engine.keep_ids
@@ -319,6 +332,7 @@ def _by_transformers(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Iter
     logger.info("%s in %s", engine.adapter or engine.model, str(dtype).removeprefix("torch."))
 
     def answer(requests: Sequence[Request], done: Done, refused: int = 0) -> Iterator[list[dict[str, Any]]]:
+        # from all requests, answered ones too, so that a run that goes on cuts the batches that it had
         rows = engine.batch_size or rows_that_fit(engine, tokenizer, requests)
         return sft.generate(model, tokenizer, requests, rows, done, engine.enable_thinking, engine.keep_ids)
 

@@ -98,6 +98,7 @@ class Check:
 
 def require_room(base: str, dtype: torch.dtype, folder: Path, files: int) -> None:
     """Refuse to begin where the disk has no room for so many files of all weights."""
+    # counted on the meta device: nothing is loaded
     weights = count_parameters(meta_model(base)) * dtype.itemsize
     require_disk(folder, files * weights + 50e6, "the exported model")  # + the tokenizer
 
@@ -105,7 +106,7 @@ def require_room(base: str, dtype: torch.dtype, folder: Path, files: int) -> Non
 def base_licence(name: str) -> dict[str, str]:
     """What the base model's card says of its licence: `license`, `license_name`, `license_link`; empty if nothing."""
     place, revision = name, None
-    if not Path(name).is_dir():
+    if not Path(name).is_dir():  # "owner/name@REVISION"
         place, _, revision = name.partition("@")
     path = cached_file(
         place,
@@ -122,6 +123,7 @@ def base_licence(name: str) -> dict[str, str]:
     except (ValueError, yaml.YAMLError) as error:
         logger.warning("%s: its licence cannot be read (%s)", path, " ".join(str(error).split())[:100])
         return {}
+    # a card may hold a list, or nothing
     if not isinstance(said.get("license"), str):
         return {}
     fields = ("license", "license_name", "license_link")
@@ -144,8 +146,10 @@ def generation_settings(
         sampling: the defaults; None for none, where transformers decodes greedily and servers have their own.
     """
     ends = end_token_ids(tokenizer, own.eos_token_id)
+    # of the base model's own settings the ids alone are taken over
     settings = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": own.bos_token_id}
     if sampling is not None and sampling.temperature > 0:
+        # how long an answer may be is for who asks
         drawn = {name: value for name, value in asdict(sampling).items() if name != "max_new_tokens"}
         settings |= {"do_sample": True, **drawn}
     return GenerationConfig(**settings)
@@ -182,8 +186,10 @@ def computed_in_fp32(model: nn.Module) -> Iterator[None]:
 
     In bf16 every product is rounded, which hides what a wrong weight does.
     """
+    # parameter -> its weights as they were, while a wider copy stands in for them
     kept: dict[nn.Parameter, Tensor] = {}
 
+    # before and after each layer's forward
     def widen(module: nn.Module, _: Any) -> None:
         for parameter in module.parameters():
             kept[parameter] = parameter.data
@@ -195,6 +201,7 @@ def computed_in_fp32(model: nn.Module) -> Iterator[None]:
 
     # layer by layer: of Qwen3-8B the widest part is then its embedding, 2.5 GB, where all of it would be 33 GB
     decoder = causal_lm(model).get_decoder()
+    # embedding, last norm, rotary embedding
     others = [module for name, module in decoder.named_children() if name != "layers"]
     handles = []
     for module in (*decoder.layers, *others, causal_lm(model).get_output_embeddings()):
@@ -210,9 +217,11 @@ def computed_in_fp32(model: nn.Module) -> Iterator[None]:
 def answer_logits(model: PreTrainedModel | PeftModel, row: EncodedRow) -> Tensor:
     """Logits that predict the first answer tokens of a row, `[tokens, vocabulary]`, on the CPU."""
     start = len(row.prompt_ids)
+    # the prompt, and as much of the answer as is checked
     ids = (row.prompt_ids + row.response_ids)[: start + CHECK_TOKENS]
     device = causal_lm(model).get_input_embeddings().weight.device
     logits_1LV = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+    # position i predicts token i + 1: the last of the prompt predicts the first of the answer
     return logits_1LV[0, start - 1 : -1].float().cpu()
 
 
@@ -222,6 +231,7 @@ def merge_by_formula(model: PeftModel) -> None:
         if isinstance(layer, Linear):
             [name] = layer.active_adapters
             weight = layer.base_layer.weight
+            # [outputs, r] @ [r, inputs]
             update = layer.lora_B[name].weight.data.float() @ layer.lora_A[name].weight.data.float()
             weight.data = (weight.data.float() + layer.scaling[name] * update).to(weight.dtype)
 
@@ -257,6 +267,7 @@ def check_export(student: Student, folder: Path, messages: Sequence[dict[str, An
         adapted = PeftModel.from_pretrained(base, student.adapter).eval()
         with computed_in_fp32(adapted):
             truth_NV = _all_logits(adapted, rows, progress)
+            # merged where the adapter is switched off, or it would act twice
             with adapted.disable_adapter():
                 without_NV = _all_logits(adapted, rows, progress)
                 merge_by_formula(adapted)
@@ -301,7 +312,7 @@ def find_converter(llama_cpp: str) -> Path:
         UserError: it is not there.
     """
     path = Path(llama_cpp)
-    path = path / CONVERTER if path.is_dir() else path
+    path = path / CONVERTER if path.is_dir() else path  # the folder of a clone, or the script itself
     if not llama_cpp or not path.is_file():
         raise UserError(
             f"--gguf needs {CONVERTER} of llama.cpp, not found in {llama_cpp or 'nothing named'}; "
@@ -325,6 +336,7 @@ def write_gguf(converter: Path, folder: Path, name: str, dtype: torch.dtype) -> 
                    CONVERTER_FORMATS[dtype], "--model-name", name, "--metadata", str(said)]  # fmt: skip
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode or not target.is_file():
+        # of a traceback the last line says most
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         raise UserError(f"{converter} failed: {last[:200]}; mend that, or export without --gguf")
     # an end of turn that the file does not know would be hidden by clients that pass stop words of their own
@@ -333,6 +345,7 @@ def write_gguf(converter: Path, folder: Path, name: str, dtype: torch.dtype) -> 
         fields = gguf.GGUFReader(target).fields
     except (ValueError, IndexError) as error:
         raise UserError(f"{converter} wrote no GGUF file ({error}); update llama.cpp") from None
+    # what clients of the file alone go by
     for key, wanted in (
         ("tokenizer.ggml.eos_token_id", end_of_turn_id(tokenizer)),
         ("tokenizer.chat_template", tokenizer.chat_template),

@@ -24,6 +24,7 @@ CHOICES = {
     "lr_scheduler_type": SCHEDULES,
     "optim": OPTIMIZERS,
 }
+# how the rows of a step are cut into passes
 CUT = ("packing", "tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps")
 ADDED_LATER = ("load_in_4bit", "teacher_top_k", "teacher_top_p")  # at its default each is left out of a run's identity
 # settings of on-policy rounds that make a run; idle where there are none
@@ -172,6 +173,7 @@ class KDConfig(Conduct):
     bf16: bool | None = setting(None, "bf16 autocast (default: where the processor multiplies bf16)")
 
     def __post_init__(self) -> None:
+        # what is left to the machine is settled here, before anything is stored
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if self.bf16 is None:
             self.bf16 = compute_dtype("cpu" if self.use_cpu else None) is torch.bfloat16
@@ -199,11 +201,13 @@ class KDConfig(Conduct):
     @property
     def own_rows_per_step(self) -> int:
         """Rows of a step that are the student's own answers."""
+        # one at least: a share above 0 is never rounded away
         return max(1, round(self.on_policy_fraction * self.rows_per_step)) if self.on_policy else 0
 
     def identity(self) -> dict[str, Any]:
         """What makes it this run and no other: every setting that can change what is learned."""
         conduct = {field.name for field in dataclasses.fields(Conduct)}
+        # a pass draws its own dropout, so how the rows are cut into passes is part of the run
         if self.lora_dropout:
             conduct -= set(CUT)
         for field in dataclasses.fields(self):  # runs from before there was the choice are the same runs
@@ -211,6 +215,7 @@ class KDConfig(Conduct):
                 conduct.add(field.name)
         if not self.on_policy:
             conduct |= set(ON_POLICY)
+        # the product stands for its two factors, which are conduct
         settings = dataclasses.asdict(self) | {"rows_per_step": self.rows_per_step}
         return {name: value for name, value in settings.items() if name not in conduct}
 
@@ -224,6 +229,7 @@ class KDConfig(Conduct):
         # nearer to either end fp32 rounds the mixture to one of its parts, and the loss may be infinite
         beta_fits = self.divergence != "jsd" or 1e-6 <= self.beta <= 1 - 1e-6
         _need(beta_fits, f"beta must be at least 1e-6 and at most 1 - 1e-6, got {self.beta}")
+        # with alpha 0 the signal only measures
         topk_fits = self.teacher_signal != "topk" or self.divergence == "forward_kl" or self.alpha == 0
         _need(
             topk_fits, f"a top-k cache knows forward_kl only; {self.divergence} needs --teacher_signal hidden or online"

@@ -111,6 +111,7 @@ class Server:
 
     def refused_at_most(self, answers: int) -> int:
         """How many of so many answers may be refused."""
+        # 1e-9: 0.29 * 100 is 28.999999999999996, and 29 are meant
         return max(1, int(self.max_refused * answers + 1e-9)) if self.max_refused else 0
 
 
@@ -127,11 +128,13 @@ def extra_body(
     Raises:
         UserError: the server cannot do what is asked.
     """
+    # asked of the chat template; one that knows no such word passes it over
     thinking = {"chat_template_kwargs": {"enable_thinking": enable_thinking}}
     if kind == "plain":
         if sampling.top_k:
             raise UserError("a plain OpenAI interface has no top_k; set --top_k 0, or name the server's kind")
         return {}
+    # it reads a whole generation_config out of one JSON text
     if kind == "transformers":
         settings = {
             "do_sample": sampling.temperature > 0, "top_k": sampling.top_k, "num_beams": 1,
@@ -141,6 +144,7 @@ def extra_body(
     penalty = "repeat_penalty" if kind == "llama_cpp" else "repetition_penalty"
     own_ends = {"stop_token_ids": list(ends)} if ends and kind in TAKES_END_IDS else {}
     ids = {"return_token_ids": True} if keep_ids and kind == "vllm" else {}
+    # -1 is their word for no top_k; min_p 0 and penalty 1 change nothing
     return {"top_k": sampling.top_k or -1, "min_p": 0.0, penalty: 1.0} | own_ends | ids | thinking
 
 
@@ -193,11 +197,13 @@ def read_body(body: bytes, status: int, answer_in: Callable[[Any], Answer], what
     """
     try:
         said = _parsed(body)
+        # HTTP says that it is an error: only its words are looked for
         if status >= 300:
             return _failure(said, status)
         error = _error_in(said)
         return answer_in(said) if error is None else _failure(error, status)
     except _Unreadable as found:
+        # an error page that is no JSON keeps its status ("<html>" of a gateway with 502)
         return _failure(str(found), status) if status >= 300 else Failure(0, f"not {what}: {found}")
     except RecursionError:
         return Failure(status if status >= 300 else 0, f"not {what}: nested too deeply")
@@ -213,11 +219,13 @@ def _parsed(body: bytes) -> Any:
         if body.startswith(b"\x1f\x8b"):  # packed, and its header does not say so
             body = gzip.decompress(body)
         try:
-            return json.loads(body)
+            return json.loads(body)  # of bytes: it finds UTF-8, UTF-16 or UTF-32 by itself
         except UnicodeDecodeError:
             return json.loads(body.decode("utf-8-sig", "replace"))
+    # no JSON; gzip that ends too early (EOFError), is damaged (zlib.error) or is none (OSError)
     except (ValueError, EOFError, OSError, zlib.error):
         start = body.decode("utf-8", "replace").strip()
+    # lines of server-sent events
     if start.startswith(("data:", "event:", ": ")):
         raise _Unreadable(f"a stream, though none was asked for: {start}")
     raise _Unreadable(start or "an empty body")
@@ -231,11 +239,13 @@ def _error_in(said: Any) -> Any:
         return None
     if _is_error(said.get("error")):
         return said
+    # an error may lie in the choice: {"choices": [{"error": {"message": "..."}}]}
     choices = said.get("choices")
     if isinstance(choices, list) and choices:
         choice = choices[0]
         error = choice.get("error") if isinstance(choice, dict) else None
         return error if _is_error(error) else None
+    # no choices: is it an error without the word? {"message": "busy"}, {"code": 429}
     tells = _words_in(said) or any(status_of(code) for code in _codes_in(said))
     return said if tells else None
 
@@ -252,20 +262,26 @@ def _failure(error: Any, status: int) -> Failure:
         error: its text, or JSON in any of the shapes that servers have.
         status: HTTP's. Below 300 the error's own codes decide; where it has none, the server is taken to be busy.
     """
+    # 1. what it says, whatever its shape
     codes = _codes_in(error)
     words = list(dict.fromkeys(_words_in(error)))  # several wrappers may repeat them
     text = ": ".join(words) or _shown(error)
+    # the outermost code that means a status
     named = next(filter(None, map(status_of, codes)), None)
     spelt = _letters(f"{codes} {words}")
+    # codes and words alike: some name the filter in the code, some in the text
     is_filter = re.search(FILTERED, spelt) is not None
+    # 2. the status: HTTP's own, but for those that hide another
     if status >= 300:
         text = f"Error code: {status} - {text}"
-        if status == 400 and named in BUSY:
+        if status == 400 and named in BUSY:  # throttled: would be taken for a refusal, and is asked again
             status = named
     elif named is not None:
         status = named
     else:
+        # words alone: of this question, or else of a server that has too much to do
         status = 400 if is_filter or re.search(TOO_LONG, spelt) else 503
+    # the question is refused and not the key
     if status == 403 and is_filter:
         status = 400
     return Failure(status, text)
@@ -276,6 +292,7 @@ def _words_in(error: Any) -> list[str]:
     if isinstance(error, str):
         return [error] if error.strip() else []
     if isinstance(error, dict):
+        # {"error": {"message": "busy"}} -> [{"message": "busy"}] -> ["busy"]
         error = [error[key] for key in WORD_KEYS if key in error]
     found = []
     for part in error if isinstance(error, list) else ():
@@ -327,10 +344,12 @@ def _answer_in(said: Any) -> Reply | Failure:
     Raises:
         _Unreadable: it is not a chat completion.
     """
+    # 1. the first choice; one was asked for
     choices = said.get("choices") if isinstance(said, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
         raise _Unreadable(f"no choices in {_shown(said)}")
+    # 2. why it ended: before the message is looked at, for a refused answer may have none
     message, reason = choice.get("message"), choice.get("finish_reason")
     if not (reason is None or isinstance(reason, str)):
         raise _Unreadable(f"finish_reason is {_shown(reason)}")
@@ -343,6 +362,7 @@ def _answer_in(said: Any) -> Reply | Failure:
         return Failure(500, f"finish_reason {reason} {refusal}")
     if not isinstance(message, dict):
         raise _Unreadable(f"message is {_shown(message)}")
+    # 3. what it says
     text = _text_in(message.get("content"))
     if refusal and not text:
         return Failure(400, refusal)
@@ -378,6 +398,7 @@ def _text_in(content: Any) -> str:
 def _tokens_in(usage: Any, text: str) -> int | None:
     """The server's count of the answer's tokens; None where it has none, or none that can be."""
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    # True is an int; a text has one token at least
     is_count = isinstance(count, int) and not isinstance(count, bool) and count >= bool(text)
     return count if is_count else None
 
@@ -385,6 +406,7 @@ def _tokens_in(usage: Any, text: str) -> int | None:
 def _ids_in(choice: dict[str, Any]) -> tuple[int, ...] | None:
     """The sampled token ids of a choice; None where it has none, or none that can be."""
     ids = choice.get("token_ids")
+    # `type`, for True is an int too
     if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
         return None
     return tuple(ids)
@@ -397,11 +419,13 @@ def _shown(value: Any) -> str:
 
 def _whole(text: str) -> str:
     """The text with U+FFFD for every half of a character (a lone surrogate), so that it can be written as UTF-8."""
+    # through UTF-16, where halves are units: "\ud83d\ude00" joins to one character, "a\ud83d" becomes "a\ufffd"
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def one_line(words: str, key: str = "") -> str:
     """A server's words for a message of ours: one line, not too long, without the key."""
+    # the key goes before the line is cut, which might leave half of it
     shown = _whole(words.replace(key, "***") if key else words)
     blank = "".join(letter if letter.isprintable() else " " for letter in shown)
     line = " ".join(blank.split())
@@ -429,11 +453,13 @@ def known_teacher(tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int]
     ids = [*ends, tokenizer.eos_token_id]
     thought = ""
     try:
+        # what the template opens in a prompt like any other
         thought = opened_thought(prompt_text(tokenizer, [{"role": "user", "content": "hello"}], enable_thinking=True))
         ids.append(end_of_turn_id(tokenizer))
     except UserError as error:  # a template that we could not train on; the server only answers with it
         logger.info("%s; the server's answers are taken as they are", error)
-    added = tokenizer.added_tokens_decoder
+    added = tokenizer.added_tokens_decoder  # id -> control token
+    # how each end token is spelt, where it is a control token: {"<|im_end|>", "<|endoftext|>"}
     words = {added[own].content for own in ids if own in added and added[own].content.strip()}
     return Teacher(tokenizer, tuple(sorted(words)), bool(thought), frozenset(ids))
 
@@ -445,6 +471,7 @@ def without_end_words(text: str, own: Sequence[str] = ()) -> str:
     ('It is 4.', 'It is 4.')
     """
     while True:
+        # round after round, for several may stand there: "4. [END] </s>" -> "4. [END]" -> "4."
         rest = END_WORDS.sub("", text)
         for word in own:
             if rest.rstrip().endswith(word):
@@ -461,7 +488,7 @@ def closes_a_thought(text: str, opens_thought: bool = False) -> bool:
         opens_thought: whether the prompt is known to open one. If so, a thought may spell the tag in code as well, or
             leave the code open that hides its end.
     """
-    if OPENED.match(text):
+    if OPENED.match(text):  # it opens one itself
         return False
     if opens_thought:
         return CLOSE.search(text) is not None
@@ -478,21 +505,25 @@ def reply_row(
     server keeps apart, and the end of turn); without that it is None. With `keep_ids` the row has the `token_ids` that
     the server tells.
     """
+    # 1. the text, without what only ends a turn
     whole = _whole(reply.text)
     text = without_end_words(whole, teacher.end_words)
     reason, tokens, limit = reply.reason, reply.tokens, request.sampling.max_new_tokens
-    if not reason and text != whole:
+    if not reason and text != whole:  # it said so in its text, if not in its reason
         reason = "stop"
+    # 2. why it ended, and how many tokens it has: by the server's count, by ours, or by its word alone
     if tokens is not None:
         word = finish_word(reason, tokens, limit)
     elif teacher.tokenizer is not None:
         tokens = len(response_ids(teacher.tokenizer, _whole(reply.thought) + text))
         word = finish_word(reason, tokens, limit)
-        tokens += word == "stop"
+        tokens += word == "stop"  # the end of turn, which is not in the text
     else:
         word = finish_word(reason)
+    # 3. a thought that the prompt opened begins with the tag that the server's text lacks
     if enable_thinking and not reply.thought and closes_a_thought(text, teacher.opens_thought):
         text = f"<think>\n{text}"
+    # 4. what was sampled, without the end of the turn
     ids = reply.token_ids if keep_ids else None
     if ids and word == "stop" and ids[-1] in teacher.end_ids:
         ids = ids[:-1]
@@ -518,19 +549,23 @@ def seconds_asked_for(retry_after: str | None) -> float:
     (7.0, 0.0, 0.0)
     """
     try:
+        # "7"; "nan" and "inf" are floats too, and `wait_before` bounds them
         seconds = float(retry_after or 0)
     except ValueError:
         try:
-            date = parsedate_to_datetime(retry_after)
+            date = parsedate_to_datetime(retry_after)  # "Wed, 21 Oct 2015 07:28:00 GMT"
         except ValueError:
             return 0.0
+        # "-0000" gives a date without a zone
         date = date if date.tzinfo else date.replace(tzinfo=UTC)
         seconds = (date - datetime.now(UTC)).total_seconds()
-    return seconds if seconds > 0 else 0.0
+    return seconds if seconds > 0 else 0.0  # 0 for NaN, which is above nothing
 
 
 def wait_before(attempt: int, retry_after: str | None) -> float:
     """Seconds before try number `attempt` + 1: doubling, with jitter, but at least what the server asks for."""
+    # after try 1 0.25 to 0.5 s, then 0.5 to 1, 1 to 2, ... 30 to 60
+    # jitter: or all that failed together would come back together
     own = random.uniform(0.5, 1) * min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
     return max(min(seconds_asked_for(retry_after), LONGEST_WAIT), own)
 
@@ -546,8 +581,10 @@ async def response_to(call: Awaitable[Any], server: Server) -> Any:
         raise _Again(f"no answer within {server.timeout:g} s", slow_down=True) from None
     except openai.APIConnectionError as error:
         raise _Again(one_line(f"connection: {error.__cause__ or error}", server.key)) from None
+    # an answer like any other here, which `read_body` takes apart
     except openai.APIStatusError as error:
         response = error.response
+    # 301, 302 and 303 turn a POST into a GET without a body; 307 and 308 keep it
     if response.history and response.request.method != "POST":
         raise UserError(
             f"{server.base_url} redirects to {response.url}, and the question is lost on the way; set base_url to "
@@ -559,12 +596,16 @@ async def response_to(call: Awaitable[Any], server: Server) -> Any:
 def raise_failure(failure: Failure, response: Any, server: Server, row_id: str) -> NoReturn:
     """Raise `_Again` or `_Refused` for a reply that is no answer, or a UserError where every other try would end so."""
     words, status = one_line(failure.words, server.key), failure.status
+    # 1. the key is wrong for every question
     if status in (401, 403):
         raise UserError(f"{server.base_url} refuses the key in {server.key_variable}: {words}; set it to one it takes")
+    # 2. this question, for good
     if status in REFUSED:
         raise _Refused(words)
+    # 3. another try may help
     if status == 0 or status in AGAIN or status >= 500:
         raise _Again(words, status in BUSY, response.headers.get("retry-after"))
+    # 4. no try would help any question
     way_out = WAYS_OUT.get(status, "see what the server wants, and that base_url is its address")
     raise UserError(f"{server.base_url} refuses row {row_id}: {words}; {way_out}")
 
@@ -596,9 +637,11 @@ class _Asking:
         """The HTTP response."""
         server, sampling = self.server, request.sampling
         body = extra_body(server.kind, sampling, self.enable_thinking, self.ends, self.keep_ids)
+        # raw: `read_reply` reads the body, whatever it is
         reply = await self.client.chat.completions.with_raw_response.create(
             model=server.model, messages=request.messages, temperature=sampling.temperature,
             top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, frequency_penalty=0, presence_penalty=0,
+            # penalties of 0 are said too: what is not sent, a server fills in from the model's own settings
             n=1, seed=request.seed & 0x7FFFFFFF, extra_body=body,
         )  # fmt: skip
         return reply.http_response
@@ -624,7 +667,8 @@ class _Run:
         self.refusals = self.refused_before = refused_before
         self.fresh = deque(requests)
         self.again: list[tuple[float, int, int, Request]] = []  # a heap of (when, order, attempt, request)
-        self.running: dict[asyncio.Task, tuple[Request, int, float]] = {}
+        self.running: dict[asyncio.Task, tuple[Request, int, float]] = {}  # task -> request, attempt, when it began
+        # limit: places (5.2 are 5); cut: when it was halved last; order: settles equal times in the heap
         self.limit, self.cut, self.order = float(self.server.concurrency), 0.0, itertools.count()
         self.refused: list[dict[str, Any]] = []
         self.fatal: list[UserError] = []
@@ -634,21 +678,26 @@ class _Run:
 
     async def turn(self) -> list[dict[str, Any]]:
         """Fill the free places, wait for something to happen, return the rows that are complete; or set `fatal`."""
+        # 1. fill the free places: what is due again first, then what was never asked
         now = time.monotonic()
         while len(self.running) < int(self.limit) and (self.fresh or (self.again and self.again[0][0] <= now)):
             is_due = self.again and self.again[0][0] <= now
+            # (when, order, attempt, request) -> (attempt, request)
             attempt, request = heapq.heappop(self.again)[2:] if is_due else (1, self.fresh.popleft())
             self.running[asyncio.create_task(self.asking.ask(request))] = (request, attempt, now)
+        # 2. wait: until a try ends, or until one that waits is due, if there is a place for it
         pause = self.again[0][0] - now if self.again and len(self.running) < int(self.limit) else None
         if not self.running:
-            await asyncio.sleep(pause or 0)
+            await asyncio.sleep(pause or 0)  # nothing is under way, all that is left waits its turn
             return []
         finished, _ = await asyncio.wait(self.running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+        # 3. take what has ended
         rows = []
         for task in finished:
             request, attempt, started = self.running.pop(task)
             try:
                 rows.append(task.result())
+                # grows by 1 in as many answers as there are places (AIMD, as TCP does)
                 self.limit = min(self.limit + 1 / self.limit, self.server.concurrency)
             except _Again as failure:
                 self.repeat(request, attempt, started, failure)
@@ -656,6 +705,7 @@ class _Run:
                 self.pass_over(request, str(refusal))
             except UserError as error:
                 self.fatal.append(error)
+        # 4. refusals go with an answer: a server that answers nothing leaves no row
         if rows and self.refusals <= self.server.refused_at_most(self.total):
             rows += self.refused
             self.refused = []
@@ -668,8 +718,10 @@ class _Run:
             self.fatal.append(UserError(f"{words}; run the same command again later, what was answered is kept"))
             return
         if failure.slow_down and started >= self.cut:  # one cut for all that were under way together
+            # what began before this moment will fail of the same load, and does not halve it again
             self.limit, self.cut = max(self.limit / 2, 1.0), time.monotonic()
             logger.info("%s: %s; %d requests at a time from now on", self.server.base_url, failure, int(self.limit))
+        # it gives its place free while it waits
         when = time.monotonic() + wait_before(attempt, failure.retry_after)
         heapq.heappush(self.again, (when, next(self.order), attempt + 1, request))
 
@@ -692,7 +744,7 @@ class _Run:
     async def close(self) -> None:
         for task in self.running:
             task.cancel()
-        await asyncio.gather(*self.running, return_exceptions=True)
+        await asyncio.gather(*self.running, return_exceptions=True)  # until they have let go of the client
         await self.asking.client.close()
 
 
@@ -713,12 +765,14 @@ def ask_all(
     run = _Run(asking, requests, total, refused_before)
     try:
         while not run.is_over():
+            # a turn at a time: between two of them the caller stores what came, and no loop runs
             if answers := runner.run(run.turn()):
                 yield answers
-            if run.fatal:
+            if run.fatal:  # after the yield: what was answered beside it is kept
                 raise run.fatal[0]
     finally:
         runner.run(run.close())
+    # those that no answer came after; none where too many were refused, for that was fatal
     if run.refused:
         yield run.refused
     if run.refusals:
@@ -736,9 +790,10 @@ def open_client(server: Server) -> Any:
 
     return openai.AsyncOpenAI(
         base_url=server.base_url,
+        # the client refuses to be made without one, servers on this machine want none
         api_key=server.key or "none",
         timeout=openai.Timeout(server.timeout, connect=10.0),
-        max_retries=0,
+        max_retries=0,  # `_Run` repeats
     )
 
 
@@ -794,6 +849,7 @@ def generate_from_server(
     for sampling in {request.sampling for request in requests}:
         extra_body(server.kind, sampling, enable_thinking, ends)  # complains before anything is asked
     teacher = known_teacher(tokenizer, ends)
+    # one loop for all turns: the client's connections belong to it
     with asyncio.Runner() as runner:
         asking = _Asking(open_client(server), server, teacher, enable_thinking, ends, keep_ids)
         yield from ask_all(asking, requests, len(requests) if total is None else total, runner, refused_before)

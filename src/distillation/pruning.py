@@ -30,15 +30,17 @@ def block_influence(
     if not texts or not all(texts):
         raise UserError("the influence of layers is measured on calibration texts: name some, none of them empty")
     layers = causal_lm(model).get_decoder().layers
-    sums = torch.zeros(len(layers), dtype=torch.float64)
+    sums = torch.zeros(len(layers), dtype=torch.float64)  # over all tokens of all texts
     tokens = 0
-    mask: Tensor
+    mask: Tensor  # of the batch that runs, for the hooks
 
     def measure(index: int):
         def hook(_: nn.Module, arguments: tuple, keywords: dict, output: Tensor | tuple) -> None:
+            # a model may call its layers with the states in place or by name, and a layer may give a tuple
             before = arguments[0] if arguments else keywords["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+            # [B, L] -> the tokens that are no padding
             sums[index] += (1 - cosine)[mask].double().sum().cpu()
 
         return hook
@@ -46,12 +48,13 @@ def block_influence(
     handles = [layer.register_forward_hook(measure(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
         for start in range(0, len(texts), batch_size):
+            # the texts have the template's special tokens already
             batch = tokenizer(
                 list(texts[start : start + batch_size]), return_tensors="pt", padding=True, add_special_tokens=False
             ).to(model.device)
             mask = batch["attention_mask"].bool()
             tokens += int(mask.sum())
-            causal_lm(model).get_decoder()(**batch, use_cache=False)
+            causal_lm(model).get_decoder()(**batch, use_cache=False)  # without the head: nobody reads logits
     finally:
         for handle in handles:
             handle.remove()
@@ -80,8 +83,10 @@ def prune_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
     decoder = pruned.get_decoder()
     decoder.layers = nn.ModuleList(decoder.layers[index] for index in keep)
     for position, layer in enumerate(decoder.layers):
+        # where a layer's keys and values go in the cache, which has a place for each that is left
         layer.self_attn.layer_idx = position
     pruned.config.num_hidden_layers = len(decoder.layers)
     if getattr(pruned.config, "layer_types", None):
+        # sliding or full attention, by layer
         pruned.config.layer_types = [pruned.config.layer_types[index] for index in keep]
     return pruned

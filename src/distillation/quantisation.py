@@ -25,8 +25,9 @@ def method_of(config: PreTrainedConfig) -> str | None:
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
+    # a dict as config.json has it, or an object that transformers made of it
     method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-    return str(getattr(method, "value", method or "unknown"))
+    return str(getattr(method, "value", method or "unknown"))  # an enum of transformers, or a plain word
 
 
 def four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -54,6 +55,7 @@ def check_machine(name: str, config: PreTrainedConfig) -> None:
     """
     if method_of(config) != FP8:
         return
+    # (8, 9) of Ada, (9, 0) of Hopper, (8, 0) of an A100
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if capability is None or capability < FP8_CAPABILITY:
         where = "a CPU" if capability is None else f"a GPU of compute capability {'.'.join(map(str, capability))}"
@@ -66,7 +68,7 @@ def check_machine(name: str, config: PreTrainedConfig) -> None:
 
 
 def cannot_load_quantised(name: str, method: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split())[:200]  # one line
     return UserError(
         f"model {name!r} is quantised ({method}) and cannot be loaded here: {reason}; do what that says, or name the "
         "model without quantisation"
@@ -85,6 +87,7 @@ def add_quantiser(model: PreTrainedModel, config: PreTrainedConfig, own: BitsAnd
         ImportError, ValueError, RuntimeError: the quantiser cannot work here; transformers says why.
     """
     nowhere = {"": "cpu"}  # without a place, bitsandbytes' would ask for the current GPU
+    # None for plain weights
     quantiser, _, _ = get_hf_quantizer(config, own, device_map=nowhere, weights_only=True, user_agent={})
     if quantiser is not None:
         quantiser.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=None)
@@ -107,6 +110,7 @@ def parameter_bytes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, flo
 def elements(parameter: nn.Parameter) -> int:
     """How many numbers a parameter stands for: bitsandbytes packs two into a byte."""
     state = getattr(parameter, "quant_state", None)
+    # of a packed matrix: its shape as it was
     return parameter.numel() if state is None else state.shape.numel()
 
 
@@ -129,6 +133,7 @@ def check_head(name: str, model: PreTrainedModel) -> None:
         UserError: it is quantised, or has a bias.
     """
     head = model.get_output_embeddings()
+    # a quantised layer may keep its numbers under other names, or packed into bytes
     weight = getattr(head, "weight", None)
     if weight is None or weight.dtype not in PLAIN:
         kind = type(head).__name__ if weight is None else str(weight.dtype).removeprefix("torch.")

@@ -109,6 +109,7 @@ def rounds_of(config: KDConfig, steps: int) -> list[Round]:
             f"on_policy_rounds = {count}, but the run has {steps} steps, and a round takes one at least; lower "
             "--on_policy_rounds, or raise --max_steps"
         )
+    # 10 steps in 3 rounds: 0 to 2, 3 to 5, 6 to 9
     return [Round(r + 1, r * steps // count, (r + 1) * steps // count) for r in range(count)]
 
 
@@ -138,6 +139,7 @@ def check_rounds(config: KDConfig) -> None:
             "own answers: the student that learns is in 4 bits, the one that answers is its bf16 model with the "
             "adapter, of which nothing is measured here"
         )
+    # a resident teacher reads the answers in the step itself: no cache, no second place for it
     if config.teacher_signal != "online":
         _check_teacher(config)
 
@@ -174,6 +176,7 @@ def _check_place(config: KDConfig, dtype: torch.dtype) -> None:
         placed = place(name, config.teacher_devices, dtype, config.gpu_memory_gb, config.cpu_offload)
     except UserError as error:
         raise UserError(f"on-policy rounds, where the teacher reads the student's answers: {error}") from None
+    # no GPU, or layers over several: `place` itself has then asked for the room
     if placed is None or set(placed) != {""}:
         return
     [device] = placed.values()  # all of it on one GPU, whatever gpu_memory_gb says
@@ -203,7 +206,9 @@ def read_prompts(config: KDConfig, data: TrainingData) -> Prompts:
         UserError: a training row is a longer conversation, which is named; or too few prompts leave room.
     """
     path = clean_files(Path(config.experiment_dir) / "sft")["train"]
+    # what each row asks: its messages without the answer, which is the last
     messages = {(row["id"], row.get("sample_index", 0)): row["messages"][:-1] for row in read_clean(path)}
+    # room: tokens that a prompt may have
     room, rows = config.max_length - config.on_policy_max_new_tokens, []
     for pair in data.train:
         asked = messages[pair.student.id, pair.student.sample_index]
@@ -213,6 +218,7 @@ def read_prompts(config: KDConfig, data: TrainingData) -> Prompts:
                 f"{path}: row {pair.student.id} asks with messages of {', '.join(roles)}; on-policy rounds ask single "
                 "turns, of a user after a system message or none: take such rows out, or leave on_policy_rounds out"
             )
+        # their templates may differ, and both must fit the longest answer
         if max(len(pair.student.prompt_ids), len(pair.teacher.prompt_ids)) > room:
             continue
         system = asked[0]["content"] if len(asked) == 2 else ""
@@ -228,6 +234,7 @@ def _check_prompts(config: KDConfig, asked: int, there: int) -> None:
         UserError: not even one step's are.
     """
     most = config.on_policy_max_new_tokens
+    # `StepOrder` takes whole steps: of fewer prompts it makes none
     if asked < config.own_rows_per_step:
         raise UserError(
             f"{asked} of {there} training prompts leave room for an answer of {most} tokens within max_length = "
@@ -250,13 +257,15 @@ def requests_of(config: KDConfig, part: Round, prompts: Prompts) -> list[Request
     The order of the prompts goes by the step of the run, so that a round walks on where the one before ended.
     """
     seed = int(sha256_text(f"on-policy/{config.data_seed}")[:7], 16)  # not the order of the teacher's rows
+    # as the teacher's rows are ordered: a permutation an epoch, a function of (seed, epoch)
     order = StepOrder(len(prompts.rows), config.own_rows_per_step, seed)
-    asked: Counter[str] = Counter()
+    asked: Counter[str] = Counter()  # prompt -> times it is asked in this round
     requests = []
     for step in range(part.first_step, part.end):
         for index in order.rows_of(step):
             row = prompts.rows[index]
-            salt = f"round {part.number}"
+            salt = f"round {part.number}"  # a prompt that comes again in a later round is answered with another seed
+            # (id, sample_index) is an answer's key, so a prompt that is asked twice in a round gets 0 and 1
             requests.append(make_request(row, asked[row["id"]], config.seed, prompts.sampling, salt))
             asked[row["id"]] += 1
     return requests
@@ -300,18 +309,23 @@ def open_round(config: KDConfig, accelerator: Accelerator, tokenizers: Tokenizer
         UserError: something the user must put right; the text says what and how.
     """
     part, folder = plan.part, plan.folder
+    # 1. the first rank marks the folder as worked on, and makes what is missing of the round
     if accelerator.is_main_process:
         _begin(plan)
     accelerator.wait_for_everyone()  # nobody takes a folder that has just been cleared for a finished one
+    # each of the two locks also clears its own folder of what killed writers left half-written
     if accelerator.is_main_process:
         with hold(folder, SECTION), hold(folder / "sft", SECTION):
             _make(config, tokenizers, plan)
+    # 2. the others wait for what the first leaves behind: round.json written, begun.json gone
     while (folder / BEGUN).is_file() or not (folder / COMPLETE).is_file():
         time.sleep(LOOK)
+    # 3. every rank reads the same files
     pairs = {_key(pair.student): pair for pair in read_own_pairs(folder, tokenizers, config.max_length)}
     teacher = None
     if config.teacher_signal != "online":
         teacher = _open_own_cache(config, folder, list(pairs.values()))
+    # 4. the requests were `own_rows_per_step` a step; a step has fewer pairs where answers cannot be learned from
     by_step: list[list[Pair]] = [[] for _ in range(part.end - part.first_step)]
     for index, request in enumerate(plan.requests):
         if pair := pairs.get(_key(request)):
@@ -328,6 +342,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """What tells a round's folder from another's; what the run's own fingerprint says is not said again."""
     serve = own_serve(config)
+    # prompts, seeds and sampling of all answers, as one hash
     asked = json.dumps([asdict(request) for request in requests], sort_keys=True)
     return {
         "round": part.number,
@@ -335,6 +350,7 @@ def _fingerprint(
         "last_step": part.end,
         "requests": sha256_text(asked),
         "rows": data.hashes["sft_train_data_clean.jsonl"],
+        # another checkpoint is another student, whose answers are others
         "adapter": sha256_file(adapter / "adapter_model.safetensors") if adapter else None,
         "engine": serve.program if serve else "transformers",
         "batch_size": None if serve else config.on_policy_batch_size,  # it changes how sums are rounded
@@ -354,6 +370,7 @@ def _begin(plan: RoundPlan) -> None:
     """
     folder = plan.folder
     complete, begun = folder / COMPLETE, folder / BEGUN
+    # what is wrong with the answers is no error by itself: it depends on whether steps have learnt from them
     fault = _fault_of_answers(plan)
     if plan.has_begun and fault:
         raise UserError(
@@ -361,10 +378,12 @@ def _begin(plan: RoundPlan) -> None:
             "--overwrite"
         )
     if not plan.has_begun:
+        # nothing was learnt from it yet, so answers of another adapter or other settings can go
         for path in (complete, begun):
             if path.is_file() and read_json(path).get("fingerprint") != plan.fingerprint:
                 logger.info("%s: made with another adapter or other settings; it is made again", folder)
-                clear(folder, last=path.name)
+                clear(folder, last=path.name)  # the file that gives it away goes last: a kill in between is seen again
+        # asked again: the folder may just have been cleared
         if complete.is_file() and fault:
             logger.warning("%s: %s; the round is made again", folder, fault)
             clear(folder, last=COMPLETE)
@@ -379,6 +398,7 @@ def _fault_of_answers(plan: RoundPlan) -> str | None:
     if not path.is_file():
         return f"{COMPLETE}, which tells its answers from others, is gone"
     stored = read_json(path)
+    # the adapter is not among them: a round of which steps are taken goes on with a later checkpoint
     if any(stored["fingerprint"].get(name) != plan.fingerprint[name] for name in FOR_GOOD):
         return f"{COMPLETE} is of another round"
     if not clean.is_file():
@@ -403,8 +423,9 @@ def _make(config: KDConfig, tokenizers: Tokenizers, plan: RoundPlan) -> None:
     if not was_complete:
         _answer(config, plan)
         release_memory()  # the student's, for the teacher
-        size = max(tokenizers.student.get_vocab().values()) + 1
+        size = max(tokenizers.student.get_vocab().values()) + 1  # tokens that exist; logits may be padded beyond
         _write_clean(folder, plan.requests, read_jsonl(folder / "sft" / "sft_train_data.jsonl"), size)
+        # asked before the teacher is loaded for nothing
         if not read_own_pairs(folder, tokenizers, config.max_length):
             raise UserError(
                 f"{folder}: none of {len(plan.requests)} answers can be learned from; read them in "
@@ -415,6 +436,7 @@ def _make(config: KDConfig, tokenizers: Tokenizers, plan: RoundPlan) -> None:
     if config.teacher_signal != "online":
         since = time.monotonic()
         try:
+            # a finished cache that is as it was written is only hashed
             make_cache(_cache_config(config, folder), own_answers=True)
         finally:
             _count(folder, "caching_seconds", since)
@@ -425,10 +447,12 @@ def _make(config: KDConfig, tokenizers: Tokenizers, plan: RoundPlan) -> None:
         answers = read_jsonl(folder / "sft" / "sft_train_data.jsonl")
         facts = round_facts(plan.part, plan.requests, answers, read_own_pairs(folder, tokenizers, config.max_length))
         facts |= {"seed": config.seed}  # of which each answer's is made
+        # what `_fault_of_answers` asks for when steps were taken
         facts |= {"clean_sha256": sha256_file(clean)}
         facts |= read_json(folder / BEGUN)  # the fingerprint and the seconds
         write_json(folder / COMPLETE, facts)
         _say_round(facts, answers)
+    # last: from here on the other ranks take the round for complete
     (folder / BEGUN).unlink()
 
 
@@ -452,6 +476,7 @@ def _say_round(facts: dict[str, Any], answers: Sequence[dict[str, Any]]) -> None
         facts["mean_length"],
         facts["caching_seconds"],
     )
+    # an untrained student may end at once or never; the run goes on, but somebody should look
     bad = sum(row["finish_reason"] == "length" or not row["response"].strip() for row in answers)
     if bad > len(answers) / 2:
         logger.warning(
@@ -469,12 +494,14 @@ def _answer(config: KDConfig, plan: RoundPlan) -> None:
     target = folder / "sft" / "sft_train_data.jsonl"
     repair_jsonl_tail(target)
     stored = read_jsonl(target) if target.is_file() and target.stat().st_size else []
+    # answers are stored as they come, so they are known by their key and not by their place
     there = {(row["id"], row["sample_index"]) for row in stored}
     done = frozenset(request for request in requests if _key(request) in there)
     if len(done) == len(requests):
         return
     require_disk(folder, len(requests) * (4 * requests[0].sampling.max_new_tokens + 2000), "the student's answers")
     since = time.monotonic()
+    # those of earlier sessions count in what a server may refuse (`EngineSettings.max_refused`)
     refused = sum(row["finish_reason"] == "refused" for row in stored)
     with (
         _student(config, plan) as generate,
@@ -483,6 +510,7 @@ def _answer(config: KDConfig, plan: RoundPlan) -> None:
         progress.skip(len(done))
         for rows in generate(requests, done, refused):
             append_jsonl(target, rows)
+            # after every part: the seconds up to a kill count too
             since = _count(folder, "answering_seconds", since)
             progress.advance(len(rows))
     _count(folder, "answering_seconds", since)
@@ -503,6 +531,7 @@ def _student(config: KDConfig, plan: RoundPlan) -> Iterator[Generate]:
         _engine_settings(config), model, config.student_devices, serve, served_name,
         adapter=adapter, experiment_dir=config.experiment_dir, keep_ids=True,
     )  # fmt: skip
+    # the server first: the engine asks it
     with started(planned, plan.folder / "server.log"), opened(engine) as generate:
         yield generate
 
@@ -514,10 +543,12 @@ def _write_clean(folder: Path, requests: list[Request], answers: list[dict[str, 
     that its tokenizer would cut in another way, and the teacher is to judge what was sampled. An answer with a token
     that only the padding of the student's logits has is left out.
     """
+    # stored as they came; learned from in the order of the requests, whatever engine answered
     by_key = {(row["id"], row["sample_index"]): row for row in answers}
     rows = []
     for request in requests:
         answer = by_key.get(_key(request))
+        # refused, or not there at all
         if answer is None or answer["finish_reason"] not in LEARNT_FROM:
             continue
         ids = answer.get("token_ids")
@@ -540,13 +571,14 @@ def read_own_pairs(folder: Path, tokenizers: Tokenizers, max_length: int) -> lis
     """A round's rows as both models read them, without those that are too long or were cut before they said a thing."""
     end = shared_end_of_turn(tokenizers.student, tokenizers.teacher)
     path = clean_files(folder / "sft")["train"]
+    # no row at all is possible here, `read_clean` calls it a mistake
     rows = read_clean(path, own_answers=True) if path.stat().st_size else []
     pairs = []
     for row in rows:
         student = encode_row(tokenizers.student, row, end, own_answer=True)
         teacher = encode_row(tokenizers.teacher, row, end, own_answer=True)
         if student.response_ids and max(len(student), len(teacher)) <= max_length:
-            pairs.append(Pair(student, teacher, own=True))
+            pairs.append(Pair(student, teacher, own=True))  # `own`: the divergence alone, no cross-entropy
     return pairs
 
 
@@ -571,7 +603,9 @@ def _cache_config(config: KDConfig, folder: Path) -> CacheTeacherConfig:
 
 def _open_own_cache(config: KDConfig, folder: Path, pairs: list[Pair]) -> Reader:
     path = clean_files(folder / "sft")["train"]
+    # all of them to train on: no validation, no held-out rows, none dropped
     own = TrainingData(pairs, [], [], {path.name: sha256_file(path)}, 0)
+    # as the run's own cache is opened
     temperature = config.teacher_temperature or config.temperature
     return open_cache(folder / "teacher_cache", config.teacher_signal, temperature, own)
 
@@ -591,6 +625,7 @@ def round_facts(
     reasons = Counter(row["finish_reason"] for row in answers)
     sampled = {(row["id"], row["sample_index"]): row["num_tokens"] for row in answers}
     tokens = sum(len(pair.student.response_ids) for pair in pairs)
+    # (pair, tokens that were sampled for it; None where nobody counted)
     counted = [(pair, sampled[_key(pair.student)]) for pair in pairs]
     return {
         "round": part.number,
@@ -599,6 +634,7 @@ def round_facts(
         "rows": len(pairs),
         "tokens": tokens,
         "tokens_read": sum(len(pair.teacher) for pair in pairs),
+        # of all answers, those that are left out too
         "sampled_tokens": sum(count or 0 for count in sampled.values()),
         "ended": reasons["stop"],
         "truncated": reasons["length"],

@@ -27,6 +27,7 @@ def _cited(model: ModelName) -> str:
 def model_card(config: KDConfig, rows: int, steps: int, end: str, began: str | None = None) -> str:
     """`began`: the sha256 of the adapter that `init_from` named when the run began."""
     student = model_name(config.model_name_or_path)
+    # each of these is a part of a sentence, or nothing
     start = ""
     if config.init_from:  # the run's name, without the way to it
         run = Path(config.init_from.rstrip("/").removesuffix("/final_model")).name
@@ -55,7 +56,7 @@ def model_card(config: KDConfig, rows: int, steps: int, end: str, began: str | N
         alpha=config.alpha,
         divergence=config.divergence,
         temperature=config.temperature,
-        ce=round(1 - config.alpha, 6),
+        ce=round(1 - config.alpha, 6),  # 1 - 0.8 is 0.19999999999999996
         rank=config.lora_r,
         seed=config.seed,
         end=end,
@@ -65,6 +66,7 @@ def model_card(config: KDConfig, rows: int, steps: int, end: str, began: str | N
 
 def teachers_own(config: KDConfig) -> str:
     """How the teacher's softmax differs from the student's: " (the teacher at 0.2, top_k 20, top_p 0.9)"."""
+    # what is left at its default is not said
     cut = [f"top_k {config.teacher_top_k}"] if config.teacher_top_k else []
     cut += [f"top_p {config.teacher_top_p:g}"] if config.teacher_top_p < 1 else []
     if config.teacher_temperature is None and not cut:

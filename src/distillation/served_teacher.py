@@ -104,12 +104,14 @@ class _Wrong(Exception):
 
 def _misshapen(error: ValidationError) -> str:
     """The first place where a reply has another shape: "choices.0.prompt_logprobs: Input should be a valid list"."""
+    # pydantic's places are tuples: ("choices", 0, "prompt_logprobs")
     first = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, first['loc'])) or 'the reply'}: {first['msg']}"
 
 
 def question(server: Server, row: EncodedRow, k: int) -> tuple[str, dict[str, Any]]:
     """The URL and the body that ask for the log-probabilities of a row."""
+    # the tokens that the teacher's tokenizer gave here
     ids = [*row.prompt_ids, *row.response_ids]
     base_url = server.base_url.rstrip("/")
     if server.kind == "vllm":
@@ -123,17 +125,19 @@ def question(server: Server, row: EncodedRow, k: int) -> tuple[str, dict[str, An
         "logprob_start_len": len(row.prompt_ids) - 1,  # the first entry has no log-probability
         "top_logprobs_num": k,
     }
-    return f"{base_url.removesuffix('/v1')}/generate", body
+    return f"{base_url.removesuffix('/v1')}/generate", body  # SGLang's own interface lies beside the OpenAI one
 
 
 def read_vllm(said: Any, row: EncodedRow) -> list[Position]:
     """The response positions of vLLM's reply. Raises `_Wrong`, or pydantic's ValidationError for another shape."""
+    # entry i is about token i given those before it; the first is null
     entries = VLLM_REPLY.validate_python(said)["choices"][0]["prompt_logprobs"]
     if len(entries) != len(row):
         raise _Wrong(f"{len(entries)} positions for {len(row)} tokens")
     found = []
     start = len(row.prompt_ids)
     for index, (token, entry) in enumerate(zip(row.response_ids, entries[start:], strict=True)):
+        # the token itself is always in its entry, among the k or as one more: else it is another tokenizer's
         if not entry or token not in entry:
             raise _Wrong(f"response position {index} does not have token {token}, which was sent")
         top = [(other, values["logprob"]) for other, values in entry.items()]
@@ -144,6 +148,7 @@ def read_vllm(said: Any, row: EncodedRow) -> list[Position]:
 def read_sglang(said: Any, row: EncodedRow) -> list[Position]:
     """The response positions of SGLang's reply. Raises as `read_vllm`."""
     lists = SGLANG_REPLY.validate_python(said)["meta_info"]
+    # from the prompt's last token on, which has no log-probability: response token i is at i + 1
     own, tops = lists["input_token_logprobs"], lists["input_top_logprobs"]
     wanted = len(row.response_ids) + 1  # with the last token of the prompt
     if len(own) != wanted or len(tops) != wanted:
@@ -155,6 +160,7 @@ def read_sglang(said: Any, row: EncodedRow) -> list[Position]:
             raise _Wrong(f"response position {index} has token {sent}, sent was {token}")
         if log_p is None:
             raise _Wrong(f"response position {index} has no log-probability")
+        # [log-probability, id, text] -> (id, log-probability)
         top = [(other, value) for value, other, _ in tops[index + 1] or ()]
         found.append(Position(token, log_p, top))
     return found
@@ -168,6 +174,7 @@ def told(positions: Sequence[Position], k: int, vocab_size: int) -> Told:
     """
     ids, log_p = [], []
     for index, position in enumerate(positions):
+        # vLLM gives k + 1 where the token itself is not among them: the last of these goes
         top = sorted(dict(position.top).items(), key=lambda item: -item[1])[:k]
         if len(top) < k:
             raise _Wrong(f"response position {index} has {len(top)} tokens, asked for were top_k = {k}")
@@ -179,6 +186,7 @@ def told(positions: Sequence[Position], k: int, vocab_size: int) -> Told:
         torch.tensor([position.log_p for position in positions], dtype=torch.float32),
     )
     labels = torch.tensor([position.token for position in positions], dtype=torch.int32)
+    # tensors of a whole row at once; the first position that is wrong is named
     for wrong_N, what in _faults(found, labels, vocab_size):
         if wrong_N.any():
             raise _Wrong(f"response position {int(wrong_N.nonzero()[0])}: {what}")
@@ -189,11 +197,14 @@ def _faults(found: Told, labels_N: Tensor, vocab_size: int) -> list[tuple[Tensor
     """Conditions `[N]` of which none may hold, and what each means."""
     ids, log_p, label_log_p = found
     sums = log_p.double().exp().sum(-1)
+    # [N, K]: where among the kept tokens the one that was sent is, in one place or none
     is_label = ids == labels_N[:, None]
     among = is_label.any(-1)
+    # its log-probability there; 0 where it is not among them, which `among` rules out
     of_label = torch.where(is_label, log_p, 0.0).sum(-1)
     return [
         (((ids < 0) | (ids >= vocab_size)).any(-1), f"a token id beyond the {vocab_size} of the tokenizer"),
+        # NaN compares as False, so every other condition would let it pass
         (~(log_p.isfinite().all(-1) & label_log_p.isfinite()), "a log-probability that is no number"),
         ((log_p > ROUNDING).any(-1) | (label_log_p > ROUNDING), "a log-probability above 0"),
         (sums > 1 + ROUNDING, "probabilities that add up to more than 1"),
@@ -219,6 +230,7 @@ class _Asking:
         import openai
 
         url, body = question(self.server, row, self.k)
+        # as bytes, which `read_body` takes apart
         return (await self.client.post(url, cast_to=openai.HttpxBinaryResponseContent, body=body)).response
 
     async def ask(self, row: EncodedRow) -> tuple[EncodedRow, Told]:
@@ -227,9 +239,11 @@ class _Asking:
         response = await response_to(self.send(row), server)
         said = read_body(response.content, response.status_code, lambda body: body, "log-probabilities")
         if isinstance(said, Failure):
+            # one refused row ends the run, where an answer would be passed over
             if said.status in REFUSED:
                 raise UserError(self.refusal(row, one_line(said.words, server.key)))
             raise_failure(said, response, server, row.id)
+        # a reply without an error that is wrong all the same would be wrong at every try
         read = read_vllm if server.kind == "vllm" else read_sglang
         try:
             return row, told(read(said, row), self.k, self.vocab_size)
@@ -245,6 +259,7 @@ class _Asking:
     def refusal(self, row: EncodedRow, words: str) -> str:
         """The line that a refused row ends the run with: a cache without it would be of other rows."""
         way_out = "see what the server wants"
+        # the server's words for what can be mended on its command line
         if TOO_MANY.search(words):
             way_out = f"start the server with --max-logprobs {self.k}, or lower --top_k"
         elif TOO_LONG.search(words):
@@ -270,6 +285,7 @@ def check_served(server: Server) -> None:
 
     try:
         with asyncio.Runner() as runner:
+            # {"data": [{"id": "Qwen/Qwen3-8B"}, ...]}
             names = [model["id"] for model in MODELS.validate_json(runner.run(listed()))["data"]]
     except (openai.OpenAIError, ValidationError) as error:
         why = _misshapen(error) if isinstance(error, ValidationError) else f"{error} {error.__cause__ or ''}"
@@ -290,10 +306,12 @@ def ask_rows(server: Server, rows: Sequence[EncodedRow], k: int, vocab_size: int
     Raises:
         UserError: a reply is not what was asked for, a row is refused, or there is no answer in `server.tries` tries.
     """
-    told_of: dict[tuple[str, int], Told] = {}
+    told_of: dict[tuple[str, int], Told] = {}  # (id, sample_index) -> what was told
     with asyncio.Runner() as runner:
         asking = _Asking(open_client(server), server, k, vocab_size)
+        # answers come in any order
         for part in ask_all(asking, rows, len(rows), runner):
             told_of |= {(row.id, row.sample_index): found for row, found in part}
     in_order = [told_of[row.id, row.sample_index] for row in rows]
+    # [Told of each row] -> one Told: ids of all rows end to end, log-probabilities likewise
     return Told(*(torch.cat(parts) for parts in zip(*in_order, strict=True)))

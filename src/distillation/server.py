@@ -20,6 +20,7 @@ PATIENCE = 1800.0  # seconds until a server must answer: a large model is loaded
 SIGN_OF_LIFE = 15.0  # seconds between two lines about a server that is waited for
 FAREWELL = 30.0  # seconds it has to end by itself
 LAST_WORDS = 200  # characters of the last line of its log that are shown
+# a process that outlives ours: its input ends when we do, however we ended, and it kills the group it was given
 GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 
 
@@ -35,14 +36,15 @@ def parallel_sizes(
     Raises:
         UserError: the weights do not fit on all the GPUs together.
     """
+    # GPUs of one replica: 1, 2, 3, 6 of 6; the smallest that works leaves the most replicas
     for share in (n for n in range(1, gpus + 1) if gpus % n == 0):
         fits = [
             (tensor, share // tensor)
-            for tensor in range(share, 0, -1)
+            for tensor in range(share, 0, -1)  # the widest first: tensor parallelism goes before pipeline stages
             if share % tensor == 0
             and heads % tensor == 0
             and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
-            and share // tensor <= layers
+            and share // tensor <= layers  # a stage has a layer at least
         ]
         if fits and weight_gb / share <= budget_gb:
             return *fits[0], gpus // share
@@ -74,8 +76,10 @@ def running(
     if not command:
         yield
         return
+    # 1. nothing else may answer there: its answers would pass for those of this server
     if answers(base_url):
         raise UserError(f"{base_url}: a server answers there already; stop it, or name another port in serve")
+    # 2. the server
     words = split_command(command) if isinstance(command, str) else list(command)
     log.parent.mkdir(parents=True, exist_ok=True)
     logger.info("starting %s (its log: %s)", shlex.join(words), log)
@@ -88,6 +92,7 @@ def running(
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"serve: {words[0]}: {error.strerror}; install it, or mend the command") from None
+    # 3. somebody who ends it if this process cannot, even of SIGKILL
     guard = None
     try:
         # it waits for the end of its input, which comes with the end of this process, whatever ends it; signals to
@@ -95,6 +100,7 @@ def running(
         guard = subprocess.Popen(
             [sys.executable, "-c", GUARD, str(process.pid)], stdin=subprocess.PIPE, start_new_session=True
         )
+        # 4. until it answers
         _wait(process, base_url, log, patience)
         yield
     finally:
@@ -122,6 +128,7 @@ def answers(base_url: str) -> bool:
     status = _status(f"{base_url.rstrip('/')}/models")
     if status == 500:  # `transformers serve` fails to list models where the hub's cache is not there yet
         status = _status(urllib.parse.urljoin(base_url, "/health"))
+    # 401 and 403: it is there, and wants a key that is not sent here
     return status in (200, 401, 403)
 
 
@@ -141,14 +148,16 @@ def _last_line(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(log.stat().st_size - 8192, 0))  # bytes: a progress bar may have made the file long
         text = file.read().decode("utf-8", "replace")
+    # splitlines takes a progress bar's returns for line ends as well
     lines = [line for line in text.splitlines() if line.strip()] or ["no word"]
-    shown = "".join(letter if letter.isprintable() else " " for letter in lines[-1])
+    shown = "".join(letter if letter.isprintable() else " " for letter in lines[-1])  # no escapes for the terminal
     return " ".join(shown.split())[:LAST_WORDS]
 
 
 def _wait(process: subprocess.Popen, base_url: str, log: Path, patience: float) -> None:
     begin = spoken = time.monotonic()
     while True:
+        # asked before the process is looked at: what answers while it lives is the server itself
         answered = answers(base_url)
         if process.poll() is not None:  # and then another server answered
             raise UserError(
@@ -175,7 +184,7 @@ def _end(process: subprocess.Popen) -> None:
             os.killpg(process.pid, word)
             while time.monotonic() < deadline:
                 process.poll()  # or it would stay in its group as a zombie
-                os.killpg(process.pid, 0)
+                os.killpg(process.pid, 0)  # signal 0 reaches nobody; it raises once the group is empty
                 time.sleep(0.05)
         except ProcessLookupError:
             return

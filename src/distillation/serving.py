@@ -130,12 +130,13 @@ class PlannedServer:
 
 def _fits(name: str, value: Any) -> bool:
     """Whether a key of `serve` may have this value."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)  # True is an int
     if name == "command":
         return isinstance(value, str) and bool(value.strip())
     if name == "model":
         return isinstance(value, str)
     if name == "devices":
+        # [0, 1] stays [0, 1]; of ["0", 1] and [True] something is missing
         numbers = [n for n in value if type(n) is int and n >= 0] if isinstance(value, list) else None
         return numbers == value and len(set(value)) == len(value)
     if name == "gpu_memory_gb":
@@ -166,11 +167,13 @@ def read_serve(text: str) -> Serve | None:
     for name in said:
         if name not in known:
             raise UserError(f"serve: unknown key {name!r}{nearest(name, known)}")
+    # null leaves a key at its default
     values = {name: value for name, value in said.items() if value is not None}
     for name, value in values.items():
         if not _fits(name, value):
             raise UserError(f"serve: {name} must be {EXPECTED[name]}, got {value!r}")
     values["devices"] = tuple(values.get("devices", ()))
+    # under one spelling, so that they can stand over derived flags
     values["arguments"] = {flag_name(name): value for name, value in values.get("arguments", {}).items()}
     serve = Serve(**values)
     _check(serve)
@@ -204,7 +207,7 @@ def with_open_port(serve: Serve) -> Serve:
     if serve.port:
         return serve
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((HOST, 0))  # the kernel chooses
         return dataclasses.replace(serve, port=probe.getsockname()[1])
 
 
@@ -225,6 +228,7 @@ def adapter_name(kind: str, base: str, arm: str) -> str:
 def stored_bits(config: PreTrainedConfig) -> int | None:
     """Bits a weight in a quantised checkpoint; None for one that is not quantised, or does not say."""
     said = getattr(config, "quantization_config", None) or {}
+    # a dict as config.json has it, or an object that transformers made of it
     said = said if isinstance(said, dict) else said.to_dict()
     if "bits" in said:  # GPTQ, AWQ
         return said["bits"]
@@ -249,7 +253,9 @@ def sizes(serve: Serve, model: str, devices: Sequence[int]) -> tuple[int, int, i
     tensor, data, gpus = serve.tensor_parallel, serve.data_parallel, len(devices)
     if not devices:
         return tensor or 1, 1, data or 1
+    # one that is not said follows from the other: tensor 2 on 6 GPUs makes data 3
     if tensor or data:
+        # not all where it does not divide: tensor 4 on 6 GPUs makes 4 x 1
         used = (tensor or gpus // data) * (data or gpus // tensor)
         if used != gpus:
             raise UserError(
@@ -260,6 +266,7 @@ def sizes(serve: Serve, model: str, devices: Sequence[int]) -> tuple[int, int, i
     shapes, dtype = config_folder(model), serving_dtype(devices)
     config = load_model_config(shapes)
     text = config.get_text_config()
+    # weights x bits / 8 = bytes; on the meta device, where nothing is loaded
     weight_gb = count_parameters(meta_model(shapes)) * (stored_bits(config) or 8 * dtype.itemsize) / 8 / 1e9
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -306,16 +313,19 @@ def serve_command(
     Raises:
         UserError: the model cannot be had, is an adapter or does not fit, or an adapter's rank is too large.
     """
+    # 1. what is served, and how it is spread
     refuse_adapter(config_folder(model))  # a server might answer as the adapter's base, in its name
     tensor, pipeline, data = sizes(serve, model, devices)
     [program] = split_command(serve.command)
     dtype = str(serving_dtype(devices)).removeprefix("torch.")
+    # 2. flags that both programs know
     flags: dict[str, Any] = {"host": HOST, "port": serve.port}
     named = model_name(model)
     if named.revision:  # it is asked by the whole name: the same id at another revision is another model
         flags |= {"revision": named.revision, "served-model-name": named.full}
         if serve.program == "vllm":  # SGLang has one revision for both
             flags["tokenizer-revision"] = named.revision
+    # 3. the words of each program for the same things
     if serve.program == "vllm":
         words, modules = [program, "serve", named.id], "lora-modules"
         flags |= {"tensor-parallel-size": tensor, "data-parallel-size": data, "dtype": dtype}
@@ -330,6 +340,7 @@ def serve_command(
         flags |= {"tp-size": tensor, "dp-size": data, "dtype": dtype, "sampling-defaults": "openai", "random-seed": 0}
         if pipeline > 1:
             flags["pp-size"] = pipeline
+    # 4. the arms, and what the profile says over all of it
     if adapters:
         flags |= {"enable-lora": True, "max-lora-rank": rank or lora_rank(adapters)}
         flags[modules] = [f"{name}={folder}" for name, folder in adapters.items()]
@@ -365,6 +376,7 @@ def typed_command(serve: Serve, places: Mapping[str, str]) -> list[str]:
     Raises:
         UserError: it names an arm that is not there.
     """
+    # 1. every arm that it names must be there
     for arm in sorted(named_arms(serve)):
         if not places.get(arm):
             raise UserError(f"serve: the command line names {{{arm}}}, which there is not here; take it out")
@@ -373,6 +385,7 @@ def typed_command(serve: Serve, places: Mapping[str, str]) -> list[str]:
                 f"serve: a whole command line cannot say {{{arm}}} of {places[arm]}; write the model and its revision "
                 "into it, or name the server's program alone"
             )
+    # 2. split first, put in afterwards: a folder with a blank in its name stays one word
     words = []
     for word in split_command(serve.command):
         word = word.replace("{port}", str(serve.port))
@@ -389,6 +402,7 @@ def server_environment(devices: Sequence[int]) -> dict[str, str]:
     if not devices:
         return {}
     names = [str(device) for device in devices]
+    # "4,6" is visible, device 1 is named: the server gets "6"; names may be UUIDs
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         seen = visible.split(",")
         if max(devices) >= len(seen):

@@ -89,6 +89,7 @@ def make_requests(
 def make_request(row: dict[str, Any], index: int, seed: int, sampling: Sampling, salt: str = "") -> Request:
     """The request for answer `index` to a dataset row, see `make_requests`."""
     digest = hashlib.sha256(f"{seed}/{salt}/{row['id']}/{index}".encode()).digest()
+    # hashed and not counted: a row's seed does not depend on which other rows are asked
     own = int.from_bytes(digest[:6], "big")  # 48 bits, exact in any JSON reader
     return Request(row["id"], index, row.get("system", ""), row["prompt"], own, sampling)
 
@@ -134,10 +135,12 @@ def fitting_batch_size(
     Raises:
         UserError: not even one row fits.
     """
+    # 1. bytes a token: keys and values of every layer, and the widest activations
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * (config.num_hidden_layers + 1) * heads * head_dim * dtype.itemsize  # + 1: copied layer by layer
     widest = 4 * max(config.intermediate_size, config.hidden_size) * dtype.itemsize
+    # 2. bytes a row, and how many rows that makes
     row = longest * (cache + widest) + 6 * config.vocab_size * 4  # logits and their filtered copies, fp32
     rows = int((0.8 * memory_bytes - weight_bytes) // row)
     if rows < 1:
@@ -150,6 +153,7 @@ def fitting_batch_size(
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
     """What ends an answer: the template's end of turn and `own`, the end tokens in the model's generation settings."""
+    # `own` as generation_config.json may have it: 2, [2, 151645] or nothing
     return sorted({end_of_turn_id(tokenizer), *(own if isinstance(own, list) else [] if own is None else [own])})
 
 
@@ -158,10 +162,15 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> T
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     ids, _, probabilities = candidates(logits_BV.float(), sampling.temperature, sampling.top_k, sampling.top_p)
+    # [B, K]: where each candidate's stretch of the line from 0 to the kept mass ends; K = V where nothing is filtered
     mass = probabilities.double().cumsum(-1)
+    # times the whole mass, for what top-p leaves is not normalised again; right=True passes over stretches of length 0,
+    # so that a uniform number of exactly 0 draws no token that is left out
     index = torch.searchsorted(mass, uniform_B[:, None].double() * mass[:, -1:], right=True)
+    # the last candidate with a probability: 0.6 0.4 0 -> 1 2 2, whose first maximum is at 1
     last = (probabilities > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # where rounding lands past the end
     index = torch.minimum(index, last)
+    # a place among the candidates -> its token id
     return (index if ids is None else ids.gather(-1, index))[:, 0]
 
 
@@ -170,20 +179,24 @@ class _SeededSampler(LogitsProcessor):
 
     def __init__(self, samplings: Sequence[Sampling], uniforms_BL: Tensor, prompt_length: int, model: str) -> None:
         self.uniforms_BL, self.prompt_length, self.model = uniforms_BL, prompt_length, model
+        # one (settings, [B] mask) for each kind of settings in the batch, for `candidates` filters a whole batch alike
         self.groups = [
             (sampling, torch.tensor([own == sampling for own in samplings], device=uniforms_BL.device))
-            for sampling in dict.fromkeys(samplings)
+            for sampling in dict.fromkeys(samplings)  # each once, in a fixed order
         ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # the maximum of a row is NaN where any of its logits is
         if not scores.amax(-1).isfinite().all():
             raise UserError(
                 f"{self.model}: its logits are not numbers (NaN or infinite); its weights are broken, or overflow"
             )
+        # [B]: column t is for the t-th token of the answers, counted from the start over all rounds of `generate`
         uniform = self.uniforms_BL[:, input_ids.shape[1] - self.prompt_length]
         token = torch.empty_like(input_ids[:, 0])
         for sampling, rows in self.groups:
             token[rows] = sample_tokens(scores[rows], uniform[rows], sampling)
+        # `generate` decodes greedily: of one finite logit a row it takes that one
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0)
 
 
@@ -194,8 +207,9 @@ class _StopWhenFew(StoppingCriteria):
         self.end_ids, self.prompt_length, self.few = end_ids, prompt_length, few
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        # rows whose answer has no end token anywhere; behind one `generate` writes padding
         going = int((~torch.isin(input_ids[:, self.prompt_length :], self.end_ids).any(1)).sum())
-        return torch.full((len(input_ids),), going <= self.few, device=input_ids.device)
+        return torch.full((len(input_ids),), going <= self.few, device=input_ids.device)  # stops all rows, or none
 
 
 def _read_prompts(model: PreTrainedModel, pad_id: int, prompts: list[list[int]]) -> DynamicCache:
@@ -204,34 +218,43 @@ def _read_prompts(model: PreTrainedModel, pad_id: int, prompts: list[list[int]])
     A prompt that several rows have is read once, beside those of about its length: a sweep over temperatures has every
     prompt several times, and one long prompt is no reason to pad all others.
     """
+    # 1. is there something to read here, and can it be padded afterwards?
     cache = DynamicCache(config=model.config)
     distinct = sorted(set(map(tuple, prompts)), key=lambda ids: (len(ids), ids))
+    # a prompt of one token has nothing before its last
     if len(distinct[0]) < 2 or not all(type(layer) is DynamicLayer for layer in cache.layers):
         return cache  # a sliding window or a recurrent state cannot be padded afterwards; `generate` reads all rows
+    # 2. prompts of about one length are read together
     groups: list[list[tuple[int, ...]]] = []
     for ids in distinct:
         own = groups[-1] if groups else []
+        # sorted by length, so this one is the longest of its group: padded positions <= 1.25 x tokens
         if own and (len(own) + 1) * len(ids) <= PADDED * (sum(map(len, own)) + len(ids)):
             own.append(ids)
         else:
             groups.append([ids])
+    # 3. each group is read; the last token of a prompt is left to `generate`, which wants one to answer from
     parts = []
     for group in groups:
         rows, mask = _left_padded([ids[:-1] for ids in group], pad_id, model.get_input_embeddings().weight.device)
         part = DynamicCache(config=model.config)
+        # 0 0 1 1 1 -> 0 0 0 1 2: a prompt's first token is at 0 wherever it stands
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         model.get_decoder()(
             input_ids=rows, attention_mask=mask, position_ids=positions, past_key_values=part, use_cache=True
         )
         parts.append([(layer.keys, layer.values) for layer in part.layers])
+    # 4. the groups become one cache: padded on the left to the longest prompt, then a copy for every row that asks
     place = {ids: index for index, ids in enumerate(distinct)}
     index_of_rows = torch.tensor([place[tuple(ids)] for ids in prompts])
     longest = len(distinct[-1]) - 1
     for index in range(len(cache.layers)):
         columns = zip(*(part.pop(0) for part in parts), strict=True)  # a layer at a time: never two whole caches
+        # [rows, heads, positions, head_dim]: zeros before the first position; the rows' mask hides them
         keys, values = (
             torch.cat([pad(own, (0, 0, longest - own.shape[2], 0)) for own in column]) for column in columns
         )
+        # [distinct prompts, ...] -> [B, ...]
         cache.update(keys[index_of_rows], values[index_of_rows], index)
     return cache
 
@@ -253,23 +276,27 @@ def _answer_batch(
     Rounds of `generate` on one key-value cache: between two of them the rows that have ended leave the batch, so that a
     few long answers do not make all rows pay.
     """
+    # 1. the prompts, and every row's own stream of uniform numbers: drawn on the CPU, the same on every device
     device = model.get_input_embeddings().weight.device
     end_ids = end_ids.to(device)
     rows, mask = _left_padded(prompts, pad_id, device)
     length = rows.shape[1]
-    limit = requests[0].sampling.max_new_tokens
+    limit = requests[0].sampling.max_new_tokens  # the same for all of the batch
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     uniforms = torch.stack([torch.rand(limit, generator=generator) for generator in generators]).to(device)
     answers: list[list[int]] = [[] for _ in prompts]
-    going = torch.arange(len(prompts), device=device)
+    going = torch.arange(len(prompts), device=device)  # places in `answers` of the rows still in the batch
+    # 2. the prompts' keys and values
     cache = _read_prompts(model, pad_id, prompts)
+    # 3. rounds: all rows write until a quarter of them has ended
     while len(going):
         room = limit - (rows.shape[1] - length)
-        few = int(SHRINK * len(going))
+        few = int(SHRINK * len(going))  # 48 rows -> 36; a last row alone -> 0: until it ends
         rows = model.generate(
             input_ids=rows,
             attention_mask=mask,
             past_key_values=cache,
+            # rows that have ended are filled up with pad_id until the round ends
             generation_config=GenerationConfig(
                 do_sample=False, num_beams=1, max_new_tokens=room, pad_token_id=pad_id, eos_token_id=end_ids.tolist()
             ),
@@ -278,13 +305,17 @@ def _answer_batch(
             ),
             stopping_criteria=StoppingCriteriaList([_StopWhenFew(end_ids, length, few)]),
         )
+        # 4. rows that have ended, or have no room left, leave with their answer
         ended = torch.isin(rows[:, length:], end_ids)
         over = ended.any(1) | (rows.shape[1] - length >= limit)
         for index in over.nonzero()[:, 0].tolist():
             ids, marks = rows[index, length:].tolist(), ended[index].tolist()
+            # up to and with the first end token; behind it is padding
             answers[going[index]] = ids[: marks.index(True) + 1] if True in marks else ids
+        # 5. the others go on: their tokens, their numbers, their part of the mask and of the cache
         left = (~over).nonzero()[:, 0]
         rows, uniforms, going = rows[left], uniforms[left], going[left]
+        # one 1 for every token that was written in this round
         mask = torch.cat([mask[left], mask.new_ones(len(left), rows.shape[1] - mask.shape[1])], 1)
         cache.batch_select_indices(left.cpu())  # a layer may live on another device
     return answers
@@ -319,27 +350,33 @@ def generate(
     Raises:
         UserError: the model's logits are not numbers.
     """
+    # 1. the requests as the model reads them, in order of length: rows of a batch are alike, little is padded
     ends = end_token_ids(tokenizer, model.generation_config.eos_token_id)
     end_ids = torch.tensor(ends)
     texts = [prompt_text(tokenizer, request.messages, enable_thinking) for request in requests]
     encoded = prompt_ids(tokenizer, texts)
     order = sorted(range(len(requests)), key=lambda i: (len(encoded[i]), requests[i].id, requests[i].sample_index))
+    # `generate` fills what it is not told from the model's own settings (top_k, penalties): there are none meanwhile
     kept_config, model.generation_config = model.generation_config, GenerationConfig()
     try:
+        # 2. batches of the whole list, whatever is done: logits differ in their last bits with the shape of a batch
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             missing = [requests[i] not in done for i in part]
-            if not any(missing):
+            if not any(missing):  # all of it is stored
                 continue
             prompts, asked = [encoded[i] for i in part], [requests[i] for i in part]
             answers = _answer_batch(model, tokenizer.pad_token_id, end_ids, prompts, asked)
             rows = []
+            # 3. the rows that were missing
             for i, ids, wanted in zip(part, answers, missing, strict=True):
                 if not wanted:
                     continue
                 text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                # an answer has one token at least: max_new_tokens is 1 or more
                 said, word = (ids[:-1], "stop") if ids[-1] in ends else (ids, "length")
                 kept = said if keep_ids else None
+                # a thought that the prompt opened ("<think>" is its last word) is stored as one that the answer opens
                 rows.append(answer_row(requests[i], ENGINE, opened_thought(texts[i]) + text, word, len(ids), kept))
             yield rows
     finally:

@@ -124,6 +124,7 @@ def read_grid(words: Sequence[str], values: dict[str, Any]) -> Grid:
     Raises:
         UserError: an unknown setting, one that a sweep cannot vary, or no setting with several values.
     """
+    # flag by flag: the same for all runs, or an axis
     types = get_type_hints(KDConfig)
     fixed: list[str] = []
     axes: dict[str, tuple[str, ...]] = {}
@@ -133,12 +134,13 @@ def read_grid(words: Sequence[str], values: dict[str, Any]) -> Grid:
         if not given and name.startswith("no_"):  # a switch: --no_packing
             fixed.append(flag)
             continue
-        field = field_of(KDConfig, name)
+        field = field_of(KDConfig, name)  # "kd_alpha" -> "alpha", so that none is said twice
         if field in said:
             raise UserError(f"{flag}: {field} is set twice; name all its values once")
         said.add(field)
         if field in SETTLED:
             raise UserError(f"{flag}: a sweep names its runs' folders and goes on with unfinished ones; leave it out")
+        # --lora_target_modules q_proj v_proj is one value, a list
         if len(given) < 2 or get_origin(types[field]) is list:
             fixed += [flag, *given]
             continue
@@ -171,8 +173,9 @@ def make_plan(grid: Grid, folder: Path) -> Plan:
         UserError: a value is of the wrong type or out of range, or stands twice; an axis cannot change what is learned;
             or a run has nothing to be judged by.
     """
-    base = _build(grid, {})
+    base = _build(grid, {})  # the profile and what is fixed, without the axes
     rows = _training_rows(base)
+    # False sorts before True: seeds are the outermost loop of the product, so every cell has a run before one has two
     order = sorted(grid.axes, key=lambda name: name not in REPEATED)  # seeds vary last
     runs: dict[str, PlannedRun] = {}
     named: dict[str, str] = {}  # a run's digest -> its name
@@ -181,25 +184,31 @@ def make_plan(grid: Grid, folder: Path) -> Plan:
     typed: dict[str, set[Any]] = {name: set() for name in order}
     for words in itertools.product(*(grid.axes[name] for name in order)):
         # 1. a point of the grid, and which of its settings say nothing
+        # as a training run would read the same words from its command line
         config = _build(grid, dict(zip(order, words, strict=True)))
         idle = idle_settings(config)
         settings = {name: None if name in idle else getattr(config, name) for name in grid.axes}
         for name in order:
+            # "0.5" and "0.50" are one value, which the words do not tell
             typed[name].add(getattr(config, name))
         telling |= config.identity().keys()
 
         # 2. the run that it takes: with the profile's values where it does not matter, so that equal runs look equal
+        # alpha 0 at T = 1 and at T = 2: both get the profile's T, and are one run
         config = dataclasses.replace(config, **{name: getattr(base, name) for name in idle})
         digest = _digest(config)
+        # the first cell that needs a run names it
         name = named.setdefault(digest, _run_name(digest, settings, folder))
         if name not in runs:
             config = dataclasses.replace(config, output_dir=str(folder / "runs" / name))
             runs[name] = PlannedRun(name, config, identify(config)[1], _steps(config, rows))
 
         # 3. the cell that the run counts for
+        # as JSON, for a dict cannot be a key
         cell = json.dumps({name: value for name, value in settings.items() if name not in REPEATED})
         if name not in members.setdefault(cell, []):
             members[cell].append(name)
+    # 4. every axis must make a difference
     for name, found in typed.items():
         if name not in telling:
             raise UserError(f"--{name}: it does not change what is learned and makes no other run; give it one value")
@@ -243,6 +252,7 @@ def idle_settings(config: KDConfig) -> set[str]:
 
 def _digest(config: KDConfig) -> str:
     """A hash of all that identifies a run."""
+    # the student is no part of a run's settings: its fingerprint has it. Here it may be an axis
     identity = config.identity() | {"student": config.model_name_or_path}
     if start := find_start(config):
         identity["init_from"] = start.sha256
@@ -251,12 +261,14 @@ def _digest(config: KDConfig) -> str:
 
 def _run_name(digest: str, settings: dict[str, Any], folder: Path) -> str:
     """Readable, and with the digest, so that a run is found again under another grid."""
+    # the readable part depends on the grid's axes, the digest on the run alone
     for there in sorted((folder / "runs").glob(f"*-{digest}")):
         if there.is_dir():
             return there.name
     words = []
     for name, value in settings.items():
         if value is not None:
+            # alpha_0.5-seed_1-1f3a9c07
             shown = Path(value).name if isinstance(value, str) else f"{value:g}"
             words.append(f"{name}_{shown}")
     return "-".join([*words, digest])
@@ -326,6 +338,7 @@ def run_plan(
     Raises:
         UserError: runs failed; the first is named with its last line.
     """
+    # all of them first: a folder of other rows is refused before hours are spent
     statuses = {name: "new" if overwrite else status_of(run) for name, run in plan.runs.items()}
     outcomes: dict[str, Outcome] = {}
     with Progress(sum(run.steps for run in plan.runs.values()), f"sweep {folder.name}", "step") as progress:
@@ -352,6 +365,7 @@ def run_plan(
 def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
     """Train one run in a process of its own, so that its memory is given back; its words go to a log beside it."""
     folder = Path(run.config.output_dir)
+    # 1. its profile: every setting but those that the command line says
     settings = {}
     for name, value in dataclasses.asdict(run.config).items():
         if value is not None and name not in ("resume", "overwrite"):
@@ -360,6 +374,7 @@ def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
     command = [*command_of(run), "--overwrite"] if overwrite else command_of(run)
     done = 0 if overwrite else _last_row(folder).get("step", 0)  # of an earlier session; not of this one's speed
     progress.skip(done)
+    # 2. the run; the log of earlier sessions stays, `begin` is where this one starts
     log = _beside(run, "log")
     with log.open("ab") as output:
         begin = output.tell()
@@ -367,15 +382,18 @@ def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+    # 3. somebody who ends it if this process cannot
     # it waits for the end of its input, which comes with the end of this process, whatever ends it
     guard = subprocess.Popen([sys.executable, "-c", GUARD, str(child.pid)], stdin=subprocess.PIPE)
     try:
+        # 4. how far it is, read off its metrics.jsonl
         while child.poll() is None:
             time.sleep(POLL)
             row = _last_row(folder)
             step = min(row.get("step", 0), run.steps)
             if row:
                 progress.say(run=run.name, step=step, loss=f"{row['loss']:.4f}")
+            # a run that goes on from a checkpoint takes steps again that its metrics had: they count once
             progress.advance(max(0, step - done))
             done = max(done, step)
     finally:
@@ -383,6 +401,7 @@ def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
         guard.kill()
         guard.wait()
         guard.stdin.close()
+    # to its end, so that the bar is right for the next run whatever became of this one
     progress.advance(run.steps - done)
     return _outcome(run, child.returncode, log, begin)
 
@@ -390,6 +409,7 @@ def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
 def _last_row(folder: Path) -> dict[str, Any]:
     """The newest whole row of metrics.jsonl that holds a loss; a row may just be written."""
     path = folder / "metrics.jsonl"
+    # what stands behind the last line end is not whole yet: "{...}\n{..." -> "{...}"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     for line in reversed(lines):
         row = json.loads(line)
@@ -402,7 +422,7 @@ def _end(child: subprocess.Popen) -> None:
     """Interrupt a run that still works, as Ctrl-C would, and make it end if it does not."""
     for word in (signal.SIGINT, signal.SIGKILL):
         if child.poll() is None:
-            os.killpg(child.pid, word)
+            os.killpg(child.pid, word)  # the group: it is a session of its own
             try:
                 child.wait(timeout=FAREWELL)
             except subprocess.TimeoutExpired:
@@ -453,18 +473,22 @@ def results(
     Raises:
         UserError: a finished run is of other rows or another cache than the others.
     """
+    # 1. every run: how it stands and what it measured
     first = next(iter(plan.runs.values()))
     runs = {}
     for name, run in plan.runs.items():
         outcome = outcomes.get(name) or Outcome("finished" if statuses[name] == "finished" else "open")
         runs[name] = _run_facts(run, outcome, _shared(first.fingerprint))
+    # 2. every cell over its seeds
     cells = []
     for cell in plan.cells:
         finished = [runs[name]["validation"] for name in cell.runs if runs[name]["status"] == "finished"]
         facts = {"settings": cell.settings, "runs": list(cell.runs), "n": len(finished)}
         cells.append(facts | {"validation": _over_seeds(finished)})
+    # 3. which cell is lowest, and its held-out rows, which nothing was chosen by
     bounds = {run["kl_is"] for run in runs.values() if run["status"] == "finished"}
     lowest = {name: _lowest(cells, name) for name in ("kl_to_teacher", "nll")}
+    # not while a run is open: with its numbers another cell might be the lowest
     settled = heldout and lowest[heldout] and all(run["status"] != "open" for run in runs.values())
     return {
         "profile": profile,
@@ -504,6 +528,7 @@ def _run_facts(run: PlannedRun, outcome: Outcome, shared: dict[str, Any]) -> dic
     facts: dict[str, Any] = {"status": outcome.status, "line": outcome.line, "seed": run.config.seed}
     if outcome.status == "finished":
         stored, config = read_json(folder / "kd_results.json"), read_json(folder / "kd_config.json")
+        # a run that is there may be of other rows or another cache: its numbers would stand beside these
         refuse_mismatch(folder, _shared(config["fingerprint"]), shared)
         facts |= {name: stored[name] for name in ("steps", "train_seconds", "peak_memory_mb")}
         # of the held-out rows, and so of the validation rows; runs that do not say it read whole distributions
@@ -539,7 +564,9 @@ def _lowest(cells: Sequence[dict[str, Any]], measure: str) -> dict[str, Any] | N
     measured = [index for index, cell in enumerate(cells) if cell["n"] == len(cell["runs"])]
     if not measured:
         return None
+    # of equal means the first
     best = min(measured, key=lambda index: cells[index]["validation"][measure]["mean"])
+    # its worst seed is no better than another cell's best: between these two the seeds decide nothing
     highest = cells[best]["validation"][measure]["max"]
     overlapping = []
     for index in measured:

@@ -75,8 +75,10 @@ from src.utils.common import (
 from src.utils.config import setting
 from src.utils.stages import hold
 
+# of index.json; `read_index` refuses every other
 FORMAT = 2
 SAMPLED = 256  # positions of a file of hidden states on which the share outside the top k is measured
+# where the teacher is and how its passes are cut: two caches that differ in these alone are the same cache
 NOT_IN_FINGERPRINT = (
     "teacher_model_name_or_path",
     "experiment_dir",
@@ -145,6 +147,7 @@ class CacheTeacherConfig(ServerSettings):
         if serve is None:
             return None
         refuse_second_server(self)
+        # the profile's own arguments stand over it
         asked = {"max-logprobs": self.top_k} if serve.program == "vllm" else {}  # it gives 20 otherwise, and no more
         return replace(
             serve,
@@ -167,7 +170,7 @@ class CacheTeacherConfig(ServerSettings):
 
 
 def _key(row: EncodedRow) -> str:
-    return f"{row.id}/{row.sample_index}"
+    return f"{row.id}/{row.sample_index}"  # "gsm8k-17/0", the key in index.json
 
 
 def _token_hash(row: EncodedRow) -> str:
@@ -175,6 +178,7 @@ def _token_hash(row: EncodedRow) -> str:
 
 
 def _template_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    # by id: a tokenizer gives its vocabulary in any order
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     hashes = {"tokenizer": sha256_text(str(vocabulary))[:16], "template": sha256_text(tokenizer.chat_template)[:16]}
     if hasattr(tokenizer, "prompt_date"):  # the template asks for the day
@@ -201,8 +205,10 @@ def _kind(config: CacheTeacherConfig, measures: bool) -> str:
 
 def _shards(rows: Rows, kind_of: Callable[[EncodedRow], str], tokens_per_shard: int) -> list[_Shard]:
     """Rows in the order of their length, cut into files; those of each kind in files of their own."""
+    # rows of about one length share a pass, which pads little where rows are not packed; the key settles ties
     ordered = sorted(rows, key=lambda row: (len(row), _key(row)))
     shards: list[_Shard] = []
+    # files are numbered on through the kinds: hidden 00000 to 00002, topk 00003, ...
     for kind in SHARD_KINDS:
         own = [row for row in ordered if kind_of(row) == kind]
         for group in consecutive(own, tokens_per_shard, lambda row: len(row.response_ids)):
@@ -216,16 +222,22 @@ def _top_k(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The top k of each position, and the share outside it at each temperature, summed over positions."""
     parts: dict[str, list[Tensor]] = {"ids": [], "log_p": [], "log_sums": []}
+    # a sum over all positions of a file
     outside = torch.zeros(len(temperatures), dtype=torch.float64)
     device = reader.head().device
     head_VG = reader.head_on(device)
+    # [C, V] logits of a chunk at a time: those of all positions do not fit
     for states in hidden_NG.split(chunk_tokens(reader.vocab_size, device=device)):
+        # a GPU's head may have up to 127 columns beyond the last token (`losses.shared_head`)
         logits = product(states.to(device), head_VG.T)[:, : reader.vocab_size]
         log_p = torch.log_softmax(reader.logit_map(logits), -1)
         kept, ids = log_p.topk(k)
+        # log sum_j p_j^(1/T), [C, temperatures]: what a softmax at T of these log-probabilities is normalised by
         sums = torch.stack([(log_p / t).logsumexp(-1) for t in temperatures], -1)
         for index, t in enumerate(temperatures):
+            # kept / t - sum is the log-probability at T of a kept token
             outside[index] += (1 - (kept / t - sums[:, index, None]).exp().sum(-1)).sum().item()
+        # int32 and fp16: 6 bytes for each kept token; `_open_teacher` asks the disk for as many
         for name, tensor in (("ids", ids.int()), ("log_p", kept.half()), ("log_sums", sums)):
             parts[name].append(tensor.cpu())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}, outside
@@ -247,6 +259,7 @@ class _Source:
 
 def _write_shard(path: Path, shard: _Shard, source: _Source) -> None:
     tensors = source.tensors(shard)
+    # a file is there whole or not at all, so that a killed run knows what it lacks
     with atomic_path(path) as made:
         save_file(tensors, made)
 
@@ -263,7 +276,9 @@ def _from_weights(shard: _Shard, reader: Reader, config: CacheTeacherConfig) -> 
 def _from_server(shard: _Shard, server: Server, top_k: int, vocab_size: int) -> dict[str, Tensor]:
     told = ask_rows(server, shard.rows, top_k, vocab_size)
     count = len(told.ids_NK)
+    # at T = 1, the only temperature that a server knows
     outside = (1 - told.log_p_NK.double().exp().sum(-1)).sum()
+    # [None]: [temperatures], as `_top_k` gives it, with one temperature
     facts = {"ids": told.ids_NK, "outside": outside[None], "looked_at": torch.tensor(count)}
     if shard.kind == "stated":
         return facts | {"log_p": told.log_p_NK, "label_log_p": told.label_log_p_N}
@@ -278,10 +293,12 @@ def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> Tensor:
     """
     while True:
         try:
+            # on the CPU pass by pass: the states of a whole file need not fit beside the model
             return torch.cat([reader.hidden(batch).cpu() for batch in consecutive(rows, tokens, len)])
         except torch.OutOfMemoryError as error:
             if tokens <= max(map(len, rows)):
                 raise UserError("out of GPU memory with one row; lower --max_length, or name more devices") from error
+        # outside the except block, whose traceback would hold the tensors of the pass that failed
         tokens //= 2
         logger.warning("out of GPU memory; passes of %d tokens (--tokens_per_batch %d begins there)", tokens, tokens)
         torch.cuda.empty_cache()
@@ -294,12 +311,13 @@ def _read_rows(
     folder, end_id = Path(config.experiment_dir) / "sft", end_of_turn_id(tokenizer)
     rows, measuring, hashes = [], set(), {}
     files = clean_files(folder)
-    if own_answers:
-        del files["eval"]
+    if own_answers:  # a round's answers are for training alone
+        del files["eval"]  # else it would be missed
     for split, path in files.items():
         hashes[path.name] = sha256_file(path) if path.is_file() else None
         for row in read_clean(path, own_answers):
             rows.append(encode_row(tokenizer, row, end_id, own_answers))
+            # by the id alone, as training chooses them: all answers to a prompt fall on the same side
             if split == "eval" or is_validation(row["id"], config.validation_fraction):
                 measuring.add(_key(rows[-1]))
     if len({_key(row) for row in rows}) < len(rows):  # `read_clean` has looked at each file by itself
@@ -336,11 +354,13 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers
     rows, measuring, hashes = _read_rows(config, tokenizer, own_answers)
     marker, index_path = folder / "stage.json", folder / "index.json"
     made_of = _made_of(config, tokenizer, hashes, marker)
+    # nobody says --overwrite to a round; its cache follows from its answers and is made again where it does not fit
     overwrite = config.overwrite or (own_answers and not _can_be_kept(folder, made_of))
     state = stage_state(marker, made_of, overwrite, [index_path])
     if state == "done":
         logger.info("%s is complete; nothing to do", folder)
         return read_json(index_path)
+    # files of another cache, which would pass for written ones of this
     if state == "fresh":
         for left_over in [*folder.glob("*.safetensors"), *folder.glob(WRITTEN)]:
             left_over.unlink()
@@ -349,8 +369,9 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers
     # 2. the teacher, and the files that do not depend on the rows
     shards = _shards(rows, lambda row: _kind(config, _key(row) in measuring), config.tokens_per_shard)
     with _opened(config, folder, rows, tokenizer) as source:
+        # training reads the matrix from the run's own cache, which has the same teacher
         source = replace(source, head=None) if own_answers else source
-        start_stage(marker, made_of)
+        start_stage(marker, made_of)  # only now: a teacher that cannot be had leaves no mark
         tokenizer.save_pretrained(folder / "tokenizer")
         if source.head is not None:
             with atomic_path(folder / HEAD) as made:
@@ -362,6 +383,7 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers
     # 4. the index, which makes it complete
     index = made_of | _index(config, folder, shards, written, source) | {"tokens_per_second": speed}
     write_json(index_path, index)
+    # the marker has the hash of the index, the index those of all files: an edit of either is noticed (`_files_fault`)
     finish_stage(marker, made_of, index_sha256=sha256_file(index_path))
     (folder / WRITTEN).unlink(missing_ok=True)
     return index
@@ -370,12 +392,14 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers
 def _can_be_kept(folder: Path, made_of: dict[str, Any]) -> bool:
     """Whether a cache is of this, as far as it is there, and is as it was written; says so where it is not."""
     marker, index_path = folder / "stage.json", folder / "index.json"
-    if not marker.is_file() and not index_path.is_file():
+    if not marker.is_file() and not index_path.is_file():  # nothing there yet
         return True
     stored = read_json(marker) if marker.is_file() else {}
     fault = None
+    # through JSON and back, as it was stored: a tuple is a list there
     if stored.get("fingerprint") != json.loads(json.dumps(made_of)):
         fault = f"{folder}: made of other rows or settings"
+    # of an unfinished one every file is hashed when it is gone on with (`_written_before`)
     elif stored["finished"]:
         fault = _files_fault(folder, read_json(index_path)) if index_path.is_file() else f"{index_path}: missing"
     if fault:
@@ -397,6 +421,7 @@ def _made_of(
     if config.engine == "openai":
         teacher = served_fingerprint(_served_name(config), server_kind(config, config.started_server))
         settings |= {"bf16": None, "packing": None}  # the server's affair
+        # of a server that runs already nobody here knows the flags
         flags = answering(config.started_server) if config.started_server else {}
         if flags:  # with another quantisation it believes another thing
             settings["server_arguments"] = flags
@@ -413,8 +438,11 @@ def _index(
     config: CacheTeacherConfig, folder: Path, shards: list[_Shard], written: dict[str, dict[str, Any]], source: _Source
 ) -> dict[str, Any]:
     """What index.json says beside what the cache was made of."""
+    # read off the files, those of earlier sessions too: [share summed over positions of each file], [positions of each]
     measured = [[_tensor(folder / s.file, name) for s in shards] for name in ("outside", "looked_at")]
+    # [temperatures]: mean over the positions that were looked at
     outside = sum(measured[0]) / sum(measured[1])
+    # in the order of the files, whichever session wrote them
     written = {shard.file: written[shard.file] for shard in shards}
     tokens = sum(len(row.response_ids) for shard in shards for row in shard.rows)
     return {
@@ -423,6 +451,7 @@ def _index(
         "vocab_size": source.vocab_size,
         "tokens": tokens,
         "bytes_per_token": sum(facts["bytes"] for facts in written.values()) / tokens,
+        # {"1.0": 0.04, "2.5": 0.8}
         "share_outside_top_k": dict(zip(map(str, config.temperatures), outside.tolist(), strict=True)),
         "shards": written,
         "head": None if source.head is None else _written(folder / HEAD),
@@ -436,6 +465,7 @@ def _opened(
     config: CacheTeacherConfig, folder: Path, rows: list[EncodedRow], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[_Source]:
     """The teacher, loaded here or behind its server, once the disk is known to have room for what it will say."""
+    # tokens that exist; output layers are often padded beyond them
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     if config.engine == "transformers":
         reader = _open_teacher(config, folder, rows, tokenizer, vocab_size)
@@ -449,6 +479,7 @@ def _opened(
     if config.top_k >= vocab_size:
         raise UserError(f"top_k = {config.top_k} leaves nothing of {vocab_size} tokens; lower --top_k")
     tokens = sum(len(row.response_ids) for row in rows)
+    # int32 id and fp32 log-probability of each kept token, and the label's: a file that measures, the larger kind
     require_disk(folder, 1.1 * tokens * (8 * config.top_k + 4), "the teacher cache")
     with _running(config, folder) as server:
         check_served(server)
@@ -463,6 +494,7 @@ def _running(config: CacheTeacherConfig, folder: Path) -> Iterator[Server]:
         serve = with_open_port(serve)
         planned = teacher_server(serve, config.teacher_model_name_or_path, config.teacher_devices)
     with started(planned, folder / "server.log"):
+        # a refused row would be a hole in the cache, so none may be: max_refused 0
         yield Server(
             serve.base_url if serve else config.base_url, _served_name(config), server_kind(config, serve),
             config.api_key_variable, config.concurrency, config.request_timeout, config.tries, max_refused=0.0,
@@ -486,9 +518,11 @@ def _open_teacher(
     kept = 6 * config.top_k if config.signal == "topk" else dtype.itemsize * width
     require_disk(folder, 1.1 * (tokens * kept + vocab_size * width * dtype.itemsize), "the teacher cache")
     if config.packing:
+        # a model that carries a state from row to row would spoil the cache without an error
         check_packing(model, rows, tokenizer.pad_token_id)
     reader = model_reader(model, tokenizer.pad_token_id, config.packing).cut(vocab_size)
     if config.tokens_per_batch is None:
+        # not in the fingerprint: where the rows are cut into passes rounds differently at most
         config.tokens_per_batch = _measured_tokens(model, reader, rows)
         logger.info("passes of %d tokens", config.tokens_per_batch)
     return reader
@@ -511,11 +545,12 @@ def _write_missing(
     with Progress(sum(len(shard.rows) for shard in shards), "teacher cache") as progress:
         for shard in shards:
             if shard.file in written:
-                progress.skip(len(shard.rows))
+                progress.skip(len(shard.rows))  # of an earlier session; not of this one's speed
                 continue
             started = time.monotonic()
             _write_shard(folder / shard.file, shard, source)
             written[shard.file] = _written(folder / shard.file)
+            # after the file itself: a kill between the two costs that file, never a wrong entry
             append_jsonl(folder / WRITTEN, [{"file": shard.file, **written[shard.file]}])
             seconds += time.monotonic() - started
             passed += sum(map(len, shard.rows))
@@ -530,7 +565,7 @@ def _places(shards: Iterable[_Shard]) -> dict[str, list[Any]]:
         start = 0
         for row in shard.rows:
             places[_key(row)] = [shard.file, start, len(row.response_ids), _token_hash(row)]
-            start += len(row.response_ids)
+            start += len(row.response_ids)  # rows lie end to end: [row 0's positions | row 1's | ...]
     return places
 
 
@@ -550,8 +585,9 @@ def _written(path: Path) -> dict[str, Any]:
 def _written_before(folder: Path) -> dict[str, dict[str, Any]]:
     """The files that an unfinished run has written, as far as they still are what it wrote."""
     path = folder / WRITTEN
-    repair_jsonl_tail(path)
+    repair_jsonl_tail(path)  # a kill may have torn its last line
     found = {}
+    # an empty list is no fault here, `read_jsonl` would call it one
     for row in read_jsonl(path, ("file", "bytes", "sha256")) if path.is_file() and path.stat().st_size else ():
         facts = {"bytes": row["bytes"], "sha256": row["sha256"]}
         if (folder / row["file"]).is_file() and _written(folder / row["file"]) == facts:
@@ -574,6 +610,7 @@ def _check_files(folder: Path, index: dict[str, Any]) -> None:
 def _files_fault(folder: Path, index: dict[str, Any]) -> str | None:
     """Hash every file that will be trusted: a shard of zeros would train without a word. What is wrong, or None."""
     marker = folder / "stage.json"
+    # the index first, by the marker's hash: what it says of the other files is believed from here on
     known = read_json(marker).get("index_sha256") if marker.is_file() else None
     if known != sha256_file(folder / "index.json"):
         return f"{folder / 'index.json'}: not as it was written, its hash is another"
@@ -610,6 +647,7 @@ def cached_tokenizer(folder: Path, index: dict[str, Any], experiment_dir: str | 
     except UserError as error:
         raise UserError(f"{path}: {error}; {MADE_BY} --overwrite") from None
     found = _template_hashes(tokenizer)
+    # `prompt_date` is in neither where the template asks for no day
     for name in ("tokenizer", "template", "prompt_date"):
         if found.get(name) != index.get(name):
             raise UserError(f"{path}: not as it was written, its {name} is another; {MADE_BY} --overwrite")
@@ -644,9 +682,11 @@ def open_cache(folder: Path, signal: str, temperature: float, data: TrainingData
         UserError: the cache was made of something else, lacks a row, or a file is not as it was written.
     """
     index = read_index(folder)
+    # reads nothing but the index, so it comes before the hashing of gigabytes
     _check_index(folder, index, signal, temperature, data)
     _check_files(folder, index)
 
+    # each file is opened once
     @functools.cache
     def shard(file: str) -> Any:
         return safe_open(folder / file, "pt")  # memory-mapped: only what is asked for is read
@@ -659,16 +699,18 @@ def open_cache(folder: Path, signal: str, temperature: float, data: TrainingData
         return torch.cat(parts)
 
     def topk(rows: Rows) -> TopK:
+        # [N, temperatures] -> [N]: the column of this run's temperature
         log_sums = read(rows, "log_sums")[:, index["temperatures"].index(temperature)]
         return TopK(read(rows, "ids").long(), read(rows, "log_p"), log_sums)
 
     def stated(rows: Rows) -> Stated:
         label_log_p = read(rows, "label_log_p")
-        top = TopK(read(rows, "ids").long(), read(rows, "log_p"), torch.zeros(len(label_log_p)))
+        top = TopK(read(rows, "ids").long(), read(rows, "log_p"), torch.zeros(len(label_log_p)))  # log 1: at T = 1
         return Stated(top, label_log_p)
 
     served = is_served(index)
     if signal == "topk":
+        # with another fraction, a row that this run trains on may lie in a file for measuring, and the other way round
         measured = "label_log_p" if served else "hidden"
         for pairs, tensor in ((data.train, "log_sums"), (data.validation + data.heldout, measured)):
             files = {index["rows"][_key(pair.teacher)][0] for pair in pairs}
@@ -694,6 +736,7 @@ def is_served(index: dict[str, Any]) -> bool:
 def is_teacher(name: str, index: dict[str, Any]) -> bool:
     """Whether `name`, a folder or hub id, is the teacher that a cache was made of; of a served one its tokenizer's."""
     if name in (index["teacher_model_name_or_path"], index["teacher"]):  # the latter is id@commit, or a folder's hash
+        # a folder keeps its name when its weights are replaced, so its bytes are asked
         return not Path(name).is_dir() or is_served(index) or model_fingerprint(name) == index["teacher"]
     can_be_told = Path(name).is_dir() or model_name(name).revision is not None  # the same by another name
     return can_be_told and not is_served(index) and model_fingerprint(name) == index["teacher"]
@@ -707,6 +750,7 @@ def _check_index(folder: Path, index: dict[str, Any], signal: str, temperature: 
     """
     remedy = f"{MADE_BY} --overwrite"
     known = {"signal": index["signal"], **index["data"]}
+    # file by file, so that the message names the one that differs
     for name, wanted in {"signal": signal, **data.hashes}.items():
         if known.get(name) != wanted:
             raise UserError(f"{folder} was made with {name} = {known.get(name)}, this run has {wanted}; {remedy}")

@@ -39,6 +39,7 @@ def check_tracker(name: str) -> None:
     Raises:
         UserError: accelerate does not know it, or it is not installed.
     """
+    # "all" would be every tracker that is installed
     known = [str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL]
     if name == "none" or name in map(str, get_available_trackers()):
         return
@@ -55,8 +56,10 @@ def tracked(run: Run, folder: Path) -> Iterator[None]:
     if run.config.report_to == "none":
         yield
         return
+    # the files are the first rank's
     if run.accelerator.is_main_process:
         _start(run, folder)
+    # until the block has ended well: an exception or an end by a signal leaves it so
     failed = True
     try:
         yield
@@ -68,11 +71,13 @@ def tracked(run: Run, folder: Path) -> Iterator[None]:
 def _start(run: Run, folder: Path) -> None:
     """Begin the tracker's run, or go on with the one that an earlier session of this run began."""
     name, accelerator = run.config.report_to, run.accelerator
+    # 1. what this run is called, said before there is a run of the name
     names = read_json(folder / NAMES) if (folder / NAMES).is_file() else {}
     goes_on = name in names
     if not goes_on and name != "mlflow":  # which names its runs itself
         names[name] = secrets.token_hex(8)  # a folder's name may stand in several places
         write_json(folder / NAMES, names)  # first: a kill after the next line must not leave a run nobody knows
+    # 2. the tracker's run
     own = _own_settings(name, names.get(name), run, folder, goes_on)
     # the folder was not known when the Accelerator was made; of the four only tensorboard asks for it
     accelerator.project_configuration.logging_dir = str(folder)
@@ -80,6 +85,7 @@ def _start(run: Run, folder: Path) -> None:
     config = _settings(run) if not goes_on or name in RESTATED else None
     accelerator.init_trackers(project, config=config, init_kwargs={name: own})
     if name == "mlflow" and not goes_on:
+        # mlflow's name of the run is known only once it is there
         write_json(folder / NAMES, names | {name: accelerator.get_tracker(name).tracker.info.run_id})
 
 
@@ -93,6 +99,7 @@ def _own_settings(name: str, known_as: str | None, run: Run, folder: Path, goes_
         return {"run_name": folder.name, "run_id": known_as}
     if name == "tensorboard" and goes_on:
         # SummaryWriter hides events from this step on: those of steps that will be taken again
+        # with a final model every step is taken, and only held-out numbers may come again
         kept = run.steps if (folder / "final_model").is_dir() else run.step
         return {"purge_step": kept + 1}
     return {}
@@ -108,6 +115,7 @@ def _settings(run: Run) -> dict[str, bool | int | float | str | None]:
         "teacher_model_name_or_path": config.teacher_model_name_or_path,
     }
     plain = {}
+    # settings, all that makes the run, and what it decided for itself
     for name, value in (settings | config.identity() | run.took_effect).items():
         plain[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
     return plain
@@ -136,6 +144,6 @@ def _finish_failed(tracker: GeneralTracker) -> None:
     if tracker.name == "wandb":
         tracker.tracker.finish(exit_code=1)
     elif tracker.name == "mlflow":
-        importlib.import_module("mlflow").end_run("FAILED")
+        importlib.import_module("mlflow").end_run("FAILED")  # imported here, where it is installed
     else:
         tracker.finish()

@@ -50,6 +50,7 @@ class Command:
 def stage_named(name: str, flag: str) -> str:
     """A stage, by its name or its script's; run_improved_kd is both of its stages."""
     word = name.removesuffix(".py")
+    # "from training on" begins with the first of the two, "up to training" ends with the last
     if word == "run_improved_kd":
         return "sft_control" if flag == "--from" else "distil"
     if word not in STAGES:
@@ -70,6 +71,7 @@ def said(values: dict[str, Any], stage: str, name: str, default: Any = None) -> 
     """What a profile says to a stage: in its section, or above the sections."""
     section = values.get(STAGES[stage]) or {}
     value = section.get(name)
+    # null in a section says nothing; "" and 0 do
     value = values.get(name) if value is None else value
     return default if value is None else value
 
@@ -78,6 +80,7 @@ def device_list(value: Any) -> list[int]:
     """GPUs as YAML may name them: a list, one number or nothing."""
     if value is None:
         return []
+    # teacher_devices: 0 is [0]
     devices = list(value) if isinstance(value, list) else [value]
     for device in devices:
         if not isinstance(device, int):
@@ -119,7 +122,9 @@ def read_launch(values: dict[str, Any]) -> Launch:
     if not (ROOT / "configs" / "accelerate" / f"{launch.accelerate}.yaml").is_file():
         raise UserError(f"launch: configs/accelerate/{launch.accelerate}.yaml: no such file")
     training = values.get("run_improved_kd") or {}
+    # as `batching.Cutting` decides it
     by_tokens = training.get("packing", True) and training.get("tokens_per_batch") != 0
+    # what the processes share: rows of a step where passes are cut by tokens, else its passes
     shared = rows_of_a_step(training) if by_tokens else step_sizes(training)[PASSES]
     if isinstance(shared, int) and shared % launch.processes:
         what = "rows of a step" if by_tokens else f"passes ({PASSES})"
@@ -139,13 +144,17 @@ def gpus_of(stage: str, values: dict[str, Any], launch: Launch) -> tuple[int, ..
     if stage == "cache_teacher":
         devices = teacher
     elif stage in ("sft_control", "distil"):
+        # a cached teacher needs no GPU here
         online = said(values, stage, "teacher_signal") == "online"
+        # a process a GPU, from the first on
         devices = student or range(launch.processes if values.get("gpus") else 0)
         devices = [*devices, *(teacher if online else [])]
     elif stage in ("generate_sft_data", "evaluate_distillation"):
+        # the server's own GPUs stand in for the teacher's
         devices = [*(device_list(serve_of(stage, values).get("devices")) or teacher), *student]
     else:
         devices = []
+    # a GPU that two models share is one GPU
     return tuple(sorted(set(devices)))
 
 
@@ -173,6 +182,7 @@ def visible_gpus(values: dict[str, Any]) -> list[str]:
     count, allowed = gpu_count(values), os.environ.get("CUDA_VISIBLE_DEVICES")
     if not count or allowed is None:
         return [str(number) for number in range(count)]
+    # "4,6", or UUIDs; as a scheduler gives them to a job
     names = [name.strip() for name in allowed.split(",") if name.strip()]
     if len(names) < count:
         raise UserError(f"gpus: {values['gpus']}: CUDA_VISIBLE_DEVICES={allowed} names {len(names)}, name {count}")
@@ -186,13 +196,16 @@ def command_of(stage: str, profile: Profile) -> Command:
         UserError: what the profile says of GPUs or processes does not fit together.
     """
     launch = read_launch(profile.values)
+    # 1. the script and what it is told
     script = [f"scripts/{STAGES[stage]}.py", "--config", shown(profile.path)]
     if stage == "sft_control":
         script += ["--alpha", "0"]
+    # 2. who runs it: this Python, or accelerate of the same environment with several processes
     program = [shown(Path(sys.executable))]
     if STAGES[stage] == "run_improved_kd" and launch.processes > 1:
         launcher, config = Path(sys.executable).with_name("accelerate"), f"configs/accelerate/{launch.accelerate}.yaml"
         program = [shown(launcher), "launch", "--config_file", config, "--num_processes", str(launch.processes)]
+    # 3. the GPUs that it may see: all of the profile's, so that its numbers mean what they say
     gpus = gpus_of(stage, profile.values, launch)
     visible = visible_gpus(profile.values) if gpus else []
     if visible and gpus and gpus[-1] >= len(visible):
@@ -203,5 +216,6 @@ def command_of(stage: str, profile: Profile) -> Command:
 
 def command_line(command: Command) -> str:
     """As it can be typed."""
+    # CUDA_VISIBLE_DEVICES=0,1 python scripts/cache_teacher.py ...
     assignments = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
     return " ".join([*assignments, shlex.join(command.argv)])

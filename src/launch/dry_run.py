@@ -28,6 +28,7 @@ TIME = "<time>"  # of the start of a run, in the name of its folder
 def prompt_sources(values: dict[str, Any]) -> list[str]:
     """Files and hub data sets that the prompts come from."""
     section = values.get("download_datasets") or {}
+    # source, where its rows are from by default, its name on the hub
     public = (
         ("gsm8k", "hub", "openai/gsm8k"),
         ("humaneval", "package", "openai/openai_humaneval"),
@@ -37,6 +38,7 @@ def prompt_sources(values: dict[str, Any]) -> list[str]:
     for source, default, hub_id in public:
         if section.get(f"{source}_train_rows") or section.get(f"{source}_eval_rows"):
             place = str(section.get(f"{source}_path", default))
+            # "hub@abc123" -> "openai/gsm8k@abc123"
             name, mark, revision = place.partition("@")
             if name == "hub":
                 place = f"{hub_id}{mark}{revision}"
@@ -58,6 +60,7 @@ def paths_of(stage: str, values: dict[str, Any]) -> Paths:
     clean = [path.replace(".jsonl", "_clean.jsonl") for path in answers]
     cache, runs = f"{experiment}/teacher_cache", str(Path(experiment).parent)
     control, distilled = f"{runs}/sft_control_{TIME}", f"{runs}/gpu_optimized_kd_{TIME}"
+    # what stands in for the teacher, where something does
     answering = serve_of(stage, values).get("model") or teacher
     if stage == "prepare_models":
         package = own("teacher_package")
@@ -88,6 +91,7 @@ def is_there(place: str, experiment: str) -> bool:
     path = ROOT / place
     if not place.endswith(TIME):
         return path.exists()
+    # runs of several experiments may lie side by side
     for config in path.parent.glob(f"{path.name.removesuffix(TIME)}*/kd_config.json"):
         if read_json(config).get("experiment") == experiment:
             return True
@@ -102,6 +106,7 @@ def state_of(place: str, made: set[str], experiment: str) -> str:
         return "to be made"
     if place.startswith("PyPI package "):
         return "from PyPI"
+    # "owner/name@REVISION" is the hub's; "/models/x", "./x", "~/x" and "a/b/c" are paths that are not there
     owner, _, name = place.partition("@")[0].partition("/")
     return "model hub" if owner.strip(".~") and name and "/" not in name else "missing"
 
@@ -136,6 +141,7 @@ def server_notes(stage: str, values: dict[str, Any]) -> list[str]:
 
 def servers_of(stage: str, values: dict[str, Any]) -> list[PlannedServer]:
     """The servers of a stage, one after the other."""
+    # as the stage itself reads them: what is said, over the defaults
     names = [one.name for one in fields(EngineSettings)]
     own = {name: said(values, stage, name) for name in names}
     settings = build_config(EngineSettings, {name: value for name, value in own.items() if value is not None})
@@ -143,6 +149,7 @@ def servers_of(stage: str, values: dict[str, Any]) -> list[PlannedServer]:
     if stage == "generate_sft_data":
         return planned_servers(settings, teacher)
     runs = Path(said(values, stage, "experiment_dir", "outputs/experiment/default")).parent
+    # not trained yet: their names and rank are what a command line wants of them
     adapters = {"sft": f"{runs}/sft_control_{TIME}/final_model", "kd": f"{runs}/gpu_optimized_kd_{TIME}/final_model"}
     rank = (values.get("run_improved_kd") or {}).get("lora_r", KDConfig.lora_r)
     return planned_servers(
@@ -179,13 +186,14 @@ def dry_run_lines(profile: Profile, commands: list[Command], again: str) -> list
         folder = shown(profile.path.parent)
         state = "exists, and is written again" if profile.path.is_file() else "to be made"
         lines.append(f"  {state}; by hand: mkdir -p {folder} && {again} --print_config > {shown(profile.path)}")
-    made: set[str] = set()
+    made: set[str] = set()  # what the stages so far will have written
     experiment = Path(profile.values.get("experiment_dir", "")).name
     for number, command in enumerate(commands, start=1):
         paths = paths_of(command.stage, profile.values)
         lines += ["", f"{number}. {command.stage}", f"  {command_line(command)}"]
         lines.append(f"  GPUs: {', '.join(map(str, command.gpus)) or 'none named'}")
         lines += [f"  {note}" for note in notes_of(command.stage, profile.values)]
+        # before its own files are added: it reads what others made
         lines += [f"  reads {place} ({state_of(place, made, experiment)})" for place in paths.reads]
         made |= set(paths.writes)
         lines += [f"  writes {place} ({state_of(place, made, experiment)})" for place in paths.writes]

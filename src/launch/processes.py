@@ -36,6 +36,7 @@ def _caught(numbers: Sequence[int]) -> Iterator[list[int]]:
 def _kill_family(pid: int) -> None:
     """Kill a process and all that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
+        # children are asked for before their parent dies, or they would be nobody's
         process = psutil.Process(pid)
         for member in [*process.children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -60,18 +61,20 @@ def run_to_end(argv: Sequence[str], environment: Mapping[str, str], folder: Path
         told = None  # when the signal was passed on
         while True:
             try:
+                # not for ever: between two looks a signal that arrived is passed on
                 code = process.wait(TICK)
                 break
             except subprocess.TimeoutExpired:
                 pass
             if arrived and told is None:
+                # to the stage alone: it ends its server and its runs in its own way
                 process.send_signal(arrived[0])
                 told = time.monotonic()
             elif told is not None and (len(arrived) > 1 or time.monotonic() - told > grace):
                 _kill_family(process.pid)
     if arrived:
-        return 128 + arrived[0]
-    return code if code >= 0 else 128 - code
+        return 128 + arrived[0]  # whatever the stage made of it
+    return code if code >= 0 else 128 - code  # Popen's -9 is a shell's 137
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def _nvidia_smi(gpus: Sequence[str], *query: str) -> list[list[str]]:
         return []
     if done.returncode != 0:
         return []
+    # "0, 1024, 81559" -> ["0", "1024", "81559"]
     return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
 
 

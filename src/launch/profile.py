@@ -38,12 +38,15 @@ def find_profile(name: str) -> Path:
 
 def reseeded(values: dict[str, Any], seed: int) -> dict[str, Any]:
     """The profile with another seed, and folders of its own; the models stay the same."""
+    # folders that are not said have defaults, which another seed must not write to either
     changed = {"data_dir": "data/processed", "experiment_dir": "outputs/experiment/default"} | values | {"seed": seed}
+    # the models are made with the profile's seed still: other ones would be another comparison
     changed["prepare_models"] = {"seed": values.get("seed", 42)} | (values.get("prepare_models") or {})
     changed["evaluate_distillation"] = {"output_dir": "outputs/evaluation"} | (
         values.get("evaluate_distillation") or {}
     )
     for name in SECTIONS:
+        # a section that says a seed of its own gets the other one too
         if name in changed and name != "prepare_models":
             section = dict(changed[name] or {})
             section |= {key: seed for key in ("seed", "data_seed") if key in section}
@@ -62,13 +65,14 @@ def _with_own_folders(said: dict[str, Any], seed: int) -> dict[str, Any]:
 def resolve(path: Path, hardware: str | None, seed: int | None) -> Profile:
     """Lay overlay and seed over the profile; where that is another thing than the file says, it gets one of its own."""
     values = read_merged(path, hardware)
+    # what the file itself names, before anything is laid over it
     own = str((read_yaml(path) or {}).get("hardware") or "none")
     other_hardware = hardware is not None and str(hardware) != own and not (own == "none" and hardware in NO_OVERLAY)
     if not other_hardware and seed is None:
         return Profile(path, values, "")
     name, said = path.stem, f"# {shown(path)}"
     if other_hardware:
-        name += f"_{Path(hardware).stem or 'none'}"
+        name += f"_{Path(hardware).stem or 'none'}"  # "8x40" of configs/hardware/8x40.yaml
         said += f", hardware {hardware or 'none'}"
     if seed is not None:
         name += f"_seed_{seed}"

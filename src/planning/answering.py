@@ -82,9 +82,11 @@ def _by_transformers(work: Answering, rows: Rows, hardware: Hardware) -> Answere
     dtype, prompt = hardware.device.dtype, max(2, round(rows.prompt_tokens))
     # generation reads with the model's own attention, which keeps nothing without gradients
     traced = Pass(work.model.name, dtype, prompt, "varlen")
+    # 1. rows together, and what each device holds then
     batch = work.rows or _batch_that_fits(work, shares, traced, hardware)
     batch = min(batch, work.answers)
     named = tuple((s.device, answering_memory(work.model, s, traced, batch, work.new_tokens, hardware)) for s in shares)
+    # 2. seconds: reading is bound by products; decoding too on a processor, on a GPU by memory and launches
     reading, decoding = _answering_flops(work, rows)
     if hardware.is_cpu:
         seconds = added(
@@ -105,6 +107,7 @@ def _by_transformers(work: Answering, rows: Rows, hardware: Hardware) -> Answere
 
 def _batch_that_fits(work: Answering, shares: tuple[Share, ...], traced: Pass, hardware: Hardware) -> int:
     """The largest power of two whose peak is within 80 % of the memory, as `sft.fitting_batch_size` aims at."""
+    # 256, 128, ... 1
     rows = MAX_BATCH
     while rows > 1:
         most = max(answering_memory(work.model, s, traced, rows, work.new_tokens, hardware).peak for s in shares)
@@ -119,11 +122,14 @@ def _decoding_seconds(work: Answering, rows: Rows, batch: int, hardware: Hardwar
 
     The layers take turns whatever GPU they are on.
     """
+    # (best, worst) in pairs, here and below
     batches, launch, share = math.ceil(work.answers / batch), utilisation.LAUNCH_SECONDS, utilisation.DECODING
     steps = min(work.new_tokens, 1.5 * rows.answer_tokens), work.new_tokens  # the longest of a batch, or the limit
+    # bf16, 2 bytes a weight: all weights once a step, and of every row still there the keys and values so far
     step_bytes = 2 * flops.read_weights(work.model, batch / 2)
     step_bytes += batch / 2 * (rows.prompt_tokens + rows.answer_tokens / 2) * work.model.kv_bytes(hardware.device.dtype)
     reading = step_bytes / GB / hardware.device.bandwidth_gb_s
+    # bytes / bandwidth, and each layer's kernels started from Python
     low = batches * steps[0] * (reading / share.high + work.model.layers * launch.low)
     return low, batches * steps[1] * (reading / share.low + work.model.layers * launch.high)
 
@@ -142,6 +148,7 @@ def sizes_of(work: Answering) -> tuple[int, int, int]:
 
 
 def _by_server(work: Answering, rows: Rows, hardware: Hardware) -> Answered:
+    # 1. how the copies are spread, and what is left for keys and values
     problems: tuple[str, ...] = ()
     try:
         tensor, pipeline, replicas = sizes_of(work)
@@ -151,12 +158,16 @@ def _by_server(work: Answering, rows: Rows, hardware: Hardware) -> Answered:
     memory = served_memory(work.model, work.weight_bytes, tensor * pipeline, hardware)
     token_gb = work.model.kv_bytes(hardware.device.dtype) / GB
     # a head is copied where there are more GPUs than key-value heads
+    # tokens in the caches of one copy; each of its GPUs has a part of every token's keys and values
     room = memory.kv_cache * max(1, min(tensor, work.model.kv_heads)) * pipeline / token_gb
     longest = rows.prompt_tokens + work.new_tokens
     if not problems and room < longest:
         problems = (f"the cache has room for {room:,.0f} tokens, one answer may take {longest:,.0f}",)
+    # 2. how many answers a copy has at once: as the cache holds, and as vLLM takes
     a_replica = math.ceil(work.answers / replicas)
     together = max(1, min(a_replica, MOST_SEQUENCES, int(room // max(1.0, rows.tokens))))
+    # 3. seconds: memory and products at the same time, the longer of the two counts
+    # 3. seconds: memory and products at the same time, the longer of the two counts
     reading, decoding = _answering_flops(work, rows)
     seconds = added(
         computing(reading, hardware, utilisation.READING, utilisation.CPU_READING, tensor * replicas),
@@ -170,6 +181,7 @@ def _by_server(work: Answering, rows: Rows, hardware: Hardware) -> Answered:
     how = f"by a server, tensor {tensor}{stages} x data {replicas}, {together} answers at once in each"
     if work.weight_bytes < 2:
         how += f", {8 * work.weight_bytes:.1f} bits a weight"
+    # every GPU of a server holds the same
     used = (work.devices or (0,))[: tensor * pipeline * replicas]
     named = tuple((device, memory) for device in used)
     return Answered(work.what, how, named, work.answers * rows.tokens, reading + decoding, seconds, problems)
@@ -179,6 +191,7 @@ def _serving_seconds(
     work: Answering, rows: Rows, answers: int, together: int, tensor: int, hardware: Hardware
 ) -> tuple[float, float]:
     """Of one replica: answers follow each other without waiting for a batch, and the longest one is left at the end."""
+    # all tokens, so many at a time; and half of a longest answer, which goes on when the others have ended
     steps = answers * rows.answer_tokens / together + work.new_tokens / 2
     step_bytes = work.weight_bytes * flops.read_weights(work.model, together)
     step_bytes += together * (rows.prompt_tokens + rows.answer_tokens / 2) * work.model.kv_bytes(hardware.device.dtype)
@@ -191,12 +204,14 @@ def answered_stage(
     stage: str, parts: list[tuple[str, Answered]], rows: Rows, answers: int, hardware: Hardware
 ) -> StagePlan:
     """Answers of one or several models, one after the other, as a stage; `parts` are named by their model."""
+    # 1. memory: a group of GPUs for each model
     uses = []
     seen: set[str] = set()
     for name, part in parts:
         if name not in seen:  # the students are alike
             uses += grouped(part.named, hardware, name if len({n for n, _ in parts}) > 1 else "")
         seen.add(name)
+    # 2. in words: "base, sft, kd by transformers, 32 rows together, on one GPU; teacher by a server, ..."
     alike: dict[str, list[str]] = {}
     for _, part in parts:
         alike.setdefault(part.how, []).append(part.what)
@@ -226,6 +241,7 @@ def plan_merging(work: Merging, hardware: Hardware) -> StagePlan:
     written = 2 * work.student.weights / GB
     memory = merging_memory(work.student, work.adapters, dtype, hardware)
     loading = utilisation.LOADING
+    # read once and written once, both at the rate of a disk
     seconds = added(starting(2 * work.student.weights), (written / loading.high, written / loading.low))
     return StagePlan(
         stage="export_model",

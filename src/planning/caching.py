@@ -32,18 +32,23 @@ def caching_tokens(work: Caching, rows: Rows, hardware: Hardware, traced: Pass, 
     else:
         wanted = MOST_TOKENS
         for share in shares:
+            # as the engine measures it (`gpu.tokens_that_fit`), with planned bytes: two passes give a line
             small, large = (reading_memory(work.teacher, share, traced, t, 0, hardware).activations for t in PROBED)
             per_token = (large - small) / (PROBED[1] - PROBED[0])
             free = hardware.device.memory_gb - hardware.device.overhead_gb - share.weights * traced.dtype.itemsize / GB
+            # tokens with FILLED * free = fixed + per_token * tokens, and fixed = small - per_token * PROBED[0]
             wanted = min(wanted, (FILLED * free - small + per_token * PROBED[0]) / per_token)
     # rows of one file are read together, not more
+    # a file has so many response tokens; a pass reads the prompts as well
     of_a_file = config.tokens_per_shard * rows.tokens / rows.answer_tokens
+    # the longest row is a pass by itself, whatever is wanted
     return max(config.max_length, min(wanted, rows.all * rows.tokens, of_a_file))
 
 
 def plan_caching(work: Caching, rows: Rows, hardware: Hardware) -> StagePlan:
     config, teacher = work.config, work.teacher
     dtype = hardware.device.dtype
+    # 1. a pass, and what it takes on each GPU
     length = max(2, round(min(rows.tokens, config.max_length)))
     traced = Pass(teacher.name, dtype, length, attention_kind(hardware, length))
     shares = spread(teacher, work.devices)
@@ -55,15 +60,19 @@ def plan_caching(work: Caching, rows: Rows, hardware: Hardware) -> StagePlan:
     answers = rows.all * rows.answer_tokens
     in_file = min(config.tokens_per_shard, answers)
     named = [(s.device, reading_memory(teacher, s, traced, tokens, in_file, hardware)) for s in shares]
+    # 2. operations and bytes
     work_flops = rows.all * flops.body_forward(teacher, [length])
     kept = dtype.itemsize * teacher.hidden
     if config.signal == "topk":
-        kept = 6 * config.top_k
+        kept = 6 * config.top_k  # int32 id, fp16 log-probability
+        # a top k is taken of logits, hidden states are kept before them
         work_flops += flops.head(teacher, round(answers))
+    # 3. seconds
     seconds = [computing(work_flops, hardware, utilisation.READING, utilisation.CPU_READING)]
     seconds.append(starting(teacher.weights * dtype.itemsize))
     how = f"{config.signal}, passes of {tokens:,.0f} tokens at most, {over(work.devices, hardware)}"
     if work.offloaded:
+        # every pass fetches what does not stay once more
         away = (teacher.weights - _staying(teacher, config.gpu_memory_gb, dtype.itemsize)) * dtype.itemsize / GB
         passes, pcie = math.ceil(rows.all * rows.tokens / tokens), utilisation.STREAMING
         seconds.append((passes * away / pcie.high, passes * away / pcie.low))

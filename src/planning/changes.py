@@ -43,6 +43,7 @@ def _configured(**values: Any) -> Callable[[Training], Training]:
 def training_edits(work: Training, hardware: Hardware) -> list[Edit]:
     """From what costs nothing but time to what makes another run of it."""
     config, count, section = work.config, hardware.count, "run_improved_kd"
+    # in this order they are tried, and the first that fits is named
     every, edits = tuple(range(count)), []
     for tokens in halves(config.tokens_per_batch, config.max_length):
         named = {f"{section}.tokens_per_batch": tokens}
@@ -99,7 +100,9 @@ def training_options(work: Training, hardware: Hardware) -> Iterator[Option]:
         changed = edit.apply(changed)
         words.append(edit.words)
         settings = settings | edit.settings
+        # smaller passes were tried by themselves, each of them; here they only go along
         if edit.words != SMALLER and len(words) > 1:
+            # dict.fromkeys: all halvings are the same words, said once
             yield Option("; ".join(dict.fromkeys(words)), settings, changed, hardware)
     for larger, every in more_gpus(hardware, work.student.layers):
         yield Option(_so_many(larger), {"gpus": f"{larger.count}x{larger.device.memory_gb:g}"},
@@ -109,6 +112,7 @@ def training_options(work: Training, hardware: Hardware) -> Iterator[Option]:
 def caching_options(work: Caching, hardware: Hardware) -> Iterator[Option]:
     section, every, small = "cache_teacher", tuple(range(hardware.count)), work
     for tokens in halves(work.config.tokens_per_batch, work.config.max_length):
+        # the smallest of them goes along with streaming below
         small = replace(work, config=replace(work.config, tokens_per_batch=tokens))
         yield Option("smaller passes", {f"{section}.tokens_per_batch": tokens}, small, hardware)
     if len(work.devices) < hardware.count:
@@ -135,11 +139,13 @@ def answering_options(work: Answering, hardware: Hardware, section: str, key: st
         section: of the profile, for the settings.
         key: the setting there that names the model's GPUs.
     """
+    # 0.85: room beside the weights for keys, values and activations
     every, budget = tuple(range(hardware.count)), round(0.85 * hardware.device.memory_gb, 1)
     rows = work.rows
     while not work.served and rows > 1:
         rows //= 2
         yield Option("fewer rows together", {f"{section}.batch_size": rows}, replace(work, rows=rows), hardware)
+    # one row at a time from here on; 0, as many as fit, stays 0
     derived = replace(work, rows=min(work.rows, 1), parallel=None, budget_gb=budget)
     if work.served:
         settings = {"serve.tensor_parallel": None, "serve.data_parallel": None, f"{section}.gpu_memory_gb": budget}
@@ -149,6 +155,7 @@ def answering_options(work: Answering, hardware: Hardware, section: str, key: st
         settings = {f"{section}.{key}": list(every), f"{section}.gpu_memory_gb": budget}
         yield Option(f"the model over all {len(every)} GPUs", settings, wide, hardware)
     if not hardware.is_cpu:
+        # bytes a weight
         for words, size in (("FP8", 1.0), ("4 bits", FOUR_BITS_AND_SCALES)):
             if size < work.weight_bytes:
                 copy = replace(wide, served=True, weight_bytes=size)
@@ -161,6 +168,7 @@ def more_gpus(hardware: Hardware, layers: int) -> Iterator[tuple[Hardware, tuple
     """More GPUs of the kind and their numbers, a layer for each; on a processor there is nothing of the kind."""
     count = hardware.count
     while count:
+        # 2, 3, ... 8, then whole machines: 16, 24, ...
         count += 1 if count < 8 else 8
         if count > min(MOST_GPUS, layers):
             return

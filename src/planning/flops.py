@@ -11,6 +11,7 @@ from src.planning.shapes import Shapes
 def attention_forward(shapes: Shapes, lengths: Sequence[int]) -> int:
     """Scores and weighted values of rows of these lengths, each attending to itself, in all layers."""
     squares = sum(length * length for length in lengths)
+    # 2 for a multiplication and an addition, 2 for two products: Q K' and P V
     return 2 * 2 * shapes.layers * shapes.heads * shapes.head_dim * squares
 
 
@@ -32,6 +33,7 @@ def body_training(
         checkpointing: the forward pass is run again.
     """
     tokens = sum(lengths)
+    # W and the adapter's A and B
     forward = body_forward(shapes, lengths, adapters)
     # the gradient of the inputs, of the adapters, and twice the products of attention (four instead of two)
     backward = 2 * tokens * (shapes.active_weights + 2 * adapters) + 2 * attention_forward(shapes, lengths)
@@ -44,6 +46,7 @@ def body_training(
 
 def _input_side(shapes: Shapes, first_adapters: int) -> int:
     """Weights of A of the first layer's q, k and v adapters, `rank x hidden` each."""
+    # q, k and v together: adapters have rank x (inputs + outputs) weights each, A of them rank x inputs
     outputs = (shapes.heads + 2 * shapes.kv_heads) * shapes.head_dim
     rank = first_adapters / (3 * shapes.hidden + outputs) if first_adapters else 0
     return round(rank * 3 * shapes.hidden)
@@ -51,6 +54,7 @@ def _input_side(shapes: Shapes, first_adapters: int) -> int:
 
 def loss(student: Shapes, teacher: Shapes | None, tokens: int, vocab: int) -> int:
     """Logits of both models and the gradient of the student's states: three products, two without a teacher."""
+    # logits [N, H] @ [H, V], the gradient [N, V] @ [V, H]; the teacher's logits [N, G] @ [G, V]
     return 2 * tokens * vocab * (2 * student.hidden + (teacher.hidden if teacher else 0))
 
 
@@ -84,6 +88,7 @@ def distinct_experts(shapes: Shapes, tokens: float) -> float:
 def read_weights(shapes: Shapes, tokens: float) -> float:
     """Weights that a pass of some tokens reads: all but the experts that none of them chooses; the input embedding is
     looked up, not read."""
+    # + the head
     dense = shapes.layer_weights - shapes.expert_weights + shapes.hidden * shapes.vocab
     share = distinct_experts(shapes, tokens) / shapes.experts if shapes.experts else 0.0
     return dense + share * shapes.expert_weights

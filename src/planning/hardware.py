@@ -89,7 +89,7 @@ def parse_gpus(text: str) -> Hardware:
         )
     count, what = int(match[1]), match[2]
     try:
-        memory_gb = float(what)
+        memory_gb = float(what)  # "40", not "H100"
     except ValueError:
         return Hardware(count, _named(what))
     if memory_gb <= 0:
@@ -99,6 +99,7 @@ def parse_gpus(text: str) -> Hardware:
 
 def _named(name: str) -> Device:
     for key, device in GPUS.items():
+        # "A100-40", "a10040"
         if name.lower() in (key.lower(), key.lower().replace("-", "")):
             return device
     raise UserError(f"--gpus: no data of a GPU {name!r}; there are {', '.join(GPUS)}, or say its GB, such as 8x40")
@@ -122,8 +123,10 @@ def detect() -> Hardware:
     if not torch.cuda.is_available():
         raise UserError("--detect: torch finds no GPU here; leave it out to plan for the processor, or say --gpus 8x40")
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    # a plan is for equal GPUs: of unequal ones for the one with the least memory
     smallest = min(found, key=lambda properties: properties.total_memory)
     memory_gb = smallest.total_memory / 1e9
+    # the word that tells the card, "4090" of "RTX 4090", "A100" of "A100 40 GB", in torch's "NVIDIA A100-SXM4-40GB"
     alike = [device for device in GPUS.values() if device.name.split()[-1 if "RTX" in device.name else 0]
              in smallest.name and abs(device.memory_gb - memory_gb) < 0.15 * memory_gb]  # fmt: skip
     device = alike[0] if alike else _of_size(memory_gb)
@@ -139,6 +142,7 @@ def this_machine() -> Hardware:
     while time.perf_counter() - started < 0.2:
         torch.mm(a, b)
         runs += 1
+    # [512, 1024] @ [1024, 1024]
     rate = runs * 2 * 512 * 1024 * 1024 / (time.perf_counter() - started)
     name = f"{torch.get_num_threads()} threads, products at {rate / 1e9:.0f} GFLOP/s"
     # what this process has imported is what a stage imports

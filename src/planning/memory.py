@@ -39,6 +39,7 @@ def spread(shapes: Shapes, devices: tuple[int, ...]) -> tuple[Share, ...]:
     Raises:
         UserError: fewer layers than GPUs.
     """
+    # all of it in one place
     if len(devices) <= 1:
         return (Share(devices[0] if devices else 0, shapes.weights, shapes.layers),)
     model = open_meta(shapes.name)
@@ -46,9 +47,10 @@ def spread(shapes: Shapes, devices: tuple[int, ...]) -> tuple[Share, ...]:
     layers, weights = dict.fromkeys(devices, 0), dict.fromkeys(devices, 0)
     for name, device in placed.items():
         module = model.get_submodule(name)
+        # a tied head is the embedding, which is counted where that is
         tied_head = shapes.tied and module is model.get_output_embeddings()
         weights[device] += 0 if tied_head else sum(p.numel() for p in module.parameters())
-        layers[device] += ".layers." in name
+        layers[device] += ".layers." in name  # True is 1: "model.layers.3" is a layer, "model.norm" is none
     return tuple(Share(d, weights[d], layers[d], d == devices[-1]) for d in devices)
 
 
@@ -74,6 +76,7 @@ def attention_kind(hardware: Hardware, row_tokens: float) -> str:
 def loss_bytes(hardware: Hardware, vocab: int, tokens: float, compiled: bool) -> float:
     """The `[chunk, vocab]` tensors of the loss, see `losses.chunk_tokens`."""
     if hardware.is_cpu:
+        # bytes an entry of [chunk, vocab]: `losses.chunk_tokens` divides by the same
         entry = CHUNK_TENSORS if compiled else 4 * CHUNK_TENSORS
         return min(tokens, chunk_tokens(vocab, compiled)) * vocab * entry
     entry = KERNEL_BYTES if compiled else 4 * CHUNK_TENSORS
@@ -107,16 +110,19 @@ class Step:
 
 def training_memory(step: Step, share: Share, tokens: float, hardware: Hardware) -> Memory:
     """What a GPU with this share of the student holds in passes of this many tokens."""
+    # 1. what is there all the time
     student, teacher, parts = step.student, step.teacher, step.ranks_sharing
     size, answers = step.traced.dtype.itemsize, tokens * step.answer_share
     adapters = step.adapters * share.layers / student.layers
     weights = _training_weights(step, share)
     copies = 0 if parts > 1 else size * adapters  # cast once for all passes of a step
+    # -(-V // 128) * 128: rounded up to the next multiple of 128, as `losses.shared_head` pads it
     head = -(-student.vocab // ALIGNED) * ALIGNED * teacher.hidden * size if step.teacher_head and share.last else 0
     whole = Share(0, teacher.weights, teacher.layers)
     resident = loaded_bytes(teacher, whole, step.traced.dtype, hardware) if step.resident else 0
 
     # the peak is where the forward pass ends, in the loss, or in the backward pass
+    # 2. what comes and goes: (activations, loss) at each of these moments, of which the largest counts
     counted = trace(step.traced).at(share.layers, tokens)
     states, beliefs = answers * student.hidden * size, answers * teacher.hidden * size if step.beliefs else 0
     chunk = loss_bytes(hardware, student.vocab, answers, step.compiled) if share.last else 0
@@ -129,7 +135,7 @@ def training_memory(step: Step, share: Share, tokens: float, hardware: Hardware)
         activations += 2 * student.widest * size  # a matrix unpacked for its product, and the next
     return Memory(
         weights=weights / GB,
-        adapters=(4 * adapters / parts + copies) / GB,
+        adapters=(4 * adapters / parts + copies) / GB,  # fp32
         gradients=4 * adapters / parts / GB,
         optimiser=step.optimiser_bytes * adapters / parts / GB,
         activations=activations / GB,
@@ -144,6 +150,7 @@ def _training_weights(step: Step, share: Share) -> float:
     student, size = step.student, step.traced.dtype.itemsize
     whole = share.weights * size
     if step.four_bit:
+        # embedding, head and norms stay as they are
         packed = student.layer_weights * share.layers / student.layers
         whole = (share.weights - packed) * size + packed * NF4_BYTES
     if step.ranks_sharing == 1:
@@ -167,6 +174,7 @@ def reading_memory(shapes: Shapes, share: Share, traced: Pass, tokens: float, sh
     stored = 0
     if hardware.is_cpu:  # a file's states in parts and joined
         stored = 2 * shard_tokens * shapes.hidden * size
+    # two moments: the passes, with the parts that they have made; then the top k, with parts and whole
     passes, top_k = activations + stored / 2, chunk + stored
     return Memory(
         weights=loaded_bytes(shapes, share, traced.dtype, hardware) / GB,
@@ -189,6 +197,7 @@ def answering_memory(shapes: Shapes, share: Share, traced: Pass, rows: int, new_
     logits = 6 * rows * shapes.vocab * 4 if share.last else 0  # fp32, with the copies that are filtered
     reading = trace(traced).at(share.layers, rows * prompt).forward
     prompts, whole = rows * prompt, rows * (prompt + new_tokens)
+    # (cache, activations, logits) while the prompts are read, and at the last token; the larger of the two
     read = (prompts * token_bytes * part, reading, 0)
     decode = (whole * token_bytes * part, whole * copies, logits)
     cache, activations, loss = max(read, decode, key=sum)
@@ -222,6 +231,7 @@ def merging_memory(shapes: Shapes, adapters: int, dtype: torch.dtype, hardware: 
 def together(one: Memory, other: Memory) -> Memory:
     """Two models of one process on one GPU, of which one works at a time."""
     both = {part: getattr(one, part) + getattr(other, part) for part in PARTS}
+    # one works while the other waits; there is one process
     alone = {part: max(getattr(one, part), getattr(other, part)) for part in ("activations", "overhead")}
     return Memory(**(both | alone))
 
@@ -235,6 +245,7 @@ def grouped(named: Sequence[tuple[int, Memory]], hardware: Hardware, of: str = "
     uses: list[Use] = []
     numbers: list[list[int]] = []
     for number, memory in named:
+        # neighbours that differ by less than a hundredth are one line, with the larger of the two
         if uses and abs(uses[-1].memory.peak - memory.peak) < 0.01 * memory.peak:
             numbers[-1].append(number)
             larger = max(uses[-1].memory, memory, key=lambda one: one.peak)

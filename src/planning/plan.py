@@ -37,7 +37,9 @@ def make_plan(profile: dict[str, Any], gpus: str | Hardware | None = None, promp
     Raises:
         UserError: a model's configuration cannot be had, or a setting is wrong.
     """
+    # 1. models, GPUs and rows
     setup = open_setup(profile, _hardware(profile, gpus), read_rows(profile, prompt_tokens, answer_tokens))
+    # 2. every stage, in the order of the pipeline; with the nearest change where one does not fit
     stages = [
         _generation(setup),
         *_caching(setup),
@@ -46,6 +48,7 @@ def make_plan(profile: dict[str, Any], gpus: str | Hardware | None = None, promp
         _merging(setup),
     ]
     rows, size = setup.rows, setup.hardware.device.dtype.itemsize
+    # 3. what they were planned with, in words
     models = tuple(
         ModelSize(role, shapes.name, _shown(shapes), shapes.weights, _active(shapes), shapes.weights * size / 1e9)
         for role, shapes in (("teacher", setup.teacher), ("student", setup.student))
@@ -76,6 +79,7 @@ def _hardware(profile: dict[str, Any], gpus: str | Hardware | None) -> Hardware:
     if wanted:
         return parse_gpus(str(wanted))
     sections = [section for section in profile.values() if isinstance(section, dict)]
+    # without a size nothing can be said of GPUs, and a plan for the processor would be of another run
     if any(section.get(key) for section in sections for key in ("teacher_devices", "student_devices")):
         raise UserError("the profile names GPUs, but not of what size; pass --gpus 8x40 (how many x GB each)")
     return this_machine()

@@ -47,6 +47,7 @@ def verdict(stage: StagePlan) -> str:
     """Whether it fits, why not, and what would."""
     if stage.fits:
         return "fits"
+    # what is too full, then what else stands in the way, then what would help
     over = [use for use in stage.uses if not use.fits]
     reasons = [f"{use.name}: {amount(use.memory.peak)} of {amount(use.capacity_gb)}" for use in over]
     said = "does not fit (" + "; ".join([*reasons, *stage.problems]) + ")"
@@ -61,7 +62,7 @@ def verdict(stage: StagePlan) -> str:
 
 
 def _parts(use: Use) -> str:
-    held = [(name.replace("_", " "), getattr(use.memory, name)) for name in PARTS]
+    held = [(name.replace("_", " "), getattr(use.memory, name)) for name in PARTS]  # kv_cache -> "kv cache"
     return ", ".join(f"{name} {amount(gb)}" for name, gb in held if gb > 0.0005)
 
 
@@ -127,6 +128,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         return
     console.print(table(plan))
     for line in lines(plan):
+        # the table has the numbers of the indented lines, but not their verdicts
         if not line.startswith("    ") or "fit" in line:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -135,6 +137,7 @@ def as_json(plan: Plan) -> str:
     """Every number, and what follows from them."""
     said = dataclasses.asdict(plan)
     for own, stage in zip(said["stages"], plan.stages, strict=True):
+        # properties, which asdict leaves out
         own |= {"fits": stage.fits, "peak_gb": stage.peak_gb, "verdict": verdict(stage)}
         for use, planned in zip(own["uses"], stage.uses, strict=True):
             use["memory"]["peak"] = planned.memory.peak

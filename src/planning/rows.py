@@ -62,6 +62,7 @@ def read_rows(profile: dict[str, Any], prompt_tokens: float | None = None, answe
     """
     data, experiment = Path(profile.get("data_dir", "")), Path(profile.get("experiment_dir", ""))
     limit = (profile.get("generate_sft_data") or {}).get("max_new_tokens", 768)
+    # the later a file is made, the more it tells: clean rows, else prompts, else what is asked for
     cleaned = all(path.is_file() for path in clean_files(experiment / "sft").values())
     collected = all((data / f"{split}_dataset.jsonl").is_file() for split in ("train", "eval"))
     # asked for where there is something to count: a hub that is away answers after half a minute
@@ -77,7 +78,7 @@ def read_rows(profile: dict[str, Any], prompt_tokens: float | None = None, answe
         rows.train,
         rows.evaluation,
         prompt_tokens or rows.prompt_tokens,
-        min(answer_tokens or rows.answer_tokens, limit),
+        min(answer_tokens or rows.answer_tokens, limit),  # no answer is longer than it may be
         "; ".join([rows.source, *said]),
     )
 
@@ -90,6 +91,7 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
 
 
 def _sample(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    # every n-th, from the whole file
     return list(rows[:: max(1, len(rows) // SAMPLE)])
 
 
@@ -130,10 +132,12 @@ def _wanted(section: dict[str, Any]) -> Rows:
     for source in ("gsm8k", "humaneval", "mbpp"):
         wanted.append((source, section.get(f"{source}_train_rows", 0), section.get(f"{source}_eval_rows", 0)))
     packs = section.get("domains") or []
+    # lists that do not match are the stage's to refuse
     wanted += zip(packs, section.get("domain_train_rows") or [], section.get("domain_eval_rows") or [], strict=False)
     train, evaluation = sum(rows for _, rows, _ in wanted), sum(rows for _, _, rows in wanted)
     if not train:
         raise UserError("the section download_datasets asks for no training rows; name a source and how many")
+    # means over rows, not over sources
     prompts = sum(rows * ASSUMED.get(source, OTHER)[0] for source, rows, _ in wanted) / train
     answers = sum(rows * ASSUMED.get(source, OTHER)[1] for source, rows, _ in wanted) / train
     return Rows(train, evaluation, prompts, answers, "rows the profile asks for, of lengths usual for their source")

@@ -81,6 +81,7 @@ def trainings(setup: Setup) -> list[Training]:
     """The control and the distilled student."""
     config, apart = typed(setup, "run_improved_kd", KDConfig, ("load_in_4bit",))
     launch = setup.profile.get("launch") or {}
+    # a process a GPU: more than are planned for cannot be
     processes = 1 if setup.hardware.is_cpu else min(launch.get("processes", 1), setup.hardware.count)
     online = config.teacher_signal == "online"
     work = Training(
@@ -98,6 +99,7 @@ def trainings(setup: Setup) -> list[Training]:
     )
     if config.on_policy:
         setup.notes.append("the answers and caches of on-policy rounds are not in the plan")
+    # the same in all but alpha, as the pipeline starts it
     control = dataclasses.replace(work, arm="sft", config=dataclasses.replace(config, alpha=0.0))
     return [control, work]
 
@@ -130,6 +132,7 @@ def _serve(setup: Setup, section: Mapping[str, Any], name: str) -> dict[str, Any
         raise UserError(f"{name}.serve must be a mapping such as {{command: vllm}}, found {said!r}")
     if said is None and section.get("engine") == "openai":
         setup.notes.append(f"{name} asks a server that runs elsewhere; it is planned as if it ran on these GPUs")
+    # a server without settings: {} stands for all defaults, None for no server
     if said is None and section.get("engine") in ("vllm", "openai"):
         return {}
     return said
@@ -141,6 +144,7 @@ def weight_bytes(name: str) -> float:
     >>> weight_bytes("Qwen/Qwen3-30B-A3B-Instruct-2507-FP8"), weight_bytes("Qwen/Qwen3-8B")
     (1.0, 2.0)
     """
+    # group 1: one byte a weight; group 2: half a byte
     found = QUANTISED.search(name)
     if not found:
         return 2.0
@@ -150,13 +154,17 @@ def weight_bytes(name: str) -> float:
 def _answering(setup: Setup, section: dict[str, Any], what: str, model: Shapes, answers: int,
                devices_key: str, name: str) -> Answering:  # fmt: skip
     serve = _serve(setup, section, name)
+    # 1. who answers: transformers, the server that the stage starts, or one elsewhere
     served = serve is not None and not setup.hardware.is_cpu
     serve = serve or {}
+    # an FP8 or 4-bit copy answers in the teacher's place; students have none
     stands_in = str(serve.get("model", "")) if model is setup.teacher else ""
     wanted = section.get(devices_key) or (serve.get("devices") if served and model is setup.teacher else None)
     own = section.get("gpu_memory_gb") or serve.get("gpu_memory_gb") or EngineSettings().gpu_memory_gb
+    # 2. on what
     tensor, data = serve.get("tensor_parallel"), serve.get("data_parallel")
     devices = setup.devices(wanted, f"{name}.{devices_key}")
+    # sizes that do not fit on the GPUs at hand are derived anew
     fixed = model is setup.teacher and tensor and data and tensor * data <= len(devices)
     return Answering(
         what=what,

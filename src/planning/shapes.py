@@ -49,11 +49,13 @@ def open_meta(name: str, dtype: torch.dtype = torch.bfloat16, layers: int | None
     Raises:
         UserError: its configuration cannot be had.
     """
+    # a folder of this repository may stand in for a model that is not here: its configuration is enough
     config = load_model_config(config_folder(name))
     if layers is not None:
         text = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
+            # sliding and full layers in their turn, as many as there are layers
             text.layer_types = (text.layer_types * layers)[:layers]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -68,9 +70,11 @@ def read_shapes(name: str) -> Shapes:
     """
     model = open_meta(name)
     config, layers = model.config.get_text_config(), model.get_decoder().layers
+    # families have their own words for it; 0 for a dense model
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
     per_token = getattr(config, "num_experts_per_tok", None) or 0
     heads = config.num_attention_heads
+    # norms and biases multiply nothing
     matrices = [(n, p) for n, p in layers.named_parameters() if p.dim() >= 2]
     # experts are stacked in one tensor, [experts, outputs, inputs]
     expert_weights = sum(p.numel() for _, p in matrices if p.dim() == 3 and p.shape[0] == experts)
@@ -107,6 +111,7 @@ def lora_weights(name: str, rank: int, targets: list[str]) -> tuple[int, int]:
     total = first = 0
     for path, module in open_meta(name).get_decoder().layers.named_modules():
         if path.rpartition(".")[2] in targets and isinstance(module, torch.nn.Linear):
+            # A: [rank, inputs], B: [outputs, rank]
             own = rank * (module.in_features + module.out_features)
             total += own
             first += own if _reads_first(path) else 0

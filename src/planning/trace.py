@@ -35,6 +35,7 @@ class LiveBytes(TorchDispatchMode):
         """`owned` are there already, and are not counted."""
         super().__init__()
         self.now = self.peak = 0
+        # storages by their address: views share one
         self._seen = {tensor.untyped_storage()._cdata for tensor in owned}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
             made = args[0].new_empty(len(args[0]), args[1].shape[-1])
         else:
             made = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._count, made)
+        tree_map_only(Tensor, self._count, made)  # also of operators that give several
         return made
 
     def _count(self, tensor: Tensor) -> None:
@@ -52,6 +53,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen.add(storage._cdata)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
+        # when nobody holds the storage any more, its bytes are free: so the count follows autograd's own keeping
         weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
 
     def _release(self, key: int, size: int) -> None:
@@ -190,6 +192,7 @@ class PassBytes:
     def at(self, layers: int, tokens: float) -> Counted:
         def one(name: str) -> float:
             fixed, layer, token, both = (getattr(c, name) for c in (self.fixed, self.layer, self.token, self.both))
+            # a line through two points may pass below 0
             return max(0.0, fixed + layer * layers + token * tokens + both * layers * tokens)
 
         return Counted(one("forward"), one("kept"), one("backward"))
@@ -222,9 +225,14 @@ def trace(wanted: Pass) -> PassBytes:
     for layers in LAYERS:
         for rows in ROWS:
             found[layers, rows] = _count(wanted, layers, rows)
+    # tokens of the two packs
     low, high = (rows * wanted.row_tokens for rows in ROWS)
     parts: dict[str, list[float]] = {"fixed": [], "layer": [], "token": [], "both": []}
     for name in ("forward", "kept", "backward"):
+        # four measurements, four unknowns: bytes(L, T) = fixed + layer L + token T + both L T
+        #           2 layers  3 layers
+        #     low       a         b
+        #     high      c         d
         (a, c), (b, d) = ([getattr(found[layers, rows], name) for rows in ROWS] for layers in LAYERS)
         both = (d - c - b + a) / (high - low)  # LAYERS are one apart
         layer = b - a - both * low
@@ -236,7 +244,9 @@ def trace(wanted: Pass) -> PassBytes:
 
 
 def _count(wanted: Pass, layers: int, rows: int) -> Counted:
+    # 1. the model and rows, on the meta device
     model = open_meta(wanted.model, wanted.dtype, layers)
+    # the stand-ins above, in place of kernels that want real tensors
     model.set_attn_implementation(f"planned_{wanted.attention}")
     if wanted.liger:
         _as_liger(model)
@@ -244,6 +254,7 @@ def _count(wanted: Pass, layers: int, rows: int) -> Counted:
     # no two begin alike: what rows share would be run once
     encoded = [EncodedRow(str(n), (n,) * half, (n,) * (wanted.row_tokens - half)) for n in range(rows)]
     batch = pack(encoded, pad_id=0, multiple=1)
+    # 2. what is there before the pass is not counted
     with contextlib.ExitStack() as stack:
         owned = [*model.parameters(), *model.buffers()]
         if wanted.rank:
@@ -252,12 +263,15 @@ def _count(wanted: Pass, layers: int, rows: int) -> Counted:
             owned = [*model.parameters(), *model.buffers(), *_gradients_and_copies(model)]
         else:
             stack.enter_context(torch.no_grad())
+        # 3. forward: the most that was alive, and what is kept when it is over
         live = stack.enter_context(LiveBytes(owned))
         hidden, _ = response_hidden(model, batch)
         forward, kept = live.peak, live.now
         if not wanted.rank:
             return Counted(forward, kept, 0)
+        # 4. backward, counted anew
         live.peak = live.now
+        # the gradient that the loss gives; its contents do not matter here
         hidden.backward(torch.empty_like(hidden))
         return Counted(forward, kept, live.peak)
 

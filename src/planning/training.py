@@ -57,6 +57,7 @@ class Training:
 
 def _train_rows(rows: Rows, fraction: float) -> tuple[int, int]:
     """Rows to train on and rows set aside, of those that are expected."""
+    # on average: by the hash of its id each row is one or the other
     aside = round(rows.train * fraction)
     return rows.train - aside, aside
 
@@ -73,6 +74,7 @@ def traced_pass(work: Training, rows: Rows, hardware: Hardware) -> Pass:
 
 def step_of(work: Training, rows: Rows, hardware: Hardware) -> Step:
     config, online = work.config, work.config.teacher_signal == "online"
+    # on the student's GPUs; with GPUs of its own it is planned beside them (`_resident`)
     resident = online and not work.teacher_devices
     return Step(
         student=work.student,
@@ -83,7 +85,7 @@ def step_of(work: Training, rows: Rows, hardware: Hardware) -> Step:
         teacher_head=not resident,
         beliefs=config.alpha > 0 and config.teacher_signal != "topk",
         resident=resident,
-        optimiser_bytes=0 if config.optim == "sgd" else 8,
+        optimiser_bytes=0 if config.optim == "sgd" else 8,  # AdamW: two fp32 moments
         compiled=config.compile_loss is not False,
         four_bit=work.four_bit,
         ranks_sharing=work.processes if work.sharded else 1,
@@ -99,19 +101,23 @@ def pass_tokens(work: Training, rows: Rows, hardware: Hardware, step: Step, shar
     """Tokens of the largest pass: as set, or as the engine will measure that the fullest GPU has memory for."""
     config = work.config
     most, longest = step_tokens(work, rows), config.max_length
+    # padded, or as many rows as batch_size says; the longest row is a pass by itself in any case
     if not config.packing or config.tokens_per_batch == 0:
         return max(longest, min(most, config.per_device_train_batch_size * min(rows.tokens, longest)))
     if config.tokens_per_batch is not None:
         return max(longest, min(most, config.tokens_per_batch))
     if hardware.is_cpu:
         return max(longest, min(most, CPU_TOKENS))
+    # the fullest GPU decides, and no pass is longer than the step
     return max(longest, min(most, min(_filling(step, share, hardware) for share in shares)))
 
 
 def _filling(step: Step, share: Share, hardware: Hardware) -> float:
     """Tokens with which a pass fills its share of what is free, see `gpu.tokens_that_fit`."""
     small, large = (training_memory(step, share, tokens, hardware) for tokens in PROBED)
+    # what grows with the tokens; the rest is there whatever they are
     passing = [memory.activations + memory.loss for memory in (small, large)]
+    # not there yet when the engine measures, so it keeps room for them
     reserved = small.gradients + small.optimiser
     free = hardware.device.memory_gb - (small.peak - passing[0] - reserved)
     per_token = (passing[1] - passing[0]) / (PROBED[1] - PROBED[0])
@@ -121,17 +127,21 @@ def _filling(step: Step, share: Share, hardware: Hardware) -> float:
 
 def plan_training(work: Training, rows: Rows, hardware: Hardware) -> StagePlan:
     config = work.config
+    # 1. a step, and how long its passes are
     step = step_of(work, rows, hardware)
     spread_over = work.devices if work.processes == 1 else ()
     shares = spread(work.student, spread_over)
     tokens = pass_tokens(work, rows, hardware, step, shares)
+    # 2. what each GPU holds: its share of the student, or a student each
     named = []
     for share in shares:
         memory = training_memory(step, share, tokens, hardware)
+        # processes have a GPU each, from the first on, and all hold the same
         places = range(work.processes) if work.processes > 1 else [share.device]
         named += [(place, memory) for place in places]
     if config.teacher_signal == "online" and work.teacher_devices:
         named = _beside(named, _resident(work, step, tokens, hardware))
+    # 3. operations, seconds, disk
     work_flops, read = training_flops(work, rows, step)
     seconds = added(
         computing(work_flops, hardware, utilisation.TRAINING, utilisation.CPU_TRAINING, work.processes),
@@ -157,6 +167,7 @@ def _resident(work: Training, step: Step, tokens: float, hardware: Hardware) -> 
     named = []
     for share in spread(work.teacher, work.teacher_devices):
         memory = reading_memory(work.teacher, share, reading, tokens, 0, hardware)
+        # under `teacher`, as where it shares the student's GPU
         named.append((share.device, replace(memory, weights=0.0, teacher=memory.weights)))
     return named
 
@@ -174,6 +185,7 @@ def steps_of(work: Training, rows: Rows) -> int:
     train, _ = _train_rows(rows, config.validation_fraction)
     if config.max_steps > 0:
         return config.max_steps
+    # rows beyond the last whole step sit an epoch out (`StepOrder`)
     return math.ceil(train // config.rows_per_step * config.num_train_epochs)
 
 
@@ -183,11 +195,14 @@ def training_flops(work: Training, rows: Rows, step: Step) -> tuple[float, float
     length, answer = min(rows.tokens, config.max_length), rows.answer_tokens
     adapters, first = adapters_of(student.name, config.lora_r, tuple(config.lora_target_modules))
     teacher = work.teacher if step.beliefs else None
+    # 1. rows that are trained on, and rows that are only read
     steps = steps_of(work, rows)
     trained = steps * config.rows_per_step
     _, aside = _train_rows(rows, config.validation_fraction)
+    # of the validation rows, every eval_steps steps
     scorings = math.ceil(steps / config.eval_steps) if config.eval_steps else 0
     measured = scorings * aside + 2 * rows.evaluation  # at the end before and after, on the held-out rows
+    # 2. operations of a row of each kind
     a_row = [round(length)]
     total = trained * (
         flops.body_training(student, a_row, adapters, first, config.gradient_checkpointing)
@@ -217,5 +232,6 @@ def _how_trained(work: Training, tokens: float, rows: Rows) -> str:
     if work.four_bit:
         said.append("student in 4 bits")
     signal = f"teacher {config.teacher_signal}"
+    # the control asks the teacher only for the held-out KL
     said.append(f"{signal}, to measure alone" if config.alpha == 0 else signal)
     return ", ".join(said)

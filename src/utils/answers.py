@@ -20,8 +20,11 @@ OPENED = re.compile(rf"\s*{OPENS}", re.IGNORECASE)
 CLOSE = re.compile(CLOSES, re.IGNORECASE)
 
 # Where a tag is spelt and not said: "```...```" (or open to the end), "`...`", and beside a quote: `split("</think>")`
+# \1: a fence is closed by one of its kind, as long or longer
 FENCED = re.compile(r"^[ \t]*(```+|~~~+).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
+# as many backticks at the end as at the beginning, on one line
 INLINE = re.compile(r"(`+)(?!`)[^\n]*?(?<!`)\1(?!`)")
+# a spelt "\n" may stand between quote and tag: "</think>\n\n"
 QUOTED = re.compile(rf"(?<=[\"'])(?:\\n)*(?:{OPENS}|{CLOSES})|(?:{OPENS}|{CLOSES})(?:\\n)*(?=[\"'])", re.IGNORECASE)
 
 # "4</s>", "4 <|im_end|>": the end of the turn as a server without the right stop words leaves it in the text
@@ -56,6 +59,7 @@ def without_code(text: str) -> str:
     'a     c'
     """
     for pattern in (FENCED, INLINE, QUOTED):
+        # line ends stay: `final_answer` asks what a line ends with
         text = pattern.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
     return text
 
@@ -73,12 +77,15 @@ def final_answer(response: str) -> str | None:
     ("Use `x.split('</think>')[-1]`.", None)
     """
     said = without_code(response)
+    # the answer opens the thought
     if OPENED.match(response):
         close = CLOSE.search(said) or CLOSE.search(response)  # a fence that the thought leaves open hides its end
         if close is None:
             return None
+        # places in `said` are those in the response, for code is blanked and not cut
         response = response[close.end() :].lstrip("\n")
     else:
+        # the prompt may have: then the first tag closes, and nothing but blanks follows on its line
         tag = THINK_TAG.search(said)
         if tag and CLOSE.fullmatch(tag[0]) and re.match(r"[ \t]*(?:\n|\Z)", said[tag.end() :]):
             response = response[tag.end() :].lstrip("\n")

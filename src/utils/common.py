@@ -70,7 +70,9 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
         UserError: by its beginning the file is something else, or its gzip is broken.
     """
     try:
+        # by its name alone: gzip under another name is refused with a word (`BEGINNINGS`)
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            # peek: what is looked at is read again by whoever reads the file
             _refuse_other_encodings(path, file.peek(16)[:16])
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -79,6 +81,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
 
 def _decode(data: bytes, where: str | Path) -> str:
     """UTF-8 text, without the byte order mark before it (or several: files get joined)."""
+    # ef bb bf
     while data.startswith(codecs.BOM_UTF8):
         data = data.removeprefix(codecs.BOM_UTF8)
     try:
@@ -108,7 +111,7 @@ JSON_WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity|-?[0-9][0-9.eE+-]*')
 
 def _finite(word: str) -> float:
     """The number that a word of JSON says. Raises ValueError for NaN, Infinity and what becomes one (1e999)."""
-    number = float(word)
+    number = float(word)  # "1e999" -> inf
     if not math.isfinite(number):
         raise ValueError(word)
     return number
@@ -116,11 +119,13 @@ def _finite(word: str) -> float:
 
 def _refuse_halves(value: Any) -> None:
     """Raise UnicodeEncodeError for a text with half a character: "\\ud83d" without the other half after it."""
+    # json reads "\ud83d" without its other half; UTF-8 has no bytes for it
     json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
 def _unwritable(text: str) -> UnwritableJSON:
     """The error that names the first word of JSON text that could not be written again."""
+    # word by word, with the same reading as the whole: the first that fails is the one to name
     for word in JSON_WORD.finditer(text):
         shown = f"{word[0][:40]} ..." if len(word[0]) > 40 else word[0]
         try:
@@ -131,6 +136,7 @@ def _unwritable(text: str) -> UnwritableJSON:
             return UnwritableJSON(
                 f"{shown} is not a number that can be kept; put a finite one or null", text, word.start()
             )
+    # every word by itself is fine, so it was a RecursionError
     return UnwritableJSON("nested too deeply; make it flatter", text, 0)
 
 
@@ -143,6 +149,7 @@ def parse_json(text: str) -> Any:
     """
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        # halves begin with \ud8 to \udf; without one the text need not be gone through again
         if "\\ud" in text or "\\uD" in text:
             _refuse_halves(value)
     except json.JSONDecodeError:
@@ -155,16 +162,19 @@ def parse_json(text: str) -> Any:
 def _refuse_other_layouts(path: Path) -> None:
     """Raise a UserError if the file is JSON, though not an object a line; its first line is known not to be one."""
     whole = read_text(path)
+    # 1. the first JSON value in it, and where that ends
     text = whole.lstrip()
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
         if text.startswith("["):
+            # counted from the beginning of the file, blank lines before the list too
             line = error.lineno + whole[: len(whole) - len(text)].count("\n")
             raise UserError(f"{path}:{line}: a JSON list that is not valid here ({error.msg}); mend it") from None
         return
     except (ValueError, RecursionError):
         return
+    # 2. a list that is the whole file, or an object that does not end in its first line
     if isinstance(value, list) and not text[end:].strip():
         raise UserError(f"{path}: is a JSON list; write each of its objects on a line of its own (jq -c '.[]')")
     if isinstance(value, dict) and "\n" in text[:end]:
@@ -177,6 +187,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: a line is not a JSON object, or could not be written again; names file and line.
     """
+    # only the first line is worth a look at the whole file: where it is good, the layout is
     is_first = True
     with open_text(path) as file:
         for number, data in enumerate(file, start=1):
@@ -236,6 +247,7 @@ def read_jsonl(
             raise UserError(f"{where}: {complaint}")
         if unique:
             named = ", ".join(f"{key} {row.get(key, 0)}" for key in unique)
+            # as JSON: tells "1" from 1, and may be a dict's key
             values = json.dumps([row.get(key, 0) for key in unique])
             if values in line_of:
                 raise UserError(f"{where}: {named} stands in line {line_of[values]} too; {twice}")
@@ -262,13 +274,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path` (file or folder) and rename it to `path` once the block has succeeded."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # ".data.jsonl.4711.tmp": hidden, on the same file system, and known to `stages.hold` if it is left behind
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        # on the disk before it has its name: else a machine that goes down may leave the name with nothing behind it
         for written in [temporary, *temporary.rglob("*")]:
             if written.is_file():
                 with written.open("rb") as file:
                     os.fsync(file.fileno())
+        # a folder cannot be renamed over one that holds something
         if temporary.is_dir() and path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -302,6 +317,7 @@ def append_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
+        # one write, so that rows of a batch come together
         file.write("".join(to_line(row) for row in rows))
         file.flush()
         os.fsync(file.fileno())
@@ -313,7 +329,7 @@ def repair_jsonl_tail(path: str | Path) -> int:
     if not path.is_file():
         return 0
     data = path.read_bytes()
-    keep = data.rfind(b"\n") + 1
+    keep = data.rfind(b"\n") + 1  # up to and with the last line end; 0 where there is none
     if keep < len(data):
         logger.warning("%s: cut a torn last line of %d bytes", path, len(data) - keep)
         os.truncate(path, keep)
@@ -336,6 +352,7 @@ def refuse_mismatch(
     where: str | Path, stored: dict[str, Any], wanted: dict[str, Any], way_out: str = OVERWRITE
 ) -> None:
     """Raise a UserError that names the first field in which two fingerprints differ."""
+    # keys of either: one that is missing counts as null
     for key in sorted(stored.keys() | wanted.keys()):
         if stored.get(key) != wanted.get(key):
             raise UserError(
@@ -362,11 +379,15 @@ def stage_state(
     """
     marker = Path(marker)
     outputs = list(outputs)
+    # as it will be read back: a tuple becomes a list
     fingerprint = json.loads(json.dumps(fingerprint))
+    # 1. nothing to go on with
     if overwrite or not marker.is_file():
+        # outputs that no marker speaks of: somebody else's
         for output in () if overwrite else outputs:
             if output.exists():
                 raise UserError(f"{output} is there but was not made by this stage; move it away or pass --overwrite")
+        # the marker first: a kill in between leaves outputs without one, which are refused and not taken for finished
         marker.unlink(missing_ok=True)
         if overwrite:
             for output in outputs:
@@ -375,6 +396,7 @@ def stage_state(
                 else:
                     output.unlink(missing_ok=True)
         return "fresh"
+    # 2. something was made: is it the same?
     stored = read_json(marker)
     refuse_mismatch(marker.parent, stored.get("fingerprint", {}), fingerprint, way_out)
     return "done" if stored.get("finished") and all(output.exists() for output in outputs) else "resume"
@@ -392,7 +414,7 @@ def finish_stage(marker: str | Path, fingerprint: dict[str, Any], **facts: Any) 
 def require_disk(folder: str | Path, needed_bytes: float, what: str) -> None:
     """Raise a UserError unless the file system of `folder` has `needed_bytes` free."""
     folder = Path(folder).absolute()
-    while not folder.exists():
+    while not folder.exists():  # it may be made later; the disk is that of the nearest folder there is
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
@@ -417,6 +439,7 @@ def provenance() -> dict[str, Any]:
     return {
         "command": shlex.join(sys.argv),
         "git_commit": git("rev-parse", "HEAD"),
+        # None: no git here, or no repository
         "git_dirty": None if changed is None else bool(changed),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
@@ -432,10 +455,12 @@ def speaks() -> bool:
 
 def setup_logging() -> None:
     """Plain `kd` log lines on standard error; the libraries keep to warnings, and off a terminal draw no bars."""
+    # imported here: common itself loads neither torch nor transformers
     import transformers.utils.logging as library
 
-    if not logger.handlers:
+    if not logger.handlers:  # called twice, every line would come twice
         handler = logging.StreamHandler()
+        # "14:03:22 round 1: 80 answers in 41 s"
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
@@ -476,9 +501,11 @@ class Progress:
         if note:
             self.say(**note)
         self.bar.update(count)
+        # the end is not announced
         if not self.live and time.monotonic() - self.spoken >= self.every and self.count < self.total:
             self.spoken = time.monotonic()
-            new = self.count - self.first
+            new = self.count - self.first  # of this session
+            # seconds a unit x units left
             left = (self.spoken - self.started) / max(new, 1) * (self.total - self.count)
             note_text = f" ({self.note})" if self.note else ""
             logger.info(f"{self.description}: {self.count} of {self.total}, {left:.0f} s left{note_text}")
@@ -487,6 +514,7 @@ class Progress:
         """Count units that an earlier run has done; they take no part in the rate."""
         self.count += count
         self.first += count
+        # tqdm's rate is (n - initial) / seconds
         self.bar.initial = self.bar.n = self.count
         self.bar.refresh()
 
@@ -510,9 +538,10 @@ def unwinding_on_sigterm() -> Iterator[None]:
 
     A second one kills at once, as it does a process that was forked off meanwhile.
     """
-    owner = os.getpid()
+    owner = os.getpid()  # a process that is forked within the block inherits the handler
 
     def unwind(number: int, _: object) -> None:
+        # from here on SIGTERM kills, for whoever sends a second one
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != owner:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -532,8 +561,9 @@ def run_cli(main: Callable[[], None]) -> None:
     """
     debug = "--debug" in sys.argv
     if debug:
-        sys.argv.remove("--debug")
+        sys.argv.remove("--debug")  # no script's parser knows it
     setup_logging()
+    # with it, what is finished by then would be made once more
     again = "run the same command again" + (" without --overwrite" if "--overwrite" in sys.argv else "")
     try:
         with unwinding_on_sigterm():
@@ -544,6 +574,7 @@ def run_cli(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
+        # a full disk, a quota, no right to write: the user's affair; any other is a defect and keeps its traceback
         if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         where = error.filename or "writing"
@@ -558,7 +589,7 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"interrupted; {again} to continue", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT
     except Terminated as end:
         print(f"ended by SIGTERM; {again} to continue", file=sys.stderr)
         sys.exit(end.code)

@@ -81,14 +81,16 @@ def nearest(name: str, known: list[str]) -> str:
 
 def _instead(name: str, known: list[str]) -> str:
     """What to say instead of a setting that nobody knows, or no longer."""
-    gone = GONE.get(name.lstrip("-"))
+    gone = GONE.get(name.lstrip("-"))  # a name in YAML, or a flag: "--hub_revision"
     return f"; {gone}" if gone else nearest(name, known)
 
 
 def setting(default: Any, help: str, *aliases: str) -> Any:
     """A config field with its help text and further names; lists and dicts are copied for each config."""
+    # as HfArgumentParser reads them
     metadata = {"help": help} | ({"aliases": [f"--{alias}" for alias in aliases]} if aliases else {})
     if isinstance(default, list | dict):
+        # a copy: two configs must not share a list
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -99,6 +101,7 @@ def _names(config_class: type) -> dict[str, str]:
     for field in dataclasses.fields(config_class):
         if field.init:
             names[field.name] = field.name
+            # {"kd_temperature": "temperature"}
             names |= {alias.lstrip("-"): field.name for alias in field.metadata.get("aliases", [])}
     return names
 
@@ -118,7 +121,7 @@ def field_of(config_class: type, name: str) -> str:
 def _as_arguments(values: dict[str, Any], config_class: type, where: str) -> list[str]:
     """`{name: value}` from YAML or a caller -> the command line that says the same."""
     names, types = _names(config_class), get_type_hints(config_class)
-    said: dict[str, str] = {}
+    said: dict[str, str] = {}  # field -> the name it was said by
     arguments: list[str] = []
     for name, value in values.items():
         if name not in names:
@@ -126,8 +129,9 @@ def _as_arguments(values: dict[str, Any], config_class: type, where: str) -> lis
         if names[name] in said:
             raise UserError(f"{where}: {said[names[name]]} and {name} are the same setting; keep one")
         said[names[name]] = name
-        if value is None:
+        if value is None:  # nothing said: the default stays
             continue
+        # `bool | None` -> {bool | None, bool, NoneType}: what a value of this setting may be
         kinds = {types[names[name]], *get_args(types[names[name]])}
         if isinstance(value, bool) and bool not in kinds:
             value = "yes" if value else "no"  # YAML 1.1 reads the word no as a truth value
@@ -136,6 +140,7 @@ def _as_arguments(values: dict[str, Any], config_class: type, where: str) -> lis
         elif isinstance(value, list | tuple):
             arguments += [f"--{name}", *map(str, value)]
         else:
+            # "=": as a word of its own a value such as "-x" would pass for a flag
             arguments.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
     return arguments
 
@@ -145,6 +150,7 @@ class _EachKeyOnce(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set()
+        # keys as they are written: construct_mapping has one of two left
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in keys:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
@@ -220,6 +226,7 @@ def _read_overlay(path: Path) -> dict[str, Any]:
 
 def step_sizes(training: dict[str, Any]) -> dict[str, Any]:
     """What a profile's section run_improved_kd says of `STEP_ROWS`, under these names, or their defaults."""
+    # under either of its names
     said = {"batch_size": training.get("per_device_train_batch_size")} | training
     return {name: default if said.get(name) is None else said[name] for name, default in STEP_ROWS.items()}
 
@@ -227,6 +234,7 @@ def step_sizes(training: dict[str, Any]) -> dict[str, Any]:
 def rows_of_a_step(training: dict[str, Any]) -> int | None:
     """What a profile's section run_improved_kd makes a step of; None where it does not say numbers."""
     sizes = step_sizes(training).values()
+    # what is no number is refused later, by the stage whose setting it is
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
@@ -264,19 +272,22 @@ def read_merged(path: str | Path, hardware: str | None = None) -> dict[str, Any]
     if not path.is_file():
         raise UserError(f"{path}: no such profile; the shipped ones are in configs/")
     profile = _read_mapping(path)
+    # 1. which overlay: the flag's, else the profile's own
     own = profile.pop("hardware", None)
     hardware = own if hardware is None else hardware
     if hardware is None or str(hardware) in NO_OVERLAY:
         return profile
     file = overlay_path(hardware)
     # what a profile says beside the overlay that it names itself, it means; an overlay asked for by a flag wins
+    # 2. key by key; within a section setting by setting
     profile_wins = own is not None and str(hardware) == str(own)
     merged = profile | {"hardware": str(hardware)}
     for key, value in _read_overlay(file).items():
         said = profile.get(key)
-        if key == "run_improved_kd":
+        if key == "run_improved_kd":  # with a look at the rows of a step
             laid = _laid_over(said or {}, value or {}, file)
             merged[key] = laid | (said or {}) if profile_wins else laid
+        # the right side of | wins
         elif key in SECTIONS or (isinstance(value, dict) and isinstance(said, dict)):
             merged[key] = (value or {}) | (said or {}) if profile_wins else (said or {}) | (value or {})
         elif not (profile_wins and key in profile):
@@ -290,6 +301,7 @@ def read_profile(path: str | Path, section: str, config_class: type, hardware: s
     own = profile.get(section) or {}
     names = _names(config_class)
     said = {names.get(name) for name in own}
+    # a stage without such a setting is not told of it; a section that says it by another name has said it
     shared = {key: profile[key] for key in SHARED if key in profile and key in names and key not in said}
     return shared | own
 
@@ -297,9 +309,10 @@ def read_profile(path: str | Path, section: str, config_class: type, hardware: s
 def _checked(config_class: type, values: dict[str, Any] | None, argv: list[str], where: str,
              prog: str | None) -> tuple[_Parser, list[str]]:  # fmt: skip
     """The parser of a config, and the command line that says what `values` and, after them, `argv` say."""
+    # 1. a parser of the settings and of the flags that every script has
     parser = _Parser(
         config_class,
-        allow_abbrev=False,
+        allow_abbrev=False,  # else --temp would be --temperature
         prog=prog,
         epilog="--debug shows a traceback where otherwise one clear line would stand.",
     )
@@ -314,14 +327,18 @@ def _checked(config_class: type, values: dict[str, Any] | None, argv: list[str],
     parser.add_argument(
         "--print_config", action="store_true", help="print the settings that take effect, for --config, and end"
     )
+    # 2. the profile's values, and then the flags, which win as the later ones
     arguments = _as_arguments(values or {}, config_class, where)
+    # argparse would name the flag, but not the nearest one
     known = parser._option_string_actions
     for word in argv:
         flag = word.split("=")[0]
         if word.startswith("--") and flag not in known:
+            # HfArgumentParser takes --max-steps for --max_steps too: one spelling is enough to be told
             options = [name for name in known if name.startswith("--") and "-" not in name[2:]]
             raise UserError(f"unknown flag {flag}{_instead(flag, options)}")
     try:
+        # 3. the profile's by themselves: a wrong value there is the profile's, and the message says so
         parser.parse_known_args(arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -343,6 +360,7 @@ def build_config(config_class: type[Config], values: dict[str, Any] | None = Non
     """
     parser, arguments = _checked(config_class, values, argv or [], where, prog)
     try:
+        # no args file: transformers would read scripts/NAME.args of whatever script runs
         config, _, rest = parser.parse_args_into_dataclasses(arguments, True, look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
@@ -362,6 +380,7 @@ def settings_text(config_class: type, section: str, values: dict[str, Any], argv
     What a config leaves to the machine (null) stays so: the text may be used on another one.
     """
     parser, arguments = _checked(config_class, values, list(argv), section, None)
+    # parsed and not built: __post_init__ would fill in what is left to the machine
     said = vars(parser.parse_known_args(arguments)[0])
     settings = {field.name: said[field.name] for field in dataclasses.fields(config_class) if field.init}
     return to_yaml({section: settings})

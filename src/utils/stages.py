@@ -28,10 +28,12 @@ def hold(folder: Path, stage: str, name: str = "stage", left_over: str = ".*.tmp
     Raises:
         UserError: another process holds it; the text names its stage, number and host.
     """
+    # innermost first: what is made here goes again if nothing comes of the stage
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / f".{name}.holder"  # who holds the lock: read only where somebody does
     with contextlib.ExitStack() as held:
+        # callbacks run backwards: the holder's name goes, then the lock, then folders that stayed empty
         held.callback(_remove_empty, missing)
         try:
             held.enter_context(locked(folder / f".{name}.lock", timeout=0))
@@ -41,7 +43,7 @@ def hold(folder: Path, stage: str, name: str = "stage", left_over: str = ".*.tmp
             ) from None
         held.callback(holder.unlink, missing_ok=True)
         holder.write_text(json.dumps({"stage": stage, "pid": os.getpid(), "host": socket.gethostname()}))
-        _remove(folder, left_over)
+        _remove(folder, left_over)  # nobody writes here while the lock is held, so these are of the dead
         yield
 
 
@@ -66,6 +68,7 @@ def locked(path: Path, timeout: float = -1) -> Iterator[None]:
 
 def _who_holds(holder: Path) -> str:
     try:
+        # not by `read_json`: it may be half-written, or gone by now, and that is no mistake of the user's
         facts = json.loads(holder.read_text(encoding="utf-8"))
         return f"{facts['stage']} (process {facts['pid']} on {facts['host']})"
     except (OSError, ValueError, KeyError):  # it has the lock, but has not said yet who it is
@@ -106,6 +109,7 @@ def experiment_date(experiment_dir: str | Path) -> datetime.date:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(".prompt_date.json.lock")):  # several ranks may be the first
+            # asked again: another may have written it while this one waited for the lock
             if not path.is_file():
                 write_json(path, {"date": datetime.date.today().isoformat()})
     try:
