@@ -73,7 +73,7 @@ CANDIDATES = candidates()
 # sampled, alpha 0.5 did not differ from 0.8 or 1. On-policy rounds have the target and the divergence that were best
 # for them, and go on from KD towards that target.
 OFF_POLICY = SOFT | SAMPLED | {"alpha": 0.5}
-ON_POLICY = SOFT | SAMPLED
+ON_POLICY = SOFT | SAMPLED | {"divergence": "jsd"}
 
 ARMS = [
     Arm("sft", "SFT (alpha = 0)", {"alpha": 0.0}),
