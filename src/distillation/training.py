@@ -391,7 +391,7 @@ def measured_tokens(run: Run) -> int:
     memory = memory_of(run.model)
     if memory is None:
         return 0
-    trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    trainable = sum(_own_part(parameter).numel() for parameter in run.model.parameters() if parameter.requires_grad)
     lengths = [len(pair.student) for pair in run.data.train]
 
     def work(rows: list[int]) -> None:
@@ -500,11 +500,15 @@ def _refuse_nan(row: dict[str, Any], folder: Path) -> None:
             )
 
 
+def _own_part(parameter: Tensor) -> Tensor:
+    """What this rank has of a parameter: all of it, or its shard."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def _refuse_broken_weights(run: Run, folder: Path) -> None:
     """A step between two rows of the log may have broken them: such a checkpoint must not be gone on from."""
     for name, parameter in run.model.named_parameters():
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter  # sharded: what this rank has
-        if parameter.requires_grad and not own.isfinite().all():
+        if parameter.requires_grad and not _own_part(parameter).isfinite().all():
             raise UserError(
                 f"{folder}: step {run.step}: {name} is not a number; lower --learning_rate or raise "
                 "--warmup_steps (checkpoints before this one are kept)"
@@ -604,3 +608,9 @@ def _set_random_states(states: dict[str, Tensor]) -> None:
     devices = [states[name] for name in sorted(states) if name != "cpu"]
     if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(devices)
+    elif devices or torch.cuda.is_available():
+        logger.warning(
+            "the checkpoint has random states of %d GPUs, here are %d: dropout draws from the seed",
+            len(devices),
+            torch.cuda.device_count(),
+        )

@@ -193,6 +193,15 @@ def test_random_states_of_processes_that_were_not_there(settings, tmp_path, monk
     assert "more processes than before" in caplog.text
 
 
+@pytest.mark.parametrize(("stored", "here", "warned"), [(0, 0, False), (2, 0, True), (0, 1, True), (2, 1, True)])
+def test_random_states_of_gpus_that_are_not_there(monkeypatch, caplog, stored, here, warned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+    states = {f"cuda_{index:03d}": torch.get_rng_state() for index in range(stored)}
+    training._set_random_states({"cpu": torch.get_rng_state()} | states)
+    assert (f"random states of {stored} GPUs, here are {here}" in caplog.text) == warned
+
+
 def test_dropout_makes_the_cut_part_of_a_run():
     plain, other = (KDConfig(tokens_per_batch=tokens) for tokens in (0, 100))
     assert plain.identity() == other.identity()
