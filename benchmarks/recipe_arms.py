@@ -87,6 +87,6 @@ ARMS = [
     Arm("on_policy_all", "on-policy, f = 1", on_policy(1.0, **ON_POLICY)),
     Arm("kd_begun", "half of the steps of KD", OFF_POLICY, STEPS // 2),
     Arm("on_policy_after", "KD, then on-policy", on_policy(1.0, STEPS // 2, **ON_POLICY), STEPS // 2, "kd_begun"),
-    # the control of the arm before: what a second warm-up and schedule do by themselves
-    Arm("kd_after", "KD, then KD", OFF_POLICY, STEPS // 2, "kd_begun"),
+    # the control of the arm before: the same objective on the teacher's answers, a second warm-up and schedule
+    Arm("kd_after", "KD, then KD", ON_POLICY, STEPS // 2, "kd_begun"),
 ]
