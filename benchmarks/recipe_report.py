@@ -366,7 +366,7 @@ def brought_up_to_date(page: str, results: dict[str, Any], words: Mapping[str, s
     """
     for name in TABLES:
         # <!-- recipes: asked --> anything <!-- /recipes: asked -->
-        marks = re.compile(f"<!-- recipes: {name} -->.*?<!-- /recipes: {name} -->", re.DOTALL)
-        table = marked(name, results, words)
-        page = marks.sub(lambda _, table=table: table, page)
+        found = re.search(f"<!-- recipes: {name} -->.*?<!-- /recipes: {name} -->", page, re.DOTALL)
+        if found:
+            page = page.replace(found[0], marked(name, results, words))
     return page

@@ -22,7 +22,7 @@ from src.distillation.teacher import model_reader
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.evaluation.statistics import crossed, holm
 from src.grading.rows import dataset_row
-from src.utils.common import UserError, read_json, read_jsonl, sha256_file, write_jsonl
+from src.utils.common import ROOT, UserError, read_json, read_jsonl, sha256_file, write_jsonl
 from src.utils.config import build_config, read_profile
 
 
@@ -269,3 +269,40 @@ def test_what_holds_is_bold():
     assert recipe_report.signed(found, 100, 1) == "**+4.2** (1.0 to 7.4)"
     assert recipe_report.signed(found | {"corrected_p": 0.06}, 100, 1) == "+4.2 (1.0 to 7.4)"
     assert recipe_report.signed(found | {"low": None}, 100, 1) == "**+4.2**"
+
+
+RESULTS = ROOT / "benchmarks" / "results" / "recipes.json"
+
+
+@pytest.mark.parametrize("page", ["docs/recipes.md", "README.md", "README.zh-CN.md"])
+def test_a_page_that_quotes_the_results_says_what_they_say(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    words = recipe_report.CHINESE if "zh-CN" in page else {}
+    assert recipe_report.brought_up_to_date(text, read_json(RESULTS), words) == text
+    quoted = [name for name in recipe_report.TABLES if f"<!-- recipes: {name} -->" in text]
+    assert quoted == (["summary"] if "README" in page else [name for name in recipe_report.TABLES if name != "summary"])
+
+
+def test_the_results_are_those_of_the_arms_that_there_are():
+    results = read_json(RESULTS)
+    assert not results["unfinished"]
+    assert {facts["name"]: facts["made_of"]["arm"] for facts in results["arms"]} == {
+        arm.name: json.loads(json.dumps(asdict(arm))) for arm in ARMS
+    }
+    candidates = {facts["name"]: facts["settings"] for facts in results["candidates"]}
+    assert candidates == {arm.about: json.loads(json.dumps(arm.settings)) for arm in CANDIDATES}
+
+
+def test_tables_between_marks_are_brought_up_to_date():
+    prompts = [{"id": str(i), "domain": "ab"[i % 2], "family": str(i)} for i in range(4)]
+    records = [record(name, seed, [1, 0, 1, 0], [0.1, 0.2]) for name in ("sft", "kd_T1") for seed in (1, 2, 3)]
+    results = recipe_report.make_results(Phase(prompts, []), Phase(prompts, records))
+    page = "Before.\n<!-- recipes: asked -->\nold\n<!-- /recipes: asked -->\nbehind recipe"
+    new = recipe_report.brought_up_to_date(page, results, {"training seeds": "Startwerte"})
+    line = "4 prompts (2 of a, 2 of b) in 4 families; Startwerte 1, 2, 3."
+    assert new.startswith(f"Before.\n<!-- recipes: asked -->\n\n{line}")
+    assert new.endswith("<!-- /recipes: asked -->\nbehind recipe")
+    assert recipe_report.brought_up_to_date(new, results, {"training seeds": "Startwerte"}) == new
+    [_, _, sft, kd] = recipe_report.summary_table(results)
+    assert sft.startswith("| SFT (alpha = 0) | 50.0 % | 50.0 % |  |  |")
+    assert "| +0.0 (0.0 to 0.0) |" in kd
