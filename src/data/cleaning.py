@@ -126,25 +126,25 @@ def near_duplicates(rows: list[Row], names: Collection[str] = ()) -> list[Row]:
     return found
 
 
-def shared_ngrams(train_rows: list[Row], eval_rows: list[Row], index: set[str]) -> set[str]:
+def shared_ngrams(train_rows: list[Row], eval_rows: list[Row], template: set[str]) -> set[str]:
     """Ids of training rows whose question shares a quarter of the shorter one's 8-grams with an evaluation question.
 
     Args:
-        index: the evaluation's 8-grams that are not template wording; only these count.
+        template: the 8-grams that are template wording, which count on neither side.
     """
     # 1. which evaluation rows hold each 8-gram, and how many each has
     holders: dict[str, list[int]] = defaultdict(list)
     sizes = []
     for number, row in enumerate(eval_rows):
-        grams = word_ngrams(question_of(row), SHORT_NGRAM) & index
+        grams = word_ngrams(question_of(row), SHORT_NGRAM) - template
         sizes.append(len(grams))
         for gram in grams:
             holders[gram].append(number)
     # 2. training rows: how many 8-grams are shared with each of those rows
     found = set()
     for row in train_rows:
-        grams = word_ngrams(question_of(row), SHORT_NGRAM)
-        shared = Counter(number for gram in grams & index for number in holders[gram])
+        grams = word_ngrams(question_of(row), SHORT_NGRAM) - template
+        shared = Counter(number for gram in grams & holders.keys() for number in holders[gram])
         if any(count >= SHORT_SHARE * min(len(grams), sizes[number]) for number, count in shared.items()):
             found.add(row["id"])
     return found
@@ -183,13 +183,12 @@ def drop_overlapping(train_rows: list[Row], eval_rows: list[Row]) -> tuple[list[
     """
     check_disjoint(train_rows, eval_rows)
     # 1. what the evaluation is known by; wording that both splits together use in many rows betrays nothing
-    indices = []
-    for n in (NGRAM, SHORT_NGRAM):
-        counts, train_counts = (gram_counts(rows, n, references=False) for rows in (eval_rows, train_rows))
-        indices.append({gram for gram, number in counts.items() if number + train_counts[gram] <= BOILERPLATE})
-    index, short_index = indices
+    counts, train_counts = (gram_counts(rows, NGRAM, references=False) for rows in (eval_rows, train_rows))
+    index = {gram for gram, number in counts.items() if number + train_counts[gram] <= BOILERPLATE}
     lengths = entry_lengths(index)
-    sharing = shared_ngrams(train_rows, eval_rows, short_index)
+    short_counts = gram_counts([*eval_rows, *train_rows], SHORT_NGRAM, references=False)
+    template = {gram for gram, number in short_counts.items() if number > BOILERPLATE}
+    sharing = shared_ngrams(train_rows, eval_rows, template)
     masked = {masked_question(row) for row in eval_rows} - {""}
     names = {name for row in eval_rows if row["grader"] == "python_tests" for name in function_names(row)}
     trees = {tree for row in eval_rows for tree in function_trees(row)}

@@ -391,6 +391,20 @@ def test_a_quarter_of_the_8_grams_is_an_overlap(every, reasons_of):
     assert [row["reason"] for row in drop_overlapping([make_row(" ".join(changed))], held)[1]] == reasons_of
 
 
+def test_template_wording_does_not_lengthen_a_question():
+    """A training question shares 4 of the 12 8-grams that it has beside 23 of a template; the other one has 17."""
+    template = " ".join(f"said{i}" for i in range(30))
+    own, others = [[f"{name}{i}" for i in range(12)] for name in ("own", "other")]
+    held = make_row(" ".join([*others, *own[1:], "end"]))
+    short = make_row(f"{template} {' '.join(own)}")
+    fillers = [make_row(f"{template} {i}") for i in range(11)]
+    ours, theirs = (word_ngrams(question_of(row), 8) for row in (short, held))
+    assert (len(ours), len(theirs), len(ours & theirs)) == (35, 17, 4)
+    assert drop_overlapping([short, *fillers], [held])[1] == [{"id": short["id"], "reason": "short_ngrams"}]
+    # without the others it is no template, and 4 of 17 are too few
+    assert drop_overlapping([short], [held])[1] == []
+
+
 def test_official_gsm8k_splits_are_nearly_disjoint(real_data):
     train, held = (
         gsm8k_rows(read_jsonl(real_data / "gsm8k" / f"{name}.jsonl"), split, name)
