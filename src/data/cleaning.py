@@ -250,6 +250,11 @@ def clean_row(row: Row, answer: dict[str, Any], verified: bool | None) -> dict[s
     }
 
 
+def can_judge(row: Row, sandbox: Sandbox) -> bool:
+    """Whether an answer to this row can be found right: it has a grader, and code may be run."""
+    return row["grader"] != UNGRADED and (row["grader"] != "python_tests" or sandbox.executes)
+
+
 def verify(answers: list[dict[str, Any]], by_id: dict[str, Row], sandbox: Sandbox) -> dict[int, bool | None]:
     """Answer number -> whether it is right, by the graders that score the student; None, or no entry, where nothing can
     judge it. Answers to unknown prompts and those with a `text_fault` are not judged."""
@@ -385,7 +390,9 @@ def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], 
         # after the look-up, or every answer would be its own duplicate
         seen.keys.add((answer["id"], answer["sample_index"]))
         # the answers without a fault of form; of those that quote the evaluation nothing is counted
-        if found.reason in (None, "wrong", "duplicate"):
+        if row and not can_judge(row, sandbox):
+            verdicts[row["source"], None] += 1  # whatever its fault, no answer here could be accepted
+        elif found.reason in (None, "wrong", "duplicate"):
             verdicts[row["source"], found.verified] += 1
         if found.reason is None:
             seen.verdict_of_text[_text_key(answer)] = found.verified
@@ -415,12 +422,13 @@ def count(
     """Counts per reason and source, and the proof that no answer was lost or counted twice.
 
     Args:
-        verdicts: how many answers of a source that are without fault (duplicates among them) got each verdict.
+        verdicts: how many answers of a source that are without fault (duplicates among them) got each verdict; None
+            for all answers to a row that nothing can judge, with a fault or without.
 
     Returns:
-        `verified` counts kept answers. `acceptance_rate` is the share of a source's answers that are without fault and
-        correct, among all but the unverifiable ones; null where none could be judged. An answer to an unknown prompt
-        counts under the source "unknown".
+        `verified` counts kept answers, `unverifiable` those with the verdict None. `acceptance_rate` is the share of a
+        source's answers that are without fault and correct, among all but the unverifiable ones; null where none could
+        be judged. An answer to an unknown prompt counts under the source "unknown".
     """
     total = Counter(source_of.get(answer["id"], "unknown") for answer in answers)
     by_source = {}

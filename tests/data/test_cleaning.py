@@ -295,6 +295,32 @@ def test_stats_add_up():
     assert json.loads(json.dumps(stats)) == stats
 
 
+@pytest.mark.parametrize("grader", ["none", "python_tests"])
+def test_a_source_that_nothing_can_judge_has_no_acceptance_rate(grader):
+    """Faults of form are found without a grader: they are no share of anything."""
+    rows = [make_row("Write f.", grader=grader, source="own", entry_point="f"), make_row()]
+    code = "```python\ndef f(): pass\n```"
+    answers = [
+        make_answer(rows[0], code),
+        make_answer(rows[0], code, 1, finish_reason="length"),
+        make_answer(rows[0], "I cannot help with that.", 2),
+        make_answer(rows[1]),
+        make_answer(rows[1], "So 72.", 1, finish_reason="length"),
+    ]
+    by_source = clean(answers, rows, [], "all_correct")[2]["by_source"]
+    assert (by_source["own"]["acceptance_rate"], by_source["own"]["unverifiable"]) == (None, 3)
+    assert (by_source["gsm8k"]["acceptance_rate"], by_source["gsm8k"]["unverifiable"]) == (1 / 2, 0)
+    cut = clean(answers[1:2], rows, [], "all_correct", minimum=0)[2]["by_source"]["own"]
+    assert (cut["rejected"], cut["acceptance_rate"]) == ({"truncated": 1}, None)
+
+
+def test_rows_without_a_grader_do_not_lower_the_acceptance_rate():
+    rows = [make_row(), make_row("Tell me of it.", grader="none")]
+    answers = [make_answer(rows[0]), make_answer(rows[1]), make_answer(rows[1], "It", 1, finish_reason="length")]
+    gsm8k = clean(answers, rows, [], "all_correct")[2]["by_source"]["gsm8k"]
+    assert (gsm8k["acceptance_rate"], gsm8k["unverifiable"]) == (1.0, 2)
+
+
 def test_lost_answer_is_an_assertion():
     row = make_row()
     with pytest.raises(AssertionError, match="gsm8k: answers != kept"):
