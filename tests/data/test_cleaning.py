@@ -1,6 +1,7 @@
 import json
 import random
 from collections import Counter
+from textwrap import indent
 
 import pytest
 
@@ -14,6 +15,7 @@ from src.data.cleaning import (
     overlap_index,
     word_ngrams,
 )
+from src.data.code_overlap import function_trees
 from src.data.sources import gsm8k_rows
 from src.grading.rows import dataset_row, question_of
 from src.utils.common import UserError, read_jsonl
@@ -404,6 +406,53 @@ def test_the_same_code_under_other_names_is_an_overlap():
     kept, dropped = drop_overlapping([renamed, changed, broken], [held])
     assert dropped == [{"id": renamed["id"], "reason": "syntax_tree"}]
     assert kept == [changed, broken]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        # a keyword of another's function keeps its name, whatever else has it; one of its own function does not
+        ("key = len; out = sorted(rows, key=key)", "by = len; out = sorted(rows, key=by)"),
+        ("def one(step): return step + 1\nout = one(step=2)", "def two(add): return add + 1\nout = two(add=2)"),
+        ("import math as m; out = m.sqrt(2)", "import math as tools; out = tools.sqrt(2)"),
+        ("from math import sqrt as s; out = s(2)", "from math import sqrt as root; out = root(2)"),
+        ("try: out = 1\nexcept OSError as error: print(error)", "try: out = 1\nexcept OSError as e: print(e)"),
+        ("def one(a): return a\nout = [one(1)]", "def two(b: int) -> int:\n    'b.'\n    return b\nout = [two(1)]"),
+        ("class A: pass\nout = A()", "class Node:\n    'A node.'\nout = Node()"),
+        ("async def one(a): pass\nout = one", "async def two(b): pass\nout = two"),
+        ("out = list(map(lambda a: a + 1, rows))", "out = list(map(lambda item: item + 1, rows))"),
+        ("n = 0\ndef one(): nonlocal n; n += 1\nout = n", "k = 0\ndef add(): nonlocal k; k += 1\nout = k"),
+        ("match rows:\n case [a, *b]: out = b\n case {'k': 1, **c}: out = c\n case str() as d: out = d",
+         "match rows:\n case [x, *y]: out = y\n case {'k': 1, **z}: out = z\n case str() as t: out = t"),
+        ("total = 0; out = total", "total: int = 0; out = total"),
+    ],
+)  # fmt: skip
+def test_every_name_that_a_function_chose_is_seen_through(ours, theirs):
+    first, second = (
+        solution(name, f"def {name}(rows):", indent(body, "  "), "  for row in rows:\n    out = out + row * row - 1",
+                 "  return out + 2 * out + 3")
+        for name, body in (("first", ours), ("second", theirs))
+    )  # fmt: skip
+    assert function_trees(first) == function_trees(second) != set()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("out = sorted(rows, key=len)", "out = sorted(rows, reverse=len)"),
+        ("import math as m; out = m.sqrt(2)", "import cmath as m; out = m.sqrt(2)"),
+        ("math = 1; import math as m; out = m.sqrt(2)", "cmath = 1; import cmath as m; out = m.sqrt(2)"),
+        ("try: out = 1\nexcept OSError as e: print(e)", "try: out = 1\nexcept KeyError as e: print(e)"),
+    ],
+)
+def test_names_that_it_did_not_choose_tell_code_apart(ours, theirs):
+    first, second = (
+        solution("f", "def f(rows):", indent(body, "  "), "  for row in rows:\n    out = out + row * row - 1",
+                 "  return out + 2 * out + 3")
+        for body in (ours, theirs)
+    )  # fmt: skip
+    assert function_trees(first) != function_trees(second)
+    assert function_trees(first)
 
 
 @pytest.mark.parametrize(("every", "reasons_of"), [(12, ["short_ngrams"]), (9, [])])
