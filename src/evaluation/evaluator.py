@@ -234,10 +234,12 @@ def answer_step(config: EvaluateConfig, folder: Path, arms: Arms) -> None:
     rows = _chosen_rows(config)
     # 1. what the answers depend on
     asked = [[row["id"], row["system"], row["prompt"]] for row in rows]
-    settings = answer_settings(config, arms)
+    settings, models = answer_settings(config, arms), dict(arms.found)
+    if models.keys() - {"teacher"}:
+        models["base"] = arms.base  # it answers below every adapter, whether or not it is an arm
     fingerprint = settings | {
         "prompts": sha256_text(repr(asked)),
-        "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},
+        "models": {arm: model_fingerprint(name) for arm, name in models.items()},
     }
     # 2. what is there of them
     path, marker = folder / "answers.jsonl", marker_of(folder, "answers")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +12,9 @@ from types import ModuleType
 import pytest
 
 from src.evaluation import answers, evaluator
-from src.evaluation.evaluator import STEPS, EvaluateConfig, marker_of, run_evaluation
-from src.utils.common import read_json, read_jsonl, write_jsonl
+from src.evaluation.arms import Arms
+from src.evaluation.evaluator import STEPS, EvaluateConfig, answer_step, marker_of, run_evaluation
+from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
 from src.utils.stages import hold
 from tests.evaluation.tiny import config_for, eval_rows, refused
 
@@ -224,6 +226,26 @@ def test_other_prompts_in_the_same_folder_are_refused(trained, tmp_path, scripte
     run_evaluation(config)
     write_jsonl(tmp_path / "data" / "eval_dataset.jsonl", eval_rows()[:-1])
     refused(replace(config, data_dir=str(tmp_path / "data")), "was made with prompts = ")
+
+
+def answered_without_a_model(root: Path, monkeypatch: pytest.MonkeyPatch, arm: str = "kd") -> EvaluateConfig:
+    """Let `answer_step` take a model's name for its fingerprint, and have no answers given."""
+    monkeypatch.setattr(evaluator, "model_fingerprint", str)
+    monkeypatch.setattr(evaluator, "generate_answers", lambda *_: None)
+    write_jsonl(root / "data" / "eval_dataset.jsonl", eval_rows())
+    (root / "out").mkdir()
+    return config_for(root, root / "out", arms=[arm])
+
+
+@pytest.mark.parametrize("arm", ["sft", "kd", "teacher"])
+def test_another_base_below_an_adapter_is_another_evaluation(tmp_path, monkeypatch, arm):
+    """Whether or not it is an arm: the answers of one adapter on two bases must not mix."""
+    config = answered_without_a_model(tmp_path, monkeypatch, arm)
+    one, other = (Arms(base, {arm: "org/it"}, {}) for base in ("org/base", "org/other"))
+    answer_step(config, tmp_path / "out", one)
+    with pytest.raises(UserError, match="was made with models = ") if arm != "teacher" else nullcontext():
+        answer_step(config, tmp_path / "out", other)
+    answer_step(config, tmp_path / "out", one)
 
 
 def test_overwrite_evaluates_again(trained, tmp_path, scripted):
