@@ -373,7 +373,7 @@ def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> N
     """results.json from the grades, and heldout.jsonl, which joins what the training runs measured."""
     # 1. whether there is anything to do
     facts, samples = answered(folder), folder / "samples.jsonl"
-    runs = _measured_runs(facts) if config.heldout else {}
+    runs = _measured_runs(facts, config.teacher) if config.heldout else {}
     fingerprint = {
         "samples": sha256_file(samples),
         "heldout": {arm: sha256_file(run / "heldout.jsonl") for arm, run in runs.items()},
@@ -401,9 +401,13 @@ def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> N
     finish_stage(marker, fingerprint)
 
 
-def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
+def _measured_runs(facts: dict[str, Any], teacher: str | None = None) -> dict[str, Path]:
     """The runs of the trained arms that have measured the held-out text, with the student and teacher of this
-    evaluation (`--base` and `--teacher` may have named others)."""
+    evaluation (`--base` and `--teacher` may have named others).
+
+    Args:
+        teacher: as `--teacher` names it, arm or not.
+    """
     runs = {}
     for arm in ("kd", "sft"):
         if arm not in facts["arms"]:
@@ -417,10 +421,8 @@ def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
                 why = (
                     "it was measured on the student in 4 bits, which is another model (kd_results.json has the numbers)"
                 )
-            # the fingerprints of this evaluation are of the arms that it evaluated, no others
-            for own, name in (("base", "student"), ("teacher", "teacher")):
-                if own in facts["arms"] and not _same_model(facts, own, run_config, name):
-                    why = f"it was measured with another {name}"
+            if other := _other_model(facts, teacher, run_config):
+                why = f"it was measured with another {other}"
         if why:
             logger.info("%s: %s; closeness to the teacher is not shown for %s", run, why, arm)
         else:
@@ -428,12 +430,21 @@ def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
     return runs
 
 
-def _same_model(facts: dict[str, Any], arm: str, run_config: dict[str, Any], name: str) -> bool:
-    """Whether an arm of this evaluation is a run's student or teacher (`name`)."""
-    measured = run_config["fingerprint"].get(name)
-    if measured and measured.startswith(SERVED):  # the run has seen no weights of it; both name one tokenizer
-        return facts["arms"][arm] == run_config["teacher_model_name_or_path"]
-    return facts["fingerprint"]["models"][arm] == measured
+def _other_model(facts: dict[str, Any], teacher: str | None, run_config: dict[str, Any]) -> str | None:
+    """Which of a run's models this evaluation has another in place of, "student" or "teacher"; None for neither."""
+    models, measured = facts["fingerprint"]["models"], run_config["fingerprint"]
+    # 1. the student; an evaluation of an earlier version has its fingerprint only where it was an arm
+    if "base" in models and models["base"] != measured.get("student"):
+        return "student"
+    # 2. the teacher: an arm, or named though it is none
+    named, own = facts["arms"].get("teacher", teacher), run_config["teacher_model_name_or_path"]
+    if measured.get("teacher", "").startswith(SERVED):  # the run has seen no weights of it; both name one tokenizer
+        same = named in (None, own)
+    elif "teacher" in models:
+        same = models["teacher"] == measured.get("teacher")
+    else:
+        same = named in (None, own) or model_fingerprint(named) == measured.get("teacher")
+    return None if same else "teacher"
 
 
 def report_step(folder: Path, again: bool = False) -> None:
