@@ -207,9 +207,10 @@ def answered(folder: Path) -> dict[str, Any]:
 
 def _discard(folder: Path, first: int) -> None:
     """Delete what the steps from this one on have made: they are made from what is about to change."""
-    for step in STEPS[first:]:
-        # the marker goes first: what a kill leaves without one is refused, not taken over
-        for path in (marker_of(folder, step), *(folder / name for name in MADE[step])):
+    # The last step first, and of each its marker last: a kill leaves no file without the marker of its step and those
+    # before it, which would be refused as somebody else's. A marker whose first file is gone has that made again.
+    for step in reversed(STEPS[first:]):
+        for path in (*(folder / name for name in MADE[step]), marker_of(folder, step)):
             path.unlink(missing_ok=True)
 
 
@@ -255,6 +256,7 @@ def answer_step(config: EvaluateConfig, folder: Path, arms: Arms) -> None:
     facts = {name: value for name, value in answered(folder).items() if name not in ("finished", "fingerprint")}
     if state == "fresh":
         _discard(folder, 1)
+    if state == "fresh" or not path.is_file():  # answers that are gone are all given anew, here and by this code
         shown = {"experiment": Path(config.experiment_dir).name, "data_dir": config.data_dir, "prompts": len(rows)}
         facts = {"arms": arms.found, "missing_arms": arms.missing, "settings": shown | settings,
                  "provenance": provenance()}  # fmt: skip
@@ -455,8 +457,9 @@ def report_step(folder: Path, again: bool = False) -> None:
             raise UserError(f"{needed}: no such file; run this without --from report")
     fingerprint = {"results": sha256_file(results), "samples": sha256_file(samples)}
     marker, outputs = marker_of(folder, "report"), [folder / name for name in MADE["report"]]
-    # again: both are deleted first
-    if stage_state(marker, fingerprint, again, outputs, "pass --from report to draw it again") == "done":
+    if again:
+        _discard(folder, STEPS.index("report"))
+    if stage_state(marker, fingerprint, False, outputs, "pass --from report to draw it again") == "done":
         return
     start_stage(marker, fingerprint)
     write_reports(folder, read_results(results), stored_rows(samples))
