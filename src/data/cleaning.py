@@ -126,25 +126,25 @@ def near_duplicates(rows: list[Row], names: Collection[str] = ()) -> list[Row]:
     return found
 
 
-def shared_ngrams(train_rows: list[Row], eval_rows: list[Row], index: set[str]) -> set[str]:
+def shared_ngrams(train_rows: list[Row], eval_rows: list[Row], template: set[str]) -> set[str]:
     """Ids of training rows whose question shares a quarter of the shorter one's 8-grams with an evaluation question.
 
     Args:
-        index: the evaluation's 8-grams that are not template wording; only these count.
+        template: the 8-grams that are template wording, which count on neither side.
     """
     # 1. which evaluation rows hold each 8-gram, and how many each has
     holders: dict[str, list[int]] = defaultdict(list)
     sizes = []
     for number, row in enumerate(eval_rows):
-        grams = word_ngrams(question_of(row), SHORT_NGRAM) & index
+        grams = word_ngrams(question_of(row), SHORT_NGRAM) - template
         sizes.append(len(grams))
         for gram in grams:
             holders[gram].append(number)
     # 2. training rows: how many 8-grams are shared with each of those rows
     found = set()
     for row in train_rows:
-        grams = word_ngrams(question_of(row), SHORT_NGRAM)
-        shared = Counter(number for gram in grams & index for number in holders[gram])
+        grams = word_ngrams(question_of(row), SHORT_NGRAM) - template
+        shared = Counter(number for gram in grams & holders.keys() for number in holders[gram])
         if any(count >= SHORT_SHARE * min(len(grams), sizes[number]) for number, count in shared.items()):
             found.add(row["id"])
     return found
@@ -183,13 +183,12 @@ def drop_overlapping(train_rows: list[Row], eval_rows: list[Row]) -> tuple[list[
     """
     check_disjoint(train_rows, eval_rows)
     # 1. what the evaluation is known by; wording that both splits together use in many rows betrays nothing
-    indices = []
-    for n in (NGRAM, SHORT_NGRAM):
-        counts, train_counts = (gram_counts(rows, n, references=False) for rows in (eval_rows, train_rows))
-        indices.append({gram for gram, number in counts.items() if number + train_counts[gram] <= BOILERPLATE})
-    index, short_index = indices
+    counts, train_counts = (gram_counts(rows, NGRAM, references=False) for rows in (eval_rows, train_rows))
+    index = {gram for gram, number in counts.items() if number + train_counts[gram] <= BOILERPLATE}
     lengths = entry_lengths(index)
-    sharing = shared_ngrams(train_rows, eval_rows, short_index)
+    short_counts = gram_counts([*eval_rows, *train_rows], SHORT_NGRAM, references=False)
+    template = {gram for gram, number in short_counts.items() if number > BOILERPLATE}
+    sharing = shared_ngrams(train_rows, eval_rows, template)
     masked = {masked_question(row) for row in eval_rows} - {""}
     names = {name for row in eval_rows if row["grader"] == "python_tests" for name in function_names(row)}
     trees = {tree for row in eval_rows for tree in function_trees(row)}
@@ -249,6 +248,11 @@ def clean_row(row: Row, answer: dict[str, Any], verified: bool | None) -> dict[s
         "messages": messages,
         "verified": verified,
     }
+
+
+def can_judge(row: Row, sandbox: Sandbox) -> bool:
+    """Whether an answer to this row can be found right: it has a grader, and code may be run."""
+    return row["grader"] != UNGRADED and (row["grader"] != "python_tests" or sandbox.executes)
 
 
 def verify(answers: list[dict[str, Any]], by_id: dict[str, Row], sandbox: Sandbox) -> dict[int, bool | None]:
@@ -386,7 +390,9 @@ def clean(answers: list[dict[str, Any]], rows: list[Row], eval_rows: list[Row], 
         # after the look-up, or every answer would be its own duplicate
         seen.keys.add((answer["id"], answer["sample_index"]))
         # the answers without a fault of form; of those that quote the evaluation nothing is counted
-        if found.reason in (None, "wrong", "duplicate"):
+        if row and not can_judge(row, sandbox):
+            verdicts[row["source"], None] += 1  # whatever its fault, no answer here could be accepted
+        elif found.reason in (None, "wrong", "duplicate"):
             verdicts[row["source"], found.verified] += 1
         if found.reason is None:
             seen.verdict_of_text[_text_key(answer)] = found.verified
@@ -416,12 +422,13 @@ def count(
     """Counts per reason and source, and the proof that no answer was lost or counted twice.
 
     Args:
-        verdicts: how many answers of a source that are without fault (duplicates among them) got each verdict.
+        verdicts: how many answers of a source that are without fault (duplicates among them) got each verdict; None
+            for all answers to a row that nothing can judge, with a fault or without.
 
     Returns:
-        `verified` counts kept answers. `acceptance_rate` is the share of a source's answers that are without fault and
-        correct, among all but the unverifiable ones; null where none could be judged. An answer to an unknown prompt
-        counts under the source "unknown".
+        `verified` counts kept answers, `unverifiable` those with the verdict None. `acceptance_rate` is the share of a
+        source's answers that are without fault and correct, among all but the unverifiable ones; null where none could
+        be judged. An answer to an unknown prompt counts under the source "unknown".
     """
     total = Counter(source_of.get(answer["id"], "unknown") for answer in answers)
     by_source = {}

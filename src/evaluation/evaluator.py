@@ -207,9 +207,10 @@ def answered(folder: Path) -> dict[str, Any]:
 
 def _discard(folder: Path, first: int) -> None:
     """Delete what the steps from this one on have made: they are made from what is about to change."""
-    for step in STEPS[first:]:
-        # the marker goes first: what a kill leaves without one is refused, not taken over
-        for path in (marker_of(folder, step), *(folder / name for name in MADE[step])):
+    # The last step first, and of each its marker last: a kill leaves no file without the marker of its step and those
+    # before it, which would be refused as somebody else's. A marker whose first file is gone has that made again.
+    for step in reversed(STEPS[first:]):
+        for path in (*(folder / name for name in MADE[step]), marker_of(folder, step)):
             path.unlink(missing_ok=True)
 
 
@@ -234,10 +235,12 @@ def answer_step(config: EvaluateConfig, folder: Path, arms: Arms) -> None:
     rows = _chosen_rows(config)
     # 1. what the answers depend on
     asked = [[row["id"], row["system"], row["prompt"]] for row in rows]
-    settings = answer_settings(config, arms)
+    settings, models = answer_settings(config, arms), dict(arms.found)
+    if models.keys() - {"teacher"}:
+        models["base"] = arms.base  # it answers below every adapter, whether or not it is an arm
     fingerprint = settings | {
         "prompts": sha256_text(repr(asked)),
-        "models": {arm: model_fingerprint(name) for arm, name in arms.found.items()},
+        "models": {arm: model_fingerprint(name) for arm, name in models.items()},
     }
     # 2. what is there of them
     path, marker = folder / "answers.jsonl", marker_of(folder, "answers")
@@ -253,6 +256,7 @@ def answer_step(config: EvaluateConfig, folder: Path, arms: Arms) -> None:
     facts = {name: value for name, value in answered(folder).items() if name not in ("finished", "fingerprint")}
     if state == "fresh":
         _discard(folder, 1)
+    if state == "fresh" or not path.is_file():  # answers that are gone are all given anew, here and by this code
         shown = {"experiment": Path(config.experiment_dir).name, "data_dir": config.data_dir, "prompts": len(rows)}
         facts = {"arms": arms.found, "missing_arms": arms.missing, "settings": shown | settings,
                  "provenance": provenance()}  # fmt: skip
@@ -371,7 +375,7 @@ def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> N
     """results.json from the grades, and heldout.jsonl, which joins what the training runs measured."""
     # 1. whether there is anything to do
     facts, samples = answered(folder), folder / "samples.jsonl"
-    runs = _measured_runs(facts) if config.heldout else {}
+    runs = _measured_runs(facts, config.teacher) if config.heldout else {}
     fingerprint = {
         "samples": sha256_file(samples),
         "heldout": {arm: sha256_file(run / "heldout.jsonl") for arm, run in runs.items()},
@@ -399,9 +403,13 @@ def results_step(config: EvaluateConfig, folder: Path, again: bool = False) -> N
     finish_stage(marker, fingerprint)
 
 
-def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
+def _measured_runs(facts: dict[str, Any], teacher: str | None = None) -> dict[str, Path]:
     """The runs of the trained arms that have measured the held-out text, with the student and teacher of this
-    evaluation (`--base` and `--teacher` may have named others)."""
+    evaluation (`--base` and `--teacher` may have named others).
+
+    Args:
+        teacher: as `--teacher` names it, arm or not.
+    """
     runs = {}
     for arm in ("kd", "sft"):
         if arm not in facts["arms"]:
@@ -415,10 +423,8 @@ def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
                 why = (
                     "it was measured on the student in 4 bits, which is another model (kd_results.json has the numbers)"
                 )
-            # the fingerprints of this evaluation are of the arms that it evaluated, no others
-            for own, name in (("base", "student"), ("teacher", "teacher")):
-                if own in facts["arms"] and not _same_model(facts, own, run_config, name):
-                    why = f"it was measured with another {name}"
+            if other := _other_model(facts, teacher, run_config):
+                why = f"it was measured with another {other}"
         if why:
             logger.info("%s: %s; closeness to the teacher is not shown for %s", run, why, arm)
         else:
@@ -426,12 +432,21 @@ def _measured_runs(facts: dict[str, Any]) -> dict[str, Path]:
     return runs
 
 
-def _same_model(facts: dict[str, Any], arm: str, run_config: dict[str, Any], name: str) -> bool:
-    """Whether an arm of this evaluation is a run's student or teacher (`name`)."""
-    measured = run_config["fingerprint"].get(name)
-    if measured and measured.startswith(SERVED):  # the run has seen no weights of it; both name one tokenizer
-        return facts["arms"][arm] == run_config["teacher_model_name_or_path"]
-    return facts["fingerprint"]["models"][arm] == measured
+def _other_model(facts: dict[str, Any], teacher: str | None, run_config: dict[str, Any]) -> str | None:
+    """Which of a run's models this evaluation has another in place of, "student" or "teacher"; None for neither."""
+    models, measured = facts["fingerprint"]["models"], run_config["fingerprint"]
+    # 1. the student; an evaluation of an earlier version has its fingerprint only where it was an arm
+    if "base" in models and models["base"] != measured.get("student"):
+        return "student"
+    # 2. the teacher: an arm, or named though it is none
+    named, own = facts["arms"].get("teacher", teacher), run_config["teacher_model_name_or_path"]
+    if measured.get("teacher", "").startswith(SERVED):  # the run has seen no weights of it; both name one tokenizer
+        same = named in (None, own)
+    elif "teacher" in models:
+        same = models["teacher"] == measured.get("teacher")
+    else:
+        same = named in (None, own) or model_fingerprint(named) == measured.get("teacher")
+    return None if same else "teacher"
 
 
 def report_step(folder: Path, again: bool = False) -> None:
@@ -442,8 +457,9 @@ def report_step(folder: Path, again: bool = False) -> None:
             raise UserError(f"{needed}: no such file; run this without --from report")
     fingerprint = {"results": sha256_file(results), "samples": sha256_file(samples)}
     marker, outputs = marker_of(folder, "report"), [folder / name for name in MADE["report"]]
-    # again: both are deleted first
-    if stage_state(marker, fingerprint, again, outputs, "pass --from report to draw it again") == "done":
+    if again:
+        _discard(folder, STEPS.index("report"))
+    if stage_state(marker, fingerprint, False, outputs, "pass --from report to draw it again") == "done":
         return
     start_stage(marker, fingerprint)
     write_reports(folder, read_results(results), stored_rows(samples))

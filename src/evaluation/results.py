@@ -225,7 +225,7 @@ def _by_position(rows: Sequence[Row], shown: Sequence[Arm]) -> ByPosition:
     return found
 
 
-HAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts without blanks between words: a letter is a word
+HAN = "\u3040-\u30ff\u3400-\u9fff"  # scripts without blanks between words, which Hangul has: a letter is a word
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")  # "It's 18元." -> It, ', s, 18, 元, .
 
 

@@ -16,6 +16,8 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binom, norm, t
 
+from src.grading.numeric import NUMBER, number_value
+
 RESAMPLES = 10_000  # of every bootstrap
 ALPHA = 0.05  # two-sided: intervals are of 95 %
 POWER = 0.8  # at which the least detectable difference is given
@@ -291,12 +293,10 @@ def majority(votes: Sequence[tuple[str, bool]]) -> float:
         votes: of each answer that gave one, its number as text, and whether it is right.
     """
 
-    # "18", "18.0" and "36/2" are one vote; a text that is no fraction is one by itself
+    # "2.5", "5/2" and "2 1/2" are one vote, read as the grader reads them; a text that is no number is one by itself
     def value(text: str) -> Fraction | str:
-        try:
-            return Fraction(text)
-        except (ValueError, ZeroDivisionError):
-            return text
+        number = number_value(NUMBER.fullmatch(text))
+        return number[1] if number else text
 
     if not votes:
         return 0.0

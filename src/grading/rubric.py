@@ -103,9 +103,10 @@ def is_rubric(arguments: dict[str, Any]) -> bool:
 
 def grade_rubric(row: Row, response: str) -> Grade:
     """Score = share of groups of which the answer asserts a phrase; correct from `pass_mark` on (both to two decimals,
-    so that 2 of 3 meets 0.67). The whole text counts for outcome and score. Strict also asks for every label, and for
-    each group's phrase in its own labelled section. Copying does not pay: lines and sentences of the prompt (8 words
-    or more) are taken out before anything is searched; a labelled section of more than 60 words is not searched.
+    so that 2 of 3 meets 0.67). The whole text counts for outcome and score. Strict also asks for every label, with text
+    behind it, and for each group's phrase in its own labelled section. Copying does not pay: lines and sentences of the
+    prompt (8 words or more) are taken out before anything is searched; a labelled section of more than 60 words is not
+    searched.
 
     Raises:
         UserError: grader_args are not `{"groups": [{"name": ..., "any": [...]}, ...], "pass_mark": ...}`.
@@ -129,6 +130,6 @@ def grade_rubric(row: Row, response: str) -> Grade:
     }
     in_place = [group["name"] for group in groups if mentions(searched.get(group["name"], ""), group["any"])]
     right, in_format = (round(len(found) / len(groups), 2) >= round(pass_mark, 2) for found in (hit, in_place))
-    # 3. and every label must be there
-    strict = right and in_format and all(sections.values())
+    # 3. and every label must be there, with more behind it than a line end or the rest of its emphasis
+    strict = right and in_format and all(rubric_text(body).strip() for body in sections.values())
     return Grade("correct" if right else "wrong", ", ".join(hit), strict, len(hit) / len(groups))

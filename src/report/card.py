@@ -27,6 +27,8 @@ SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|~$&!@]|:(?=//)|(?<=www)\.", re.IGNORECASE
 FILE_ORIGIN = re.compile(r"file .*?([^/\\]+) (\(sha256 [0-9a-f]+\))")  # "file /home/me/own.csv (sha256 0f3a)"
 PLACE = "PATH_OR_HUB_ID"  # on the card: a folder's name here is no address anywhere else
 HUB_ORIGIN = re.compile(r"model hub, ([\w.-]+/[\w.-]+)")  # "model hub, openai/gsm8k main train at revision 740312a"
+HUB_FINGERPRINT = re.compile(r"\S+@[0-9a-f]+")  # "Qwen/Qwen3-8B@b968826d", as `base.model_fingerprint` has it
+FOLDER_FINGERPRINT = re.compile(r"[0-9a-f]+")  # "0f3a9c1be2d47a58", a hash of its files
 SHOWN = ("heldout", "heldout_differences", "scores", "comparisons")  # sections of the report
 GRADERS = {
     "numeric": "the last number of an answer is compared with the reference; the way to it is not judged",
@@ -167,16 +169,21 @@ def find_evaluation(folder: Path, run: Path) -> Evaluation | None:
     return Evaluation(taken.path, taken.results, taken.arm, graders, passed_over)
 
 
-def _is_hub_id(model: str) -> bool:
-    # "Qwen/Qwen3-8B", "gpt2"; not what is a folder here, nor "/data/models/student"
+def _is_hub_id(model: str, fingerprint: str) -> bool:
+    """Whether a model was read from the hub: by the fingerprint of what was read, where there is one."""
+    if HUB_FINGERPRINT.fullmatch(fingerprint):
+        return True
+    if FOLDER_FINGERPRINT.fullmatch(fingerprint):  # "models/student" looks like an id where it is no folder
+        return False
+    # one that a server had the weights of: "Qwen/Qwen3-8B", "gpt2"; not what is a folder here, nor "/data/student"
     return not Path(model).exists() and model.count("/") <= 1
 
 
-def _model(name: str) -> str:
+def _model(name: str, fingerprint: str) -> str:
     """A model in words: a hub id with its revision, if it has one, or the name of a folder, without the way to it."""
     # "Qwen/Qwen3-8B@main" -> id, revision
     hub_id, _, revision = name.partition("@")
-    if not _is_hub_id(hub_id):
+    if not _is_hub_id(hub_id, fingerprint):
         return f"the local folder {plain(Path(name).name)}"
     return plain(hub_id) + (f" at revision {plain(revision)}" if revision else "")
 
@@ -184,14 +191,18 @@ def _model(name: str) -> str:
 def _base(facts: CardFacts) -> str:
     """The base model in words; its fingerprint of a hub model is id@commit."""
     name, fingerprint = facts.config["model_name_or_path"], facts.hashes["base model"]
-    return _model(fingerprint if "@" in fingerprint else name)
+    return _model(fingerprint if "@" in fingerprint else name, fingerprint)
+
+
+def _teacher(facts: CardFacts) -> str:
+    return _model(facts.config["teacher_model_name_or_path"], facts.config["fingerprint"].get("teacher", ""))
 
 
 def _front_matter(facts: CardFacts) -> dict[str, Any]:
     """The metadata that the hub reads (https://huggingface.co/docs/hub/model-cards)."""
     data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     base = facts.config["model_name_or_path"].partition("@")[0]
-    if _is_hub_id(base):  # the hub refuses a card that names a path
+    if _is_hub_id(base, facts.hashes["base model"]):  # the hub refuses a card that names a path
         data |= {"base_model": base, "base_model_relation": "finetune"}
     if ids := sorted({found for entry in _trained_on(facts) if (found := _hub_data_set(entry["origin"]))}):
         data["datasets"] = ids
@@ -268,7 +279,7 @@ def _what(facts: CardFacts) -> list[str]:
     return [
         f"# {plain(facts.name)}",
         "",
-        f"{base[0].upper()}{base[1:]}, {kind} {_model(config['teacher_model_name_or_path'])}: a LoRA adapter of rank "
+        f"{base[0].upper()}{base[1:]}, {kind} {_teacher(facts)}: a LoRA adapter of rank "
         f"{config['lora_r']}, merged into the weights ({facts.dtype}).",
         "",
         f"- Rows: {config['rows']['train']} answers of the teacher to train on, {config['rows']['validation']} to "
@@ -451,7 +462,7 @@ def _licence(facts: CardFacts) -> list[str]:
         own = f"The base model's licence is {plain(facts.licence.get('license_name') or facts.licence['license'])}."
     else:
         own = "The base model's licence is not recorded here: look it up before passing this model on."
-    teacher = _model(facts.config["teacher_model_name_or_path"])
+    teacher = _teacher(facts)
     return ["## Licence", "", f"{own} Check beside it {data}, and what the licence of the teacher ({teacher}) says "
             "about models that are trained on its answers.", ""]  # fmt: skip
 

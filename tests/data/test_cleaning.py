@@ -1,6 +1,7 @@
 import json
 import random
 from collections import Counter
+from textwrap import indent
 
 import pytest
 
@@ -14,6 +15,7 @@ from src.data.cleaning import (
     overlap_index,
     word_ngrams,
 )
+from src.data.code_overlap import function_trees
 from src.data.sources import gsm8k_rows
 from src.grading.rows import dataset_row, question_of
 from src.utils.common import UserError, read_jsonl
@@ -295,6 +297,32 @@ def test_stats_add_up():
     assert json.loads(json.dumps(stats)) == stats
 
 
+@pytest.mark.parametrize("grader", ["none", "python_tests"])
+def test_a_source_that_nothing_can_judge_has_no_acceptance_rate(grader):
+    """Faults of form are found without a grader: they are no share of anything."""
+    rows = [make_row("Write f.", grader=grader, source="own", entry_point="f"), make_row()]
+    code = "```python\ndef f(): pass\n```"
+    answers = [
+        make_answer(rows[0], code),
+        make_answer(rows[0], code, 1, finish_reason="length"),
+        make_answer(rows[0], "I cannot help with that.", 2),
+        make_answer(rows[1]),
+        make_answer(rows[1], "So 72.", 1, finish_reason="length"),
+    ]
+    by_source = clean(answers, rows, [], "all_correct")[2]["by_source"]
+    assert (by_source["own"]["acceptance_rate"], by_source["own"]["unverifiable"]) == (None, 3)
+    assert (by_source["gsm8k"]["acceptance_rate"], by_source["gsm8k"]["unverifiable"]) == (1 / 2, 0)
+    cut = clean(answers[1:2], rows, [], "all_correct", minimum=0)[2]["by_source"]["own"]
+    assert (cut["rejected"], cut["acceptance_rate"]) == ({"truncated": 1}, None)
+
+
+def test_rows_without_a_grader_do_not_lower_the_acceptance_rate():
+    rows = [make_row(), make_row("Tell me of it.", grader="none")]
+    answers = [make_answer(rows[0]), make_answer(rows[1]), make_answer(rows[1], "It", 1, finish_reason="length")]
+    gsm8k = clean(answers, rows, [], "all_correct")[2]["by_source"]["gsm8k"]
+    assert (gsm8k["acceptance_rate"], gsm8k["unverifiable"]) == (1.0, 2)
+
+
 def test_lost_answer_is_an_assertion():
     row = make_row()
     with pytest.raises(AssertionError, match="gsm8k: answers != kept"):
@@ -380,6 +408,53 @@ def test_the_same_code_under_other_names_is_an_overlap():
     assert kept == [changed, broken]
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        # a keyword of another's function keeps its name, whatever else has it; one of its own function does not
+        ("key = len; out = sorted(rows, key=key)", "by = len; out = sorted(rows, key=by)"),
+        ("def one(step): return step + 1\nout = one(step=2)", "def two(add): return add + 1\nout = two(add=2)"),
+        ("import math as m; out = m.sqrt(2)", "import math as tools; out = tools.sqrt(2)"),
+        ("from math import sqrt as s; out = s(2)", "from math import sqrt as root; out = root(2)"),
+        ("try: out = 1\nexcept OSError as error: print(error)", "try: out = 1\nexcept OSError as e: print(e)"),
+        ("def one(a): return a\nout = [one(1)]", "def two(b: int) -> int:\n    'b.'\n    return b\nout = [two(1)]"),
+        ("class A: pass\nout = A()", "class Node:\n    'A node.'\nout = Node()"),
+        ("async def one(a): pass\nout = one", "async def two(b): pass\nout = two"),
+        ("out = list(map(lambda a: a + 1, rows))", "out = list(map(lambda item: item + 1, rows))"),
+        ("n = 0\ndef one(): nonlocal n; n += 1\nout = n", "k = 0\ndef add(): nonlocal k; k += 1\nout = k"),
+        ("match rows:\n case [a, *b]: out = b\n case {'k': 1, **c}: out = c\n case str() as d: out = d",
+         "match rows:\n case [x, *y]: out = y\n case {'k': 1, **z}: out = z\n case str() as t: out = t"),
+        ("total = 0; out = total", "total: int = 0; out = total"),
+    ],
+)  # fmt: skip
+def test_every_name_that_a_function_chose_is_seen_through(ours, theirs):
+    first, second = (
+        solution(name, f"def {name}(rows):", indent(body, "  "), "  for row in rows:\n    out = out + row * row - 1",
+                 "  return out + 2 * out + 3")
+        for name, body in (("first", ours), ("second", theirs))
+    )  # fmt: skip
+    assert function_trees(first) == function_trees(second) != set()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("out = sorted(rows, key=len)", "out = sorted(rows, reverse=len)"),
+        ("import math as m; out = m.sqrt(2)", "import cmath as m; out = m.sqrt(2)"),
+        ("math = 1; import math as m; out = m.sqrt(2)", "cmath = 1; import cmath as m; out = m.sqrt(2)"),
+        ("try: out = 1\nexcept OSError as e: print(e)", "try: out = 1\nexcept KeyError as e: print(e)"),
+    ],
+)
+def test_names_that_it_did_not_choose_tell_code_apart(ours, theirs):
+    first, second = (
+        solution("f", "def f(rows):", indent(body, "  "), "  for row in rows:\n    out = out + row * row - 1",
+                 "  return out + 2 * out + 3")
+        for body in (ours, theirs)
+    )  # fmt: skip
+    assert function_trees(first) != function_trees(second)
+    assert function_trees(first)
+
+
 @pytest.mark.parametrize(("every", "reasons_of"), [(12, ["short_ngrams"]), (9, [])])
 def test_a_quarter_of_the_8_grams_is_an_overlap(every, reasons_of):
     """One word in `every` differs, so that no 13-gram is shared; of 53 8-grams 20 or 6 are."""
@@ -389,6 +464,20 @@ def test_a_quarter_of_the_8_grams_is_an_overlap(every, reasons_of):
     assert len(shared) == {12: 20, 9: 6}[every]
     held = [make_row(" ".join(words))]
     assert [row["reason"] for row in drop_overlapping([make_row(" ".join(changed))], held)[1]] == reasons_of
+
+
+def test_template_wording_does_not_lengthen_a_question():
+    """A training question shares 4 of the 12 8-grams that it has beside 23 of a template; the other one has 17."""
+    template = " ".join(f"said{i}" for i in range(30))
+    own, others = [[f"{name}{i}" for i in range(12)] for name in ("own", "other")]
+    held = make_row(" ".join([*others, *own[1:], "end"]))
+    short = make_row(f"{template} {' '.join(own)}")
+    fillers = [make_row(f"{template} {i}") for i in range(11)]
+    ours, theirs = (word_ngrams(question_of(row), 8) for row in (short, held))
+    assert (len(ours), len(theirs), len(ours & theirs)) == (35, 17, 4)
+    assert drop_overlapping([short, *fillers], [held])[1] == [{"id": short["id"], "reason": "short_ngrams"}]
+    # without the others it is no template, and 4 of 17 are too few
+    assert drop_overlapping([short], [held])[1] == []
 
 
 def test_official_gsm8k_splits_are_nearly_disjoint(real_data):

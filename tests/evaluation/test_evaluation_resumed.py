@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +12,9 @@ from types import ModuleType
 import pytest
 
 from src.evaluation import answers, evaluator
-from src.evaluation.evaluator import STEPS, EvaluateConfig, marker_of, run_evaluation
-from src.utils.common import read_json, read_jsonl, write_jsonl
+from src.evaluation.arms import Arms
+from src.evaluation.evaluator import MADE, STEPS, EvaluateConfig, answer_step, marker_of, run_evaluation
+from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
 from src.utils.stages import hold
 from tests.evaluation.tiny import config_for, eval_rows, refused
 
@@ -224,6 +226,92 @@ def test_other_prompts_in_the_same_folder_are_refused(trained, tmp_path, scripte
     run_evaluation(config)
     write_jsonl(tmp_path / "data" / "eval_dataset.jsonl", eval_rows()[:-1])
     refused(replace(config, data_dir=str(tmp_path / "data")), "was made with prompts = ")
+
+
+def answered_without_a_model(root: Path, monkeypatch: pytest.MonkeyPatch, arm: str = "kd") -> EvaluateConfig:
+    """Let `answer_step` take a model's name for its fingerprint, and have no answers given."""
+    monkeypatch.setattr(evaluator, "model_fingerprint", str)
+    monkeypatch.setattr(evaluator, "generate_answers", lambda *_: None)
+    write_jsonl(root / "data" / "eval_dataset.jsonl", eval_rows())
+    (root / "out").mkdir()
+    return config_for(root, root / "out", arms=[arm])
+
+
+@pytest.mark.parametrize("arm", ["sft", "kd", "teacher"])
+def test_another_base_below_an_adapter_is_another_evaluation(tmp_path, monkeypatch, arm):
+    """Whether or not it is an arm: the answers of one adapter on two bases must not mix."""
+    config = answered_without_a_model(tmp_path, monkeypatch, arm)
+    one, other = (Arms(base, {arm: "org/it"}, {}) for base in ("org/base", "org/other"))
+    answer_step(config, tmp_path / "out", one)
+    with pytest.raises(UserError, match="was made with models = ") if arm != "teacher" else nullcontext():
+        answer_step(config, tmp_path / "out", other)
+    answer_step(config, tmp_path / "out", one)
+
+
+def test_answers_that_are_gone_are_those_of_the_run_that_gives_them_anew(tmp_path, monkeypatch):
+    config, folder = answered_without_a_model(tmp_path, monkeypatch), tmp_path / "out"
+    arms, marker = Arms("org/base", {"kd": "org/it"}, {}), marker_of(tmp_path / "out", "answers")
+    monkeypatch.setattr(evaluator, "provenance", lambda: "the first")
+    answer_step(config, folder, arms)
+    monkeypatch.setattr(evaluator, "provenance", lambda: "the second")
+    marker.write_text(json.dumps(read_json(marker) | {"finished": False}))
+    answer_step(config, folder, arms)
+    assert read_json(marker)["provenance"] == "the first", "it goes on"
+    (folder / "answers.jsonl").unlink()
+    answer_step(config, folder, arms)
+    assert read_json(marker)["provenance"] == "the second"
+    assert (folder / "answers.jsonl").is_file()
+
+
+@contextmanager
+def killed_at_unlink(monkeypatch: pytest.MonkeyPatch, number: int):
+    """Let so many files be deleted: then the process is as good as killed."""
+    deleted, real = [], Path.unlink
+
+    def unlink(path, missing_ok=False):
+        if len(deleted) == number:
+            raise KeyboardInterrupt
+        deleted.append(path)
+        real(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@pytest.mark.parametrize("first", range(len(STEPS)))
+def test_files_that_are_discarded_go_before_what_marks_them(tmp_path, monkeypatch, first):
+    """Killed at any file: none is left that the next run takes for somebody else's, or for complete."""
+    for number in range(sum(len(MADE[step]) + 1 for step in STEPS[first:])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for step in STEPS:
+            for path in (marker_of(folder, step), *(folder / name for name in MADE[step])):
+                path.write_text("{}")
+        with killed_at_unlink(monkeypatch, number):
+            evaluator._discard(folder, first)
+        for index, step in enumerate(STEPS):
+            there = [(folder / name).is_file() for name in MADE[step]]
+            marked = [marker_of(folder, before).is_file() for before in STEPS[: index + 1]]
+            assert all(marked) or not any(there), (number, step)
+            assert all(there) or not there[0], (number, step)
+        evaluator._discard(folder, first)
+        assert len(list(folder.iterdir())) == sum(len(MADE[step]) + 1 for step in STEPS[:first])
+
+
+@pytest.mark.parametrize(("step", "number"), [("grade", 4), ("grade", 7), ("results", 4), ("report", 1)])
+def test_a_step_that_was_killed_while_it_discards_goes_on(evaluated, tmp_path, monkeypatch, step, number):
+    whole, _ = evaluated
+    shutil.copytree(whole.output_dir, tmp_path / "out")
+    config = replace(whole, output_dir=str(tmp_path / "out"))
+    monkeypatch.setattr(answers, "opened", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluator, "hold", lambda *_: nullcontext())  # its files are no outputs
+    with killed_at_unlink(monkeypatch, number):
+        run_evaluation(replace(config, from_step=step))
+    assert len(list((tmp_path / "out").iterdir())) < len(list(Path(whole.output_dir).iterdir()))
+    run_evaluation(config)
+    same_but_for_provenance(tmp_path / "out", Path(whole.output_dir))
 
 
 def test_overwrite_evaluates_again(trained, tmp_path, scripted):

@@ -272,6 +272,29 @@ def test_a_run_with_another_teacher_is_left_out(tmp_path, measured, named, is_sh
 
 
 @pytest.mark.parametrize(
+    ("models", "teacher", "is_shown"),
+    [
+        ({"base": "s"}, None, True),
+        ({"base": "o"}, None, False),
+        ({"base": "s"}, "org/teacher", True),
+        ({"base": "s"}, "copy/of-teacher", True),
+        ({"base": "s"}, "org/other", False),
+    ],
+)
+def test_another_student_or_teacher_counts_though_it_is_no_arm(tmp_path, monkeypatch, models, teacher, is_shown):
+    """`--base` and `--teacher` name models of the evaluation, whether or not these answer."""
+    monkeypatch.setattr(evaluator, "model_fingerprint", {"copy/of-teacher": "t", "org/other": "o"}.get)
+    write_jsonl(tmp_path / "run" / "heldout.jsonl", [{}])
+    config = {"teacher_model_name_or_path": "org/teacher", "fingerprint": {"student": "s", "teacher": "t"}}
+    write_json(tmp_path / "run" / "kd_config.json", config)
+    facts = {
+        "arms": {"kd": str(tmp_path / "run" / "final_model")},
+        "fingerprint": {"models": {"kd": "k"} | models},
+    }
+    assert evaluator._measured_runs(facts, teacher) == ({"kd": tmp_path / "run"} if is_shown else {})
+
+
+@pytest.mark.parametrize(
     "change", [{"batch_size": -1}, {"num_samples": 0}, {"temperatures": []}, {"presets": []}, {"arms": []}], ids=str
 )
 def test_sizes_below_one_are_refused(trained, tmp_path, change):

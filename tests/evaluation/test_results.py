@@ -201,7 +201,8 @@ def test_the_gap_is_recovered_only_where_there_is_one(made_up, results):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("", 0), ("a b c", 0), ("a b c d", 0), ("a b c d a b c d", 0.2), ("no no no no no no", 2 / 3),
-     ("你好世界你好世界", 0.2), ("x = 1; x = 1; x = 1;", 5 / 9)],
+     ("你好世界你好世界", 0.2), ("안녕하세요 안녕하세요", 0), ("나는 오늘 밥을 먹고 나는 오늘 밥을 먹고", 0.2),
+     ("x = 1; x = 1; x = 1;", 5 / 9)],
 )  # fmt: skip
 def test_repetition(text, expected):
     assert repetition(text) == pytest.approx(expected)

@@ -345,6 +345,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(answers, right, k
         ([("7", True), ("8", False), ("8", False)], 0.0),
         ([("7", True), ("8", False)], 0.5),
         ([("1/2", True), ("0.5", True), ("3 1/2", False)], 1.0),
+        ([("2 1/2", True), ("2.5", True), ("3", False), ("3.0", False), ("5/2", True)], 1.0),
+        ([("-2 1/2", True), ("-2.5", True), ("2 1/2", False)], 1.0),
+        ([("1e3", True), ("1000", True), (".5", False)], 1.0),
         ([], 0.0),
     ],
 )

@@ -96,6 +96,30 @@ def test_a_path_is_no_base_model_and_shows_no_way_to_it(facts, tmp_path):
     assert "somebody" not in card
 
 
+def test_a_path_that_is_not_there_is_no_hub_id(facts):
+    """A relative path with one slash looks like an id; the fingerprint says what was read."""
+    config = {"model_name_or_path": "models/student", "teacher_model_name_or_path": "models/big",
+              "fingerprint": {"teacher": "89abcdef01234567"}}  # fmt: skip
+    card = model_card(replace(facts, config=facts.config | config, hashes={"base model": "0123456789abcdef"}))
+    assert "base_model" not in ModelCard(card).data.to_dict()
+    assert "The local folder student, distilled from the local folder big:" in words(card)
+    assert "models/" not in card
+
+
+@pytest.mark.parametrize("teacher", ["Qwen/Big@740312a", "served by vllm: Qwen/Big", ""])
+def test_a_hub_teacher_is_named_by_its_id(facts, teacher):
+    config = {"teacher_model_name_or_path": "Qwen/Big", "fingerprint": {"teacher": teacher} if teacher else {}}
+    assert "distilled from Qwen/Big:" in words(model_card(replace(facts, config=facts.config | config)))
+
+
+def test_a_folder_of_that_name_does_not_hide_the_hub_model(facts, monkeypatch, tmp_path):
+    (tmp_path / "Qwen" / "Qwen3-8B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = model_card(facts)
+    assert ModelCard(card).data.base_model == "Qwen/Qwen3-8B"
+    assert "Qwen/Qwen3-8B at revision b968826d" in words(card)
+
+
 def test_what_it_was_made_from_is_said(facts):
     said = words(model_card(facts))
     for sentence in (
