@@ -37,6 +37,8 @@ class Answering:
     rows: transformers: in one batch; 0 for as many as fit.
     weight_bytes: of a served copy's weights.
     parallel: tensor, pipeline, data; None where it is to be derived.
+    devices_key, budget_key: the settings of the profile that say `devices` and `budget_gb`.
+    serve_key: the one that says how the server is started.
     """
 
     what: str
@@ -49,6 +51,9 @@ class Answering:
     rows: int = 32
     weight_bytes: float = 2.0
     parallel: tuple[int, int, int] | None = None
+    devices_key: str = ""
+    budget_key: str = ""
+    serve_key: str = "serve"
 
 
 @dataclass(frozen=True)
