@@ -265,7 +265,8 @@ def _write_shard(path: Path, shard: _Shard, source: _Source) -> None:
 
 
 def _from_weights(shard: _Shard, reader: Reader, config: CacheTeacherConfig) -> dict[str, Tensor]:
-    hidden = _read_within_memory(reader, shard.rows, config.tokens_per_batch)
+    # kept for the files that follow, which would run out of memory as well; a run that goes on begins anew
+    hidden, config.tokens_per_batch = _read_within_memory(reader, shard.rows, config.tokens_per_batch)
     # the share outside the top k is printed for either kind; for hidden states a sample of positions tells it
     looked_at = hidden if shard.kind == "topk" else hidden[:: max(1, len(hidden) // SAMPLED)]
     tensors, outside = _top_k(looked_at, reader, config.top_k, config.temperatures)
@@ -285,8 +286,9 @@ def _from_server(shard: _Shard, server: Server, top_k: int, vocab_size: int) -> 
     return facts | {"log_p": told.log_p_NK.half(), "log_sums": torch.zeros(count, 1)}  # log 1: all of it, at T = 1
 
 
-def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> Tensor:
-    """The hidden states of some rows, in passes of `tokens`; where memory runs out, of half as many.
+def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> tuple[Tensor, int]:
+    """The hidden states of some rows, in passes of `tokens`, and the tokens of a pass for which memory was enough:
+    where it runs out they are halved.
 
     Raises:
         UserError: not even one row fits.
@@ -294,7 +296,7 @@ def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> Tensor:
     while True:
         try:
             # on the CPU pass by pass: the states of a whole file need not fit beside the model
-            return torch.cat([reader.hidden(batch).cpu() for batch in consecutive(rows, tokens, len)])
+            return torch.cat([reader.hidden(batch).cpu() for batch in consecutive(rows, tokens, len)]), tokens
         except torch.OutOfMemoryError as error:
             if tokens <= max(map(len, rows)):
                 raise UserError("out of GPU memory with one row; lower --max_length, or name more devices") from error
