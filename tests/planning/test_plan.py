@@ -12,11 +12,12 @@ from src.distillation.base import LORA_TARGETS, config_folder
 from src.distillation.engines import EngineSettings, stage_serve
 from src.distillation.serving import students_server, teacher_server
 from src.planning import changes, trace
+from src.planning.caching import plan_caching
 from src.planning.hardware import Device, Hardware
 from src.planning.plan import make_plan
 from src.planning.report import as_json, duration, lines, print_plan
 from src.planning.rows import Rows
-from src.planning.setup import evaluation, generation, open_setup, trainings, weight_bytes
+from src.planning.setup import caching, evaluation, generation, open_setup, trainings, weight_bytes
 from src.planning.trace import LiveBytes, Pass
 from src.planning.training import plan_training
 from src.utils.common import ROOT, UserError
@@ -105,6 +106,23 @@ def test_a_teacher_that_is_streamed(profile):
     assert streamed.uses[0].memory.weights < whole.uses[0].memory.weights
     assert streamed.hours[1] > whole.hours[1]
     assert "streamed from the machine's memory" in streamed.how
+
+
+@pytest.mark.parametrize(
+    ("signal", "training", "measuring"),
+    # bf16 states of 48 numbers; 6 bytes for each of 8 tokens and 4 for each of 3 temperatures
+    [("hidden", 2 * 48, 2 * 48), ("topk", 6 * 8 + 4 * 3, 2 * 48)],
+)
+def test_what_a_cache_takes_of_the_disk(profile, signal, training, measuring):
+    """Rows that measure, a tenth of those to train on and all to evaluate, keep hidden states beside a top k."""
+    profile["cache_teacher"] |= {
+        "signal": signal, "top_k": 8, "temperatures": [1.0, 2.0, 4.0], "validation_fraction": 0.1
+    }  # fmt: skip
+    rows = Rows(400, 20, 90, 300, "")
+    setup = open_setup(profile, gpus(1, 40), rows)
+    stage = plan_caching(caching(setup), rows, setup.hardware)
+    wanted = 300 * (360 * training + (40 + 20) * measuring) + setup.teacher.vocab * 48 * 2
+    assert stage.disk_gb * 1e9 == pytest.approx(wanted)
 
 
 def test_settings_of_others_are_read(profile):
