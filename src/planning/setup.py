@@ -109,7 +109,15 @@ def caching(setup: Setup) -> Caching | None:
     if setup.section("run_improved_kd").get("teacher_signal") == "online":
         return None
     config, apart = typed(setup, "cache_teacher", CacheTeacherConfig, ("cpu_offload",))
-    devices = setup.devices(config.teacher_devices, "cache_teacher.teacher_devices")
+    wanted, key = config.teacher_devices, "cache_teacher.teacher_devices"
+    if config.engine == "openai":
+        setup.notes.append(
+            "cache_teacher asks a server for its top k; it is planned as if the stage read the weights itself"
+        )
+        serve = config.started_server
+        if serve and serve.devices:  # as in `_answering`
+            wanted, key = serve.devices, "serve.devices"
+    devices = setup.devices(wanted, key)
     return Caching(setup.teacher, config, devices, bool(apart.get("cpu_offload")) and not setup.hardware.is_cpu)
 
 

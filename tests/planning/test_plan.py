@@ -125,6 +125,23 @@ def test_what_a_cache_takes_of_the_disk(profile, signal, training, measuring):
     assert stage.disk_gb * 1e9 == pytest.approx(wanted)
 
 
+def test_a_cache_that_a_server_is_asked_for_is_said_to_be_planned_without_it(profile):
+    rows = Rows(400, 20, 90, 300, "")
+    profile["serve"] = {"command": "vllm", "devices": [1]}
+    profile["cache_teacher"] |= {"signal": "topk", "top_k": 8, "temperatures": [1.0]}
+    setup = open_setup(profile, gpus(2, 40), rows)
+    assert (caching(setup).devices, setup.notes) == ((0,), []), "the stage reads the weights itself"
+    profile["cache_teacher"]["engine"] = "openai"
+    setup = open_setup(profile, gpus(2, 40), rows)
+    assert caching(setup).devices == (1,)
+    assert setup.notes == [
+        "cache_teacher asks a server for its top k; it is planned as if the stage read the weights itself"
+    ]
+    assert plan_caching(caching(setup), rows, setup.hardware).disk_gb * 1e9 == pytest.approx(
+        300 * (380 * (6 * 8 + 4) + (20 + 20) * (8 * 8 + 4))
+    ), "a twentieth of the rows to train on measures"
+
+
 def test_settings_of_others_are_read(profile):
     """Those that a section's own class may not know yet."""
     plain = stages(make_plan(profile, "2x40"))["run_improved_kd (kd)"].uses[0].memory
