@@ -172,7 +172,6 @@ def _by_server(work: Answering, rows: Rows, hardware: Hardware) -> Answered:
     a_replica = math.ceil(work.answers / replicas)
     together = max(1, min(a_replica, MOST_SEQUENCES, int(room // max(1.0, rows.tokens))))
     # 3. seconds: memory and products at the same time, the longer of the two counts
-    # 3. seconds: memory and products at the same time, the longer of the two counts
     reading, decoding = _answering_flops(work, rows)
     seconds = added(
         computing(reading, hardware, utilisation.READING, utilisation.CPU_READING, tensor * replicas),
