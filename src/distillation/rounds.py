@@ -69,6 +69,9 @@ COMPLETE = "round.json"
 BEGUN = "begun.json"  # of a round that is worked on: its fingerprint, and the seconds that it took so far
 STUDENT = "student"  # what a server calls the adapter that answers
 LEARNT_FROM = ("stop", "length")  # an answer that a server refused, or ended in a way of its own, says nothing
+# of a token in an answer's JSON: in its text, and as the id that was sampled, such as "151643, "
+TEXT_BYTES, ID_BYTES = 4, 8
+AROUND_BYTES = 2000  # of an answer's other fields
 LOOK = 1.0  # seconds between two looks of the ranks that wait; a collective call would time out after minutes
 
 
@@ -499,7 +502,8 @@ def _answer(config: KDConfig, plan: RoundPlan) -> None:
     done = frozenset(request for request in requests if _key(request) in there)
     if len(done) == len(requests):
         return
-    require_disk(folder, len(requests) * (4 * requests[0].sampling.max_new_tokens + 2000), "the student's answers")
+    answer = requests[0].sampling.max_new_tokens * (TEXT_BYTES + ID_BYTES) + AROUND_BYTES
+    require_disk(folder, 2 * len(requests) * answer, "the student's answers")  # as they came, and to learn from
     since = time.monotonic()
     # those of earlier sessions count in what a server may refuse (`EngineSettings.max_refused`)
     refused = sum(row["finish_reason"] == "refused" for row in stored)

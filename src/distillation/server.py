@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from src.utils.common import UserError, logger
@@ -92,7 +92,16 @@ def running(
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"serve: {words[0]}: {error.strerror}; install it, or mend the command") from None
-    # 3. somebody who ends it if this process cannot, even of SIGKILL
+    with guarded(process, _end):
+        # 3. until it answers
+        _wait(process, base_url, log, patience)
+        yield
+
+
+@contextlib.contextmanager
+def guarded(process: subprocess.Popen, end: Callable[[subprocess.Popen], None]) -> Iterator[None]:
+    """End a process that leads a session of its own when the block ends, whatever ends it: by `end`, or by somebody who
+    kills its group where this process cannot, even of SIGKILL."""
     guard = None
     try:
         # it waits for the end of its input, which comes with the end of this process, whatever ends it; signals to
@@ -100,11 +109,9 @@ def running(
         guard = subprocess.Popen(
             [sys.executable, "-c", GUARD, str(process.pid)], stdin=subprocess.PIPE, start_new_session=True
         )
-        # 4. until it answers
-        _wait(process, base_url, log, patience)
         yield
     finally:
-        _end(process)
+        end(process)
         if guard is not None:
             guard.kill()
             guard.wait()

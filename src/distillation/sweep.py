@@ -31,7 +31,7 @@ from src.distillation.heldout import EXACT
 from src.distillation.kd import identify, read_config
 from src.distillation.kd_config import CUT, ON_POLICY, SECTION, KDConfig
 from src.distillation.run_folder import complete_checkpoints
-from src.distillation.server import GUARD
+from src.distillation.server import guarded
 from src.distillation.starting import find_start
 from src.utils.common import (
     ROOT,
@@ -382,11 +382,8 @@ def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    # 3. somebody who ends it if this process cannot
-    # it waits for the end of its input, which comes with the end of this process, whatever ends it
-    guard = subprocess.Popen([sys.executable, "-c", GUARD, str(child.pid)], stdin=subprocess.PIPE)
-    try:
-        # 4. how far it is, read off its metrics.jsonl
+    with guarded(child, _end):
+        # 3. how far it is, read off its metrics.jsonl
         while child.poll() is None:
             time.sleep(POLL)
             row = _last_row(folder)
@@ -396,11 +393,6 @@ def _make(run: PlannedRun, overwrite: bool, progress: Progress) -> Outcome:
             # a run that goes on from a checkpoint takes steps again that its metrics had: they count once
             progress.advance(max(0, step - done))
             done = max(done, step)
-    finally:
-        _end(child)
-        guard.kill()
-        guard.wait()
-        guard.stdin.close()
     # to its end, so that the bar is right for the next run whatever became of this one
     progress.advance(run.steps - done)
     return _outcome(run, child.returncode, log, begin)

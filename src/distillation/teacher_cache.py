@@ -196,11 +196,21 @@ class _Shard(NamedTuple):
     rows: list[EncodedRow]
 
 
-def _kind(config: CacheTeacherConfig, measures: bool) -> str:
-    """What is kept of a row."""
+def kept_kind(config: CacheTeacherConfig, measures: bool) -> str:
+    """What is kept of a row, one of `SHARD_KINDS`."""
     if config.signal == "topk" and not measures:
         return "topk"
     return "stated" if config.engine == "openai" else "hidden"
+
+
+def kept_bytes(config: CacheTeacherConfig, kind: str, width: int) -> int:
+    """Bytes that a file of a kind has for each response position; `width` is that of a hidden state."""
+    if kind == "hidden":
+        return (2 if config.bf16 else 4) * width
+    if kind == "stated":  # int32 id and fp32 log-probability of each kept token, and the label's
+        return 8 * config.top_k + 4
+    # int32 id and fp16 log-probability of each kept token, an fp32 sum for each temperature
+    return 6 * config.top_k + 4 * len(config.temperatures)
 
 
 def _shards(rows: Rows, kind_of: Callable[[EncodedRow], str], tokens_per_shard: int) -> list[_Shard]:
@@ -237,7 +247,7 @@ def _top_k(
         for index, t in enumerate(temperatures):
             # kept / t - sum is the log-probability at T of a kept token
             outside[index] += (1 - (kept / t - sums[:, index, None]).exp().sum(-1)).sum().item()
-        # int32 and fp16: 6 bytes for each kept token; `_open_teacher` asks the disk for as many
+        # int32 and fp16: the disk is asked for as many bytes (`kept_bytes`)
         for name, tensor in (("ids", ids.int()), ("log_p", kept.half()), ("log_sums", sums)):
             parts[name].append(tensor.cpu())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}, outside
@@ -265,7 +275,8 @@ def _write_shard(path: Path, shard: _Shard, source: _Source) -> None:
 
 
 def _from_weights(shard: _Shard, reader: Reader, config: CacheTeacherConfig) -> dict[str, Tensor]:
-    hidden = _read_within_memory(reader, shard.rows, config.tokens_per_batch)
+    # kept for the files that follow, which would run out of memory as well; a run that goes on begins anew
+    hidden, config.tokens_per_batch = _read_within_memory(reader, shard.rows, config.tokens_per_batch)
     # the share outside the top k is printed for either kind; for hidden states a sample of positions tells it
     looked_at = hidden if shard.kind == "topk" else hidden[:: max(1, len(hidden) // SAMPLED)]
     tensors, outside = _top_k(looked_at, reader, config.top_k, config.temperatures)
@@ -285,8 +296,9 @@ def _from_server(shard: _Shard, server: Server, top_k: int, vocab_size: int) -> 
     return facts | {"log_p": told.log_p_NK.half(), "log_sums": torch.zeros(count, 1)}  # log 1: all of it, at T = 1
 
 
-def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> Tensor:
-    """The hidden states of some rows, in passes of `tokens`; where memory runs out, of half as many.
+def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> tuple[Tensor, int]:
+    """The hidden states of some rows, in passes of `tokens`, and the tokens of a pass for which memory was enough:
+    where it runs out they are halved.
 
     Raises:
         UserError: not even one row fits.
@@ -294,7 +306,7 @@ def _read_within_memory(reader: Reader, rows: Rows, tokens: int) -> Tensor:
     while True:
         try:
             # on the CPU pass by pass: the states of a whole file need not fit beside the model
-            return torch.cat([reader.hidden(batch).cpu() for batch in consecutive(rows, tokens, len)])
+            return torch.cat([reader.hidden(batch).cpu() for batch in consecutive(rows, tokens, len)]), tokens
         except torch.OutOfMemoryError as error:
             if tokens <= max(map(len, rows)):
                 raise UserError("out of GPU memory with one row; lower --max_length, or name more devices") from error
@@ -367,8 +379,8 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers
     written = _written_before(folder)
 
     # 2. the teacher, and the files that do not depend on the rows
-    shards = _shards(rows, lambda row: _kind(config, _key(row) in measuring), config.tokens_per_shard)
-    with _opened(config, folder, rows, tokenizer) as source:
+    shards = _shards(rows, lambda row: kept_kind(config, _key(row) in measuring), config.tokens_per_shard)
+    with _opened(config, folder, shards, tokenizer) as source:
         # training reads the matrix from the run's own cache, which has the same teacher
         source = replace(source, head=None) if own_answers else source
         start_stage(marker, made_of)  # only now: a teacher that cannot be had leaves no mark
@@ -462,13 +474,13 @@ def _index(
 
 @contextlib.contextmanager
 def _opened(
-    config: CacheTeacherConfig, folder: Path, rows: list[EncodedRow], tokenizer: PreTrainedTokenizerBase
+    config: CacheTeacherConfig, folder: Path, shards: list[_Shard], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[_Source]:
     """The teacher, loaded here or behind its server, once the disk is known to have room for what it will say."""
     # tokens that exist; output layers are often padded beyond them
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     if config.engine == "transformers":
-        reader = _open_teacher(config, folder, rows, tokenizer, vocab_size)
+        reader = _open_teacher(config, folder, shards, tokenizer, vocab_size)
         yield _Source(
             lambda shard: _from_weights(shard, reader, config),
             vocab_size,
@@ -478,9 +490,7 @@ def _opened(
         return
     if config.top_k >= vocab_size:
         raise UserError(f"top_k = {config.top_k} leaves nothing of {vocab_size} tokens; lower --top_k")
-    tokens = sum(len(row.response_ids) for row in rows)
-    # int32 id and fp32 log-probability of each kept token, and the label's: a file that measures, the larger kind
-    require_disk(folder, 1.1 * tokens * (8 * config.top_k + 4), "the teacher cache")
+    require_disk(folder, 1.1 * _all_bytes(config, shards), "the teacher cache")
     with _running(config, folder) as server:
         check_served(server)
         yield _Source(lambda shard: _from_server(shard, server, config.top_k, vocab_size), vocab_size)
@@ -504,7 +514,7 @@ def _running(config: CacheTeacherConfig, folder: Path) -> Iterator[Server]:
 def _open_teacher(
     config: CacheTeacherConfig,
     folder: Path,
-    rows: list[EncodedRow],
+    shards: list[_Shard],
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
 ) -> Reader:
@@ -513,10 +523,10 @@ def _open_teacher(
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     device_map = place(name, config.teacher_devices, dtype, config.gpu_memory_gb, config.cpu_offload)
     model = load_model(name, dtype, device_map)
-    tokens = sum(len(row.response_ids) for row in rows)
     width = model.get_output_embeddings().weight.shape[1]
-    kept = 6 * config.top_k if config.signal == "topk" else dtype.itemsize * width
-    require_disk(folder, 1.1 * (tokens * kept + vocab_size * width * dtype.itemsize), "the teacher cache")
+    head = vocab_size * width * dtype.itemsize
+    require_disk(folder, 1.1 * (_all_bytes(config, shards, width) + head), "the teacher cache")
+    rows = [row for shard in shards for row in shard.rows]
     if config.packing:
         # a model that carries a state from row to row would spoil the cache without an error
         check_packing(model, rows, tokenizer.pad_token_id)
@@ -526,6 +536,14 @@ def _open_teacher(
         config.tokens_per_batch = _measured_tokens(model, reader, rows)
         logger.info("passes of %d tokens", config.tokens_per_batch)
     return reader
+
+
+def _all_bytes(config: CacheTeacherConfig, shards: Iterable[_Shard], width: int = 0) -> int:
+    """What the files of the rows will have, but for their headers; `width` as in `kept_bytes`."""
+    needed = 0
+    for shard in shards:
+        needed += kept_bytes(config, shard.kind, width) * sum(len(row.response_ids) for row in shard.rows)
+    return needed
 
 
 def _measured_tokens(model: PreTrainedModel, reader: Reader, rows: Rows) -> int:

@@ -260,9 +260,9 @@ def answer_step(config: EvaluateConfig, folder: Path, arms: Arms) -> None:
         shown = {"experiment": Path(config.experiment_dir).name, "data_dir": config.data_dir, "prompts": len(rows)}
         facts = {"arms": arms.found, "missing_arms": arms.missing, "settings": shown | settings,
                  "provenance": provenance()}  # fmt: skip
-    # 4. room for them: 4 bytes a token, 2 kB for the other fields
+    # 4. room for them, and once more with their grades: 4 bytes a token, 2 kB for the other fields
     answers = len(rows) * len(arms.found) * len(cells(config)) * config.num_samples
-    require_disk(folder, answers * (4 * config.max_new_tokens + 2000), "the answers")
+    require_disk(folder, 2 * answers * (4 * config.max_new_tokens + 2000), "the answers")
     # 5. the answers that are missing
     start_stage(marker, fingerprint, **facts)
     path.touch()  # there may be nothing to answer, and the next step reads the file

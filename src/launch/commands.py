@@ -88,18 +88,18 @@ def device_list(value: Any) -> list[int]:
     return devices
 
 
-def serve_of(stage: str, values: dict[str, Any]) -> dict[str, Any]:
+def serve_of(stage: str, values: dict[str, Any], name: str = "serve") -> dict[str, Any]:
     """How a stage starts its server; empty where it starts none.
 
     Raises:
         UserError: it is no mapping.
     """
-    serve = said(values, stage, "serve") or {}
+    serve = said(values, stage, name) or {}
     if isinstance(serve, str):  # as --print_config of a stage shows it
         with contextlib.suppress(json.JSONDecodeError):
             serve = json.loads(serve)
     if not isinstance(serve, dict):
-        raise UserError(f"serve: a mapping such as {{command: vllm}} is wanted, found {serve!r}")
+        raise UserError(f"{name}: a mapping such as {{command: vllm}} is wanted, found {serve!r}")
     return serve
 
 
@@ -137,21 +137,32 @@ def read_launch(values: dict[str, Any]) -> Launch:
     return launch
 
 
+def makes_rounds(stage: str, values: dict[str, Any]) -> bool:
+    """Whether the student of a stage learns from answers of its own too; the control never does."""
+    return bool(
+        stage == "distil" and said(values, stage, "on_policy_rounds") and said(values, stage, "on_policy_fraction", 0.5)
+    )
+
+
 def gpus_of(stage: str, values: dict[str, Any], launch: Launch) -> tuple[int, ...]:
     """The GPUs that a stage works on."""
     teacher = device_list(said(values, stage, "teacher_devices"))
     student = device_list(said(values, stage, "student_devices"))
     if stage == "cache_teacher":
-        devices = teacher
+        # with this engine alone the stage starts the server that `serve` describes for all
+        asks_server = said(values, stage, "engine") == "openai"
+        devices = (device_list(serve_of(stage, values).get("devices")) if asks_server else []) or teacher
     elif stage in ("sft_control", "distil"):
-        # a cached teacher needs no GPU here
-        online = said(values, stage, "teacher_signal") == "online"
+        online, own_answers = said(values, stage, "teacher_signal") == "online", makes_rounds(stage, values)
         # a process a GPU, from the first on
         devices = student or range(launch.processes if values.get("gpus") else 0)
-        devices = [*devices, *(teacher if online else [])]
+        # a cached teacher needs a GPU for the student's own answers alone
+        devices = [*devices, *(teacher if online or own_answers else [])]
+        if own_answers:
+            devices += device_list(serve_of(stage, values, "on_policy_serve").get("devices"))
     elif stage in ("generate_sft_data", "evaluate_distillation"):
-        # the server's own GPUs stand in for the teacher's
-        devices = [*(device_list(serve_of(stage, values).get("devices")) or teacher), *student]
+        # a server's own GPUs stand in for the teacher's and the students'
+        devices = device_list(serve_of(stage, values).get("devices")) or [*teacher, *student]
     else:
         devices = []
     # a GPU that two models share is one GPU

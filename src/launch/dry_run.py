@@ -8,7 +8,7 @@ from typing import Any
 from src.distillation.engines import EngineSettings, planned_servers
 from src.distillation.kd_config import KDConfig
 from src.distillation.serving import PlannedServer, room_for_rank
-from src.launch.commands import Command, command_line, device_list, read_launch, said, serve_of
+from src.launch.commands import Command, command_line, device_list, makes_rounds, read_launch, said, serve_of
 from src.launch.profile import Profile, shown
 from src.utils.common import ROOT, UserError, read_json
 from src.utils.config import build_config, rows_of_a_step, step_sizes
@@ -76,8 +76,10 @@ def paths_of(stage: str, values: dict[str, Any]) -> Paths:
     elif stage == "cache_teacher":
         reads, writes = [*clean, teacher], [cache]
     elif stage in ("sft_control", "distil"):
-        beliefs = teacher if own("teacher_signal") == "online" else cache
-        reads, writes = [*clean, beliefs, student], [control if stage == "sft_control" else distilled]
+        # rounds have the teacher read the student's own answers, which no cache made before knows
+        beliefs = [teacher] if own("teacher_signal") == "online" else [cache]
+        beliefs += [teacher] if makes_rounds(stage, values) and teacher not in beliefs else []
+        reads, writes = [*clean, *beliefs, student], [control if stage == "sft_control" else distilled]
     else:
         output = own("output_dir", "outputs/evaluation")
         reads = [prompts[1], student, control, distilled, answering]

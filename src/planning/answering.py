@@ -37,6 +37,8 @@ class Answering:
     rows: transformers: in one batch; 0 for as many as fit.
     weight_bytes: of a served copy's weights.
     parallel: tensor, pipeline, data; None where it is to be derived.
+    devices_key, budget_key: the settings of the profile that say `devices` and `budget_gb`.
+    serve_key: the one that says how the server is started.
     """
 
     what: str
@@ -49,6 +51,9 @@ class Answering:
     rows: int = 32
     weight_bytes: float = 2.0
     parallel: tuple[int, int, int] | None = None
+    devices_key: str = ""
+    budget_key: str = ""
+    serve_key: str = "serve"
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,6 @@ def _by_server(work: Answering, rows: Rows, hardware: Hardware) -> Answered:
     # 2. how many answers a copy has at once: as the cache holds, and as vLLM takes
     a_replica = math.ceil(work.answers / replicas)
     together = max(1, min(a_replica, MOST_SEQUENCES, int(room // max(1.0, rows.tokens))))
-    # 3. seconds: memory and products at the same time, the longer of the two counts
     # 3. seconds: memory and products at the same time, the longer of the two counts
     reading, decoding = _answering_flops(work, rows)
     seconds = added(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from src.distillation.gpu import FILLED, PROBED
-from src.distillation.teacher_cache import CPU_TOKENS, MOST_TOKENS, CacheTeacherConfig
+from src.distillation.teacher_cache import CPU_TOKENS, MOST_TOKENS, CacheTeacherConfig, kept_bytes, kept_kind
 from src.planning import flops, utilisation
 from src.planning.hardware import Hardware
 from src.planning.memory import GB, Share, attention_kind, grouped, over, reading_memory, spread, weights_problem
@@ -62,11 +62,16 @@ def plan_caching(work: Caching, rows: Rows, hardware: Hardware) -> StagePlan:
     named = [(s.device, reading_memory(teacher, s, traced, tokens, in_file, hardware)) for s in shares]
     # 2. operations and bytes
     work_flops = rows.all * flops.body_forward(teacher, [length])
-    kept = dtype.itemsize * teacher.hidden
+    # rows that measure keep more than a top k
+    measuring = (rows.evaluation + config.validation_fraction * rows.train) * rows.answer_tokens
+    training = answers - measuring
+    kept = measuring * kept_bytes(config, kept_kind(config, True), teacher.hidden)
+    kept += training * kept_bytes(config, kept_kind(config, False), teacher.hidden)
+    if config.engine == "transformers":
+        kept += teacher.vocab * teacher.hidden * dtype.itemsize  # the output matrix
     if config.signal == "topk":
-        kept = 6 * config.top_k  # int32 id, fp16 log-probability
         # a top k is taken of logits, hidden states are kept before them
-        work_flops += flops.head(teacher, round(answers))
+        work_flops += flops.head(teacher, round(training))
     # 3. seconds
     seconds = [computing(work_flops, hardware, utilisation.READING, utilisation.CPU_READING)]
     seconds.append(starting(teacher.weights * dtype.itemsize))
@@ -81,7 +86,7 @@ def plan_caching(work: Caching, rows: Rows, hardware: Hardware) -> StagePlan:
         stage="cache_teacher",
         how=how,
         uses=grouped(named, hardware),
-        disk_gb=(answers * kept + teacher.vocab * teacher.hidden * dtype.itemsize) / GB,
+        disk_gb=kept / GB,
         tokens=rows.all * rows.tokens,
         flops=work_flops,
         hours=hours(*added(*seconds)),

@@ -132,13 +132,8 @@ def caching_options(work: Caching, hardware: Hardware) -> Iterator[Option]:
         yield Option(_so_many(larger), {f"{section}.teacher_devices": list(more)}, replace(work, devices=more), larger)
 
 
-def answering_options(work: Answering, hardware: Hardware, section: str, key: str) -> Iterator[Option]:
-    """From what only takes longer to another copy of the model.
-
-    Args:
-        section: of the profile, for the settings.
-        key: the setting there that names the model's GPUs.
-    """
+def answering_options(work: Answering, hardware: Hardware, section: str) -> Iterator[Option]:
+    """From what only takes longer to another copy of the model; `section` is the profile's."""
     # 0.85: room beside the weights for keys, values and activations
     every, budget = tuple(range(hardware.count)), round(0.85 * hardware.device.memory_gb, 1)
     rows = work.rows
@@ -148,11 +143,12 @@ def answering_options(work: Answering, hardware: Hardware, section: str, key: st
     # one row at a time from here on; 0, as many as fit, stays 0
     derived = replace(work, rows=min(work.rows, 1), parallel=None, budget_gb=budget)
     if work.served:
-        settings = {"serve.tensor_parallel": None, "serve.data_parallel": None, f"{section}.gpu_memory_gb": budget}
+        sizes = {f"{work.serve_key}.{name}": None for name in ("tensor_parallel", "data_parallel")}
+        settings = sizes | {work.budget_key: budget}
         yield Option("tensor x data parallelism by what the GPUs hold", settings, derived, hardware)
     wide = replace(derived, devices=every)
     if len(work.devices) < hardware.count:
-        settings = {f"{section}.{key}": list(every), f"{section}.gpu_memory_gb": budget}
+        settings = {work.devices_key: list(every), work.budget_key: budget}
         yield Option(f"the model over all {len(every)} GPUs", settings, wide, hardware)
     if not hardware.is_cpu:
         # bytes a weight
@@ -161,7 +157,7 @@ def answering_options(work: Answering, hardware: Hardware, section: str, key: st
                 copy = replace(wide, served=True, weight_bytes=size)
                 yield Option(f"a copy in {words} behind a server, named as serve.model", {}, copy, hardware)
     for larger, more in more_gpus(hardware, work.model.layers):
-        yield Option(_so_many(larger), {f"{section}.{key}": list(more)}, replace(derived, devices=more), larger)
+        yield Option(_so_many(larger), {work.devices_key: list(more)}, replace(derived, devices=more), larger)
 
 
 def more_gpus(hardware: Hardware, layers: int) -> Iterator[tuple[Hardware, tuple[int, ...]]]:
@@ -197,14 +193,14 @@ def caching_change(work: Caching, rows: Rows, hardware: Hardware) -> Change | No
     return _nearest(caching_options(work, hardware), lambda option: plan_caching(option.work, rows, option.hardware))
 
 
-def answering_change(work: Answering, rows: Rows, hardware: Hardware, section: str, key: str) -> Change | None:
+def answering_change(work: Answering, rows: Rows, hardware: Hardware, section: str) -> Change | None:
     """The first option with which it fits; see `answering_options`."""
 
     def plan(option: Option) -> StagePlan:
         found = plan_answering(option.work, rows, option.hardware)
         return answered_stage(section, [("", found)], rows, work.answers, option.hardware)
 
-    return _nearest(answering_options(work, hardware, section, key), plan)
+    return _nearest(answering_options(work, hardware, section), plan)
 
 
 def fits(found: Answered, hardware: Hardware) -> bool:

@@ -11,7 +11,7 @@ from src.planning.changes import answering_change, caching_change, fits, trainin
 from src.planning.hardware import Hardware, parse_gpus, this_machine
 from src.planning.result import Change, ModelSize, Plan, StagePlan
 from src.planning.rows import read_rows
-from src.planning.setup import Setup, caching, evaluation, generation, open_setup, trainings
+from src.planning.setup import Setup, caching, evaluation, generation, open_setup, read_serve, trainings
 from src.planning.shapes import Shapes
 from src.planning.training import adapters_of, plan_training
 from src.utils.common import ROOT, UserError
@@ -80,7 +80,10 @@ def _hardware(profile: dict[str, Any], gpus: str | Hardware | None) -> Hardware:
         return parse_gpus(str(wanted))
     sections = [section for section in profile.values() if isinstance(section, dict)]
     # without a size nothing can be said of GPUs, and a plan for the processor would be of another run
-    if any(section.get(key) for section in sections for key in ("teacher_devices", "student_devices")):
+    named = [section.get(key) for section in sections for key in ("teacher_devices", "student_devices")]
+    # and those of the servers, one for all stages or a stage's own
+    named += [(read_serve(said.get("serve"), "serve") or {}).get("devices") for said in (profile, *sections)]
+    if any(named):
         raise UserError("the profile names GPUs, but not of what size; pass --gpus 8x40 (how many x GB each)")
     return this_machine()
 
@@ -91,7 +94,7 @@ def _generation(setup: Setup) -> StagePlan:
     stage = answered_stage("generate_sft_data", [("teacher", found)], setup.rows, work.answers, setup.hardware)
     if stage.fits:
         return stage
-    change = answering_change(work, setup.rows, setup.hardware, "generate_sft_data", "teacher_devices")
+    change = answering_change(work, setup.rows, setup.hardware, "generate_sft_data")
     return _with(stage, change)
 
 
@@ -122,7 +125,7 @@ def _evaluation(setup: Setup) -> StagePlan:
     for (role, work), (_, found) in zip(arms, parts, strict=True):
         if role not in changed and not fits(found, setup.hardware):  # the students are alike
             changed.add(role)
-            change = answering_change(work, setup.rows, setup.hardware, "evaluate_distillation", f"{role}_devices")
+            change = answering_change(work, setup.rows, setup.hardware, "evaluate_distillation")
             stage = _with(stage, change and replace(change, of=role))
     return stage
 

@@ -109,12 +109,37 @@ def caching(setup: Setup) -> Caching | None:
     if setup.section("run_improved_kd").get("teacher_signal") == "online":
         return None
     config, apart = typed(setup, "cache_teacher", CacheTeacherConfig, ("cpu_offload",))
-    devices = setup.devices(config.teacher_devices, "cache_teacher.teacher_devices")
+    wanted, key = config.teacher_devices, "cache_teacher.teacher_devices"
+    if config.engine == "openai":
+        setup.notes.append(
+            "cache_teacher asks a server for its top k; it is planned as if the stage read the weights itself"
+        )
+        serve = config.started_server
+        if serve and serve.devices:  # as in `_answering`
+            wanted, key = serve.devices, "serve.devices"
+    devices = setup.devices(wanted, key)
     return Caching(setup.teacher, config, devices, bool(apart.get("cpu_offload")) and not setup.hardware.is_cpu)
 
 
 def _setting(section: Mapping[str, Any], name: str) -> Any:
     return section.get(name, getattr(EngineSettings(), name))
+
+
+def read_serve(said: Any, where: str) -> dict[str, Any] | None:
+    """What is said of a server, as a mapping or as JSON of one; None where nothing is.
+
+    Raises:
+        UserError: it is no mapping; names `where` it stands.
+    """
+    if said is None or said == "":
+        return None
+    try:
+        said = json.loads(said) if isinstance(said, str) else said
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg}): {said}") from None
+    if not isinstance(said, dict):
+        raise UserError(f"{where} must be a mapping such as {{command: vllm}}, found {said!r}")
+    return said
 
 
 def _serve(setup: Setup, section: Mapping[str, Any], name: str) -> dict[str, Any] | None:
@@ -123,16 +148,10 @@ def _serve(setup: Setup, section: Mapping[str, Any], name: str) -> dict[str, Any
     Raises:
         UserError: it is no mapping.
     """
-    said = section.get("serve", setup.profile.get("serve")) or None
-    try:
-        said = json.loads(said) if isinstance(said, str) else said
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}.serve is not JSON ({error.msg}): {said}") from None
-    if said is not None and not isinstance(said, dict):
-        raise UserError(f"{name}.serve must be a mapping such as {{command: vllm}}, found {said!r}")
+    said = read_serve(section.get("serve", setup.profile.get("serve")), f"{name}.serve")
     if said is None and section.get("engine") == "openai":
         setup.notes.append(f"{name} asks a server that runs elsewhere; it is planned as if it ran on these GPUs")
-    # a server without settings: {} stands for all defaults, None for no server
+    # {}: all defaults
     if said is None and section.get("engine") in ("vllm", "openai"):
         return {}
     return said
@@ -152,32 +171,48 @@ def weight_bytes(name: str) -> float:
 
 
 def _answering(setup: Setup, section: dict[str, Any], what: str, model: Shapes, answers: int,
-               devices_key: str, name: str) -> Answering:  # fmt: skip
+               devices_name: str, name: str) -> Answering:  # fmt: skip
     serve = _serve(setup, section, name)
     # 1. who answers: transformers, the server that the stage starts, or one elsewhere
     served = serve is not None and not setup.hardware.is_cpu
     serve = serve or {}
     # an FP8 or 4-bit copy answers in the teacher's place; students have none
     stands_in = str(serve.get("model", "")) if model is setup.teacher else ""
-    wanted = section.get(devices_key) or (serve.get("devices") if served and model is setup.teacher else None)
-    own = section.get("gpu_memory_gb") or serve.get("gpu_memory_gb") or EngineSettings().gpu_memory_gb
-    # 2. on what
-    tensor, data = serve.get("tensor_parallel"), serve.get("data_parallel")
-    devices = setup.devices(wanted, f"{name}.{devices_key}")
-    # sizes that do not fit on the GPUs at hand are derived anew
-    fixed = model is setup.teacher and tensor and data and tensor * data <= len(devices)
+    # 2. on what: the server's own settings stand over the stage's (`engines.stage_serve`, `serving.teacher_server`)
+    serve_key = f"{name}.serve" if "serve" in section else "serve"
+    devices_key, wanted = f"{name}.{devices_name}", section.get(devices_name)
+    budget_key, budget = f"{name}.gpu_memory_gb", section.get("gpu_memory_gb")
+    if serve.get("devices"):
+        devices_key, wanted = f"{serve_key}.devices", serve["devices"]
+    if serve.get("gpu_memory_gb"):
+        budget_key, budget = f"{serve_key}.gpu_memory_gb", serve["gpu_memory_gb"]
+    devices = setup.devices(wanted, devices_key)
     return Answering(
         what=what,
         model=model,
         answers=answers,
         new_tokens=section.get("max_new_tokens", 768),
         devices=devices,
-        budget_gb=float(own),
+        budget_gb=float(budget or EngineSettings().gpu_memory_gb),
         served=served,
         rows=_setting(section, "batch_size"),
         weight_bytes=weight_bytes(stands_in),
-        parallel=(tensor, 1, data) if fixed else None,
+        parallel=_parallel(serve, len(devices)),
+        devices_key=devices_key,
+        budget_key=budget_key,
+        serve_key=serve_key,
     )
+
+
+def _parallel(serve: Mapping[str, Any], gpus: int) -> tuple[int, int, int] | None:
+    """Tensor, pipeline and data parallelism as they are set; None where they are to be derived."""
+    tensor, data = serve.get("tensor_parallel"), serve.get("data_parallel")
+    if not (tensor or data):
+        return None
+    # one that is not said follows from the other, as in `serving.sizes`
+    tensor, data = tensor or gpus // data, data or gpus // tensor
+    # sizes that do not fit on the GPUs at hand are derived anew
+    return (tensor, 1, data) if 0 < tensor * data <= gpus else None
 
 
 def generation(setup: Setup) -> Answering:
@@ -199,5 +234,8 @@ def evaluation(setup: Setup) -> list[tuple[str, Answering]]:
     for arm in section.get("arms", ["base", "sft", "kd", "teacher"]):
         role, key = ("teacher", "teacher_devices") if arm == "teacher" else ("student", "student_devices")
         model = setup.teacher if role == "teacher" else setup.student
-        found.append((role, _answering(setup, section, arm, model, answers, key, "evaluate_distillation")))
+        own = section
+        if role == "teacher" and section.get("teacher_base_url"):  # a server that runs elsewhere, whatever serve says
+            own = section | {"serve": None, "engine": "openai"}
+        found.append((role, _answering(setup, own, arm, model, answers, key, "evaluate_distillation")))
     return found

@@ -56,6 +56,7 @@ OVERLAID = {
 }  # fmt: skip
 OVERLAID_ABOVE = ("gpus", "launch", "serve")  # keys above the sections
 STEP_ROWS = {"batch_size": 1, "gradient_accumulation_steps": 32}  # their product is the rows of a step; the defaults
+OTHER_NAME = "per_device_train_batch_size"  # of batch_size
 NO_OVERLAY = ("", "none")
 
 # Settings that there were, and what to say instead.
@@ -227,7 +228,7 @@ def _read_overlay(path: Path) -> dict[str, Any]:
 def step_sizes(training: dict[str, Any]) -> dict[str, Any]:
     """What a profile's section run_improved_kd says of `STEP_ROWS`, under these names, or their defaults."""
     # under either of its names
-    said = {"batch_size": training.get("per_device_train_batch_size")} | training
+    said = {"batch_size": training.get(OTHER_NAME)} | training
     return {name: default if said.get(name) is None else said[name] for name, default in STEP_ROWS.items()}
 
 
@@ -238,15 +239,21 @@ def rows_of_a_step(training: dict[str, Any]) -> int | None:
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
-def _laid_over(profile: dict[str, Any], overlay: dict[str, Any], where: Path) -> dict[str, Any]:
-    """A profile's section run_improved_kd with an overlay's over it.
+def _laid_over(profile: dict[str, Any], overlay: dict[str, Any], where: Path, profile_wins: bool) -> dict[str, Any]:
+    """A profile's section run_improved_kd with an overlay's over it, or under it.
 
     Raises:
         UserError: a step would be of other rows.
     """
-    merged = profile | overlay
+    # 1. the profile without the sizes of a step that it leaves open: null says nothing
+    names = (*STEP_ROWS, OTHER_NAME)
+    own = {name: value for name, value in profile.items() if name not in names or value is not None}
+    # 2. the sizes of a step are the profile's or the overlay's, both: one of each would make steps of other rows
+    if profile_wins and any(name in own for name in names):
+        overlay = {name: value for name, value in overlay.items() if name not in names}
     if "batch_size" in overlay:
-        merged.pop("per_device_train_batch_size", None)  # its other name
+        own.pop(OTHER_NAME, None)
+    merged = overlay | own if profile_wins else own | overlay
     before, after = rows_of_a_step(profile), rows_of_a_step(merged)
     if before != after:
         raise UserError(
@@ -285,8 +292,7 @@ def read_merged(path: str | Path, hardware: str | None = None) -> dict[str, Any]
     for key, value in _read_overlay(file).items():
         said = profile.get(key)
         if key == "run_improved_kd":  # with a look at the rows of a step
-            laid = _laid_over(said or {}, value or {}, file)
-            merged[key] = laid | (said or {}) if profile_wins else laid
+            merged[key] = _laid_over(said or {}, value or {}, file, profile_wins)
         # the right side of | wins
         elif key in SECTIONS or (isinstance(value, dict) and isinstance(said, dict)):
             merged[key] = (value or {}) | (said or {}) if profile_wins else (said or {}) | (value or {})

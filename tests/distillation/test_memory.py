@@ -272,7 +272,12 @@ def test_caching_goes_on_in_smaller_passes(settings, monkeypatch, caplog):
 
     monkeypatch.setattr(teacher_cache, "model_reader", limited)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    config.overwrite = True
+    config.overwrite, config.tokens_per_shard = True, 400
     again = make_cache(config)
-    assert again["rows"] == whole["rows"]
-    assert "out of GPU memory; passes of 256 tokens" in caplog.text
+    assert again["rows"].keys() == whole["rows"].keys()
+    said = [record.message for record in caplog.records if "out of GPU memory" in record.message]
+    assert len(again["shards"]) > 2
+    # 4096, 2048, ... 256, once; the next files begin with what was enough for the one before
+    assert [message.partition(" (")[0] for message in said] == [
+        f"out of GPU memory; passes of {tokens} tokens" for tokens in (2048, 1024, 512, 256)
+    ]

@@ -1,5 +1,6 @@
 """On-policy rounds: what a step learns from, that nothing is lost with a kill, and that idle settings do nothing."""
 
+import contextlib
 import re
 import shutil
 import time
@@ -380,6 +381,22 @@ def test_a_round_has_the_ids_that_the_student_drew(whole, tiny_teacher):
     spelt = [encode_row(tokenizer, row, 258) for row in clean if row["messages"][-1]["content"]]
     assert any(row.response_ids != learnt[row.id] for row in spelt), "a text gives them all: no test of it"
     assert read_json(folder / "round.json")["encoded_otherwise"] == 0
+
+
+def test_the_disk_is_asked_for_answers_with_their_ids_as_they_came_and_to_learn_from(tmp_path, monkeypatch):
+    """The longest answers that there can be, of 4 letters and 6 digits a token."""
+    asked, length = [], 2048
+    requests = [Request(f"q{i}", 0, "", "Hi", i, Sampling(max_new_tokens=length)) for i in range(3)]
+    plan = rounds.RoundPlan(rounds.Round(1, 0, 3), tmp_path, requests, None, False, {})
+    answers = [answer_row(r, "it", "word" * length, "length", length, [151_643] * length) for r in requests]
+    student = contextlib.nullcontext(lambda *_: [answers])
+    monkeypatch.setattr(rounds, "_student", lambda *_: student)
+    monkeypatch.setattr(rounds, "require_disk", lambda folder, needed, what: asked.append(needed))
+    rounds._begin(plan)
+    rounds._answer(KDConfig(), plan)
+    rounds._write_clean(tmp_path, requests, answers, 151_669)
+    written = sum(path.stat().st_size for path in (tmp_path / "sft").iterdir())
+    assert written <= asked[0] <= 1.1 * written
 
 
 def test_what_a_run_says_of_its_rounds_is_true(settings, monkeypatch):

@@ -19,7 +19,7 @@ from src.distillation.kd_config import ON_POLICY, SECTION, KDConfig
 from src.distillation.sweep import Outcome, idle_settings, make_plan, read_grid, results, run_plan
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.report.sweep import csv_text, markdown, plot
-from src.utils.common import ROOT, UserError, read_json, read_jsonl
+from src.utils.common import ROOT, Progress, UserError, read_json, read_jsonl
 from src.utils.config import build_config, read_profile
 from src.utils.stages import hold
 
@@ -337,6 +337,34 @@ def test_two_sweeps_do_not_share_a_folder(values, tmp_path, monkeypatch, here):
         run_script(monkeypatch, *words)
     assert here == []
     assert not (folder / "sweep.json").exists()
+
+
+@pytest.mark.parametrize(("guard_is_there", "error"), [(True, KeyboardInterrupt), (False, OSError)])
+def test_nothing_is_left_of_a_run_that_is_interrupted(values, tmp_path, monkeypatch, guard_is_there, error):
+    """A terminal's Ctrl-C reaches the sweep alone, not the run's guard; where that cannot be had, the run ends."""
+    run = next(iter(plan_of(values, tmp_path / "sweep", "--alpha 0 1").runs.values()))
+    started: list[subprocess.Popen] = []
+    sessions: list[int] = []
+    popen = subprocess.Popen
+
+    def start(*words, **named):
+        if started and not guard_is_there:
+            raise OSError("no more processes")
+        started.append(popen(*words, **named))
+        return started[-1]
+
+    def interrupted(_):
+        sessions.extend(os.getsid(process.pid) for process in started)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(sweep, "POLL", 0.5)
+    monkeypatch.setattr(sweep, "_last_row", interrupted)
+    monkeypatch.setattr(sweep, "command_of", lambda run: [sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(error), Progress(1, "sweep") as progress:
+        sweep._make(run, True, progress)
+    assert sessions == ([process.pid for process in started] if guard_is_there else [])
+    assert all(process.poll() is not None for process in started)
 
 
 def unfinished(folder: Path) -> list[Path]:

@@ -233,6 +233,21 @@ def test_the_tokenizer_of_a_cache_is_the_one_it_was_made_with(config):
         cached_tokenizer(folder, index)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"signal": "topk"}, {"signal": "topk", "bf16": True, "temperatures": [1.0]}, {"bf16": True}]
+)
+def test_the_disk_is_asked_for_what_is_written(config, monkeypatch, changes):
+    """Rows that measure keep hidden states beside the top k of the others, which has a sum for each temperature."""
+    asked = []
+    monkeypatch.setattr(teacher_cache, "require_disk", lambda folder, needed, what: asked.append(needed))
+    config = config(validation_fraction=0.2, tokens_per_shard=10**6, **changes)
+    make_cache(config)
+    files = list(Path(config.experiment_dir).glob("teacher_cache/*.safetensors"))
+    written = sum(path.stat().st_size for path in files)
+    [needed] = asked
+    assert needed / 1.1 <= written <= needed / 1.1 + 1000 * len(files), "each has a header of less than 1 kB"
+
+
 def test_two_rows_of_one_name_and_a_full_disk(config, clean_rows, write_sft, monkeypatch):
     config = config()
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())

@@ -9,12 +9,15 @@ import torch
 from rich.console import Console
 
 from src.distillation.base import LORA_TARGETS, config_folder
+from src.distillation.engines import EngineSettings, stage_serve
+from src.distillation.serving import students_server, teacher_server
 from src.planning import changes, trace
+from src.planning.caching import plan_caching
 from src.planning.hardware import Device, Hardware
 from src.planning.plan import make_plan
 from src.planning.report import as_json, duration, lines, print_plan
 from src.planning.rows import Rows
-from src.planning.setup import weight_bytes
+from src.planning.setup import caching, evaluation, generation, open_setup, trainings, weight_bytes
 from src.planning.trace import LiveBytes, Pass
 from src.planning.training import plan_training
 from src.utils.common import ROOT, UserError
@@ -103,6 +106,40 @@ def test_a_teacher_that_is_streamed(profile):
     assert streamed.uses[0].memory.weights < whole.uses[0].memory.weights
     assert streamed.hours[1] > whole.hours[1]
     assert "streamed from the machine's memory" in streamed.how
+
+
+@pytest.mark.parametrize(
+    ("signal", "training", "measuring"),
+    # bf16 states of 48 numbers; 6 bytes for each of 8 tokens and 4 for each of 3 temperatures
+    [("hidden", 2 * 48, 2 * 48), ("topk", 6 * 8 + 4 * 3, 2 * 48)],
+)
+def test_what_a_cache_takes_of_the_disk(profile, signal, training, measuring):
+    """Rows that measure, a tenth of those to train on and all to evaluate, keep hidden states beside a top k."""
+    profile["cache_teacher"] |= {
+        "signal": signal, "top_k": 8, "temperatures": [1.0, 2.0, 4.0], "validation_fraction": 0.1
+    }  # fmt: skip
+    rows = Rows(400, 20, 90, 300, "")
+    setup = open_setup(profile, gpus(1, 40), rows)
+    stage = plan_caching(caching(setup), rows, setup.hardware)
+    wanted = 300 * (360 * training + (40 + 20) * measuring) + setup.teacher.vocab * 48 * 2
+    assert stage.disk_gb * 1e9 == pytest.approx(wanted)
+
+
+def test_a_cache_that_a_server_is_asked_for_is_said_to_be_planned_without_it(profile):
+    rows = Rows(400, 20, 90, 300, "")
+    profile["serve"] = {"command": "vllm", "devices": [1]}
+    profile["cache_teacher"] |= {"signal": "topk", "top_k": 8, "temperatures": [1.0]}
+    setup = open_setup(profile, gpus(2, 40), rows)
+    assert (caching(setup).devices, setup.notes) == ((0,), []), "the stage reads the weights itself"
+    profile["cache_teacher"]["engine"] = "openai"
+    setup = open_setup(profile, gpus(2, 40), rows)
+    assert caching(setup).devices == (1,)
+    assert setup.notes == [
+        "cache_teacher asks a server for its top k; it is planned as if the stage read the weights itself"
+    ]
+    assert plan_caching(caching(setup), rows, setup.hardware).disk_gb * 1e9 == pytest.approx(
+        300 * (380 * (6 * 8 + 4) + (20 + 20) * (8 * 8 + 4))
+    ), "a twentieth of the rows to train on measures"
 
 
 def test_settings_of_others_are_read(profile):
@@ -208,6 +245,57 @@ def test_a_server_is_given_more_gpus(profile):
     assert "parallelism" in stage.changes[0].words
 
 
+def planned_answers(profile, hardware):
+    """Of the teacher to all prompts; of the student and the teacher in the evaluation."""
+    setup = open_setup(profile, hardware, Rows(400, 20, 90, 300, ""))
+    return [generation(setup), *(work for _, work in evaluation(setup))]
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_what_serve_says_stands_over_what_the_stage_says(profile, above):
+    """As it does where the server is started: the teacher's, and the students' too."""
+    serve = {"command": "vllm", "devices": [2, 3], "gpu_memory_gb": 20.0, "tensor_parallel": 2}
+    stage = {"teacher_devices": [0, 1], "gpu_memory_gb": 30.0} | ({} if above else {"serve": serve})
+    profile |= {"serve": serve} if above else {}
+    profile["generate_sft_data"] = stage
+    profile["evaluate_distillation"] = stage | {"student_devices": [1], "arms": ["base", "teacher"]}
+    said = stage_serve(EngineSettings(serve=json.dumps(serve), gpu_memory_gb=30.0))
+    teacher = teacher_server(said, profile["teacher_model_name_or_path"], [0, 1])
+    student = students_server(said, profile["model_name_or_path"], {}, [1])
+    found = planned_answers(profile, gpus(4, 40))
+    names = ("generate_sft_data", "evaluate_distillation", "evaluate_distillation")
+    for work, started, name in zip(found, (teacher, student, teacher), names, strict=True):
+        assert work.devices == started.devices == (2, 3)
+        assert work.budget_gb == said.gpu_memory_gb == 20.0
+        assert work.parallel == (2, 1, 1), "data parallelism follows"
+        key = "serve" if above else f"{name}.serve"
+        assert (work.devices_key, work.budget_key) == (f"{key}.devices", f"{key}.gpu_memory_gb")
+
+
+def test_a_change_is_to_the_setting_that_counts(profile):
+    """Of four GPUs, one that does not hold the model: what is said in serve is not changed in the section."""
+    profile["serve"] = {"command": "vllm", "devices": [0], "gpu_memory_gb": 0.0001}
+    [change] = stages(make_plan(profile, gpus(4, 40)))["generate_sft_data"].changes
+    assert change.settings["serve.gpu_memory_gb"] == 34.0
+    assert not any(key.startswith("generate_sft_data.") for key in change.settings)
+    profile["serve"] |= {key.partition(".")[2]: value for key, value in change.settings.items()}
+    assert stages(make_plan(profile, gpus(4, 40)))["generate_sft_data"].fits
+
+
+def test_a_teacher_that_a_server_elsewhere_answers_as_is_not_the_copy_that_serve_names(profile):
+    profile["serve"] = {"command": "vllm", "model": "copy-FP8", "devices": [1]}
+    profile["evaluate_distillation"] = {"arms": ["teacher"], "teacher_base_url": "http://elsewhere/v1"}
+    [_, teacher] = planned_answers(profile, gpus(2, 40))
+    assert (teacher.weight_bytes, teacher.devices) == (2.0, (0,))
+
+
+def test_gpus_of_a_server_want_a_size_too(profile):
+    for serve in ({"devices": [0]}, '{"devices": [0]}'):
+        for named in ({"serve": serve}, {"generate_sft_data": {"serve": serve}}):
+            with pytest.raises(UserError, match="pass --gpus 8x40"):
+                make_plan(profile | named)
+
+
 @pytest.mark.parametrize(
     ("serve", "said"), [("{", "serve is not JSON"), ([1], "must be a mapping"), ("[1]", "must be a mapping")]
 )
@@ -224,8 +312,6 @@ def test_a_server_elsewhere_is_said(profile):
 
 
 def test_a_smaller_pass_is_tried_before_another_machine(profile):
-    from src.planning.setup import open_setup, trainings
-
     rows = Rows(400, 20, 90, 300, "")
     setup = open_setup(profile, gpus(1, 40), rows)
     work = trainings(setup)[1]

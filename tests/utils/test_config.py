@@ -356,6 +356,31 @@ def test_which_overlay(lay, tmp_path):
     refused("--hardware 3x3: no such overlay; there are 1x80, 2x24, 4x40, 8x40, and none", read_merged, profile, "3x3")
 
 
+@pytest.mark.parametrize(("said", "sizes"), [
+    ({}, {"batch_size": 4, "gradient_accumulation_steps": 8}),
+    ({"gradient_accumulation_steps": None}, {"batch_size": 4, "gradient_accumulation_steps": 8}),
+    ({"per_device_train_batch_size": None}, {"batch_size": 4, "gradient_accumulation_steps": 8}),
+    ({"gradient_accumulation_steps": 32}, {"gradient_accumulation_steps": 32}),
+    ({"batch_size": 2}, {"batch_size": 2}),
+    ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 16},
+     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 16}),
+    ({"batch_size": 8, "gradient_accumulation_steps": 8}, {"batch_size": 8, "gradient_accumulation_steps": 8}),
+])  # fmt: skip
+def test_a_step_has_the_rows_of_the_profile_that_names_its_overlay(lay, tmp_path, said, sizes):
+    """One size of the profile's with the other of the overlay's would be steps of other rows."""
+    profile = {"hardware": str(tmp_path / "machine.yaml"), "run_improved_kd": {"tokens_per_batch": 9} | said}
+    overlay = {"batch_size": 4, "gradient_accumulation_steps": 8, "gradient_checkpointing": True, "tokens_per_batch": 7}
+    lay(profile, {"run_improved_kd": overlay})
+    merged = read_merged(tmp_path / "profile.yaml")["run_improved_kd"]
+    assert merged == {"tokens_per_batch": 9, "gradient_checkpointing": True} | sizes
+    assert build_config(KDConfig, merged).rows_per_step == rows_of_a_step(profile["run_improved_kd"])
+    (tmp_path / "machine.yaml").write_text("run_improved_kd: {batch_size: 7}")
+    if not any(said.values()):
+        refused("steps of 224 rows, the profile has 32", read_merged, tmp_path / "profile.yaml")
+    else:
+        assert rows_of_a_step(read_merged(tmp_path / "profile.yaml")["run_improved_kd"]) == rows_of_a_step(said)
+
+
 def test_the_flag_reaches_a_stage_and_wants_a_profile(load, tmp_path):
     overlay = tmp_path / "machine.yaml"
     overlay.write_text("run_improved_kd: {tokens_per_batch: 77}")
