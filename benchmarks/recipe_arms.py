@@ -74,6 +74,7 @@ CANDIDATES = candidates()
 # for them, and go on from KD towards that target.
 OFF_POLICY = SOFT | SAMPLED | {"alpha": 0.5}
 ON_POLICY = SOFT | SAMPLED | {"divergence": "jsd"}
+MINILLM = SOFT | {"divergence": "reverse_kl"}
 
 ARMS = [
     Arm("sft", "SFT (alpha = 0)", {"alpha": 0.0}),
@@ -89,4 +90,8 @@ ARMS = [
     Arm("on_policy_after", "KD, then on-policy", on_policy(1.0, STEPS // 2, **ON_POLICY), STEPS // 2, "kd_begun"),
     # the control of the arm before: the same objective on the teacher's answers, a second warm-up and schedule
     Arm("kd_after", "KD, then KD", ON_POLICY, STEPS // 2, "kd_begun"),
+    # the same three towards the whole softmax, with the divergence that on-policy rounds are to lower (MiniLLM's)
+    Arm("soft_begun", "half of the steps of KD, T = 1", SOFT, STEPS // 2),
+    Arm("on_policy_soft", "KD, T = 1, then on-policy", on_policy(1.0, STEPS // 2, **MINILLM), STEPS // 2, "soft_begun"),
+    Arm("soft_after", "KD, T = 1, then reverse KL", MINILLM, STEPS // 2, "soft_begun"),
 ]

@@ -107,8 +107,8 @@ RUN_BY = {
         f"{BENCHMARKS}::test_teacher_generation_writes_its_record",
     "python benchmarks/sweep_generation.py --mode medium --output benchmarks/results/sweep_generation.json":
         f"{BENCHMARKS}::test_sweep_generation_asks_both_for_the_same_answers",
-    f"python scripts/run_improved_kd.py {EMBEDDED} --temperature 1 --teacher_temperature 0.2 --teacher_top_k 20 "
-    "--teacher_top_p 0.9":
+    f"python scripts/run_improved_kd.py {EMBEDDED} --temperature 2.5 --alpha 0.8 --teacher_temperature 2.5 "
+    "--teacher_top_k 0 --teacher_top_p 1":
         "tests/distillation/test_kd.py::test_what_the_teachers_sampling_kept_is_a_setting_of_the_run",
     f"python scripts/run_improved_kd.py {EMBEDDED} --on_policy_rounds 5 --on_policy_fraction 0.5":
         "tests/distillation/test_rounds.py::test_a_run_killed_anywhere_ends_as_an_uninterrupted_one",
