@@ -306,7 +306,7 @@ def candidate_table(results: dict[str, Any]) -> list[str]:
     for facts in results["candidates"]:
         cells = [f"{100 * facts['accuracy'][cell]:.1f}" for cell in CELLS]
         cells += [f"{100 * facts['mean_accuracy']:.1f}", signed(facts["less_than_best"], 100, 1)]
-        lines.append(row([f"`{facts['name']}`", *cells]))
+        lines.append(row([facts["name"], *cells]))
     return lines
 
 
