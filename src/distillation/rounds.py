@@ -545,7 +545,7 @@ def _write_clean(folder: Path, requests: list[Request], answers: list[dict[str, 
 
     Their `response_ids` are what the student sampled, where the engine told it: from an early student some hold a word
     that its tokenizer would cut in another way, and the teacher is to judge what was sampled. An answer with a token
-    that only the padding of the student's logits has is left out.
+    that only the padding of the student's logits has is learned from as text: the teacher may have no such row.
     """
     # stored as they came; learned from in the order of the requests, whatever engine answered
     by_key = {(row["id"], row["sample_index"]): row for row in answers}
@@ -557,7 +557,7 @@ def _write_clean(folder: Path, requests: list[Request], answers: list[dict[str, 
             continue
         ids = answer.get("token_ids")
         if ids is not None and max(ids, default=0) >= vocab_size:
-            continue
+            ids = None
         text = answer["response"]
         if answer["finish_reason"] == "length":
             text = text.rstrip("\ufffd")  # what is decoded of a character of which the cut has left a part
@@ -621,10 +621,9 @@ def round_facts(
 
     rows, tokens: what is learned from; `tokens_read` with the prompts, as the teacher reads them.
     ended, truncated, empty: of all answers; an empty one may be either.
-    encoded_otherwise: rows that have another number of tokens than were sampled: no ids were told, so that the text is
-        what is learned from.
-    left_out: answers that are not learned from: too long, refused by a server, cut before they said a thing, or with a
-        token that no text has.
+    encoded_otherwise: rows that have another number of tokens than were sampled: their ids were not told, or not all of
+        them are tokens, so that the text is what is learned from.
+    left_out: answers that are not learned from: too long, refused by a server, or cut before they said a thing.
     """
     reasons = Counter(row["finish_reason"] for row in answers)
     sampled = {(row["id"], row["sample_index"]): row["num_tokens"] for row in answers}

@@ -24,6 +24,7 @@ from src.distillation.base import (
     load_tokenizer,
     meta_model,
     model_bytes,
+    response_ids,
 )
 from src.distillation.batching import Pair, StepOrder, Tokenizers, TrainingData, is_validation, read_clean
 from src.distillation.kd import run_kd_pipeline
@@ -360,9 +361,10 @@ def test_what_was_sampled_is_learned_from_and_not_how_its_text_is_spelt(tmp_path
     assert size <= 299, "the last answer's token is padding"
     rounds._write_clean(tmp_path, requests, answers, size)
     pairs = rounds.read_own_pairs(tmp_path, Tokenizers(tokenizer, tokenizer), max_length=80)
-    assert [pair.student.response_ids for pair in pairs] == [(67, 258, 66, 258), (67, 66, 65, 64), (258,)]
+    sampled_ids = [(67, 258, 66, 258), (67, 66, 65, 64), (258,)]
+    assert [pair.student.response_ids for pair in pairs] == [*sampled_ids, (*response_ids(tokenizer, "ab"), 258)]
     facts = rounds.round_facts(rounds.Round(1, 0, 4), requests, answers, pairs)
-    assert (facts["encoded_otherwise"], facts["left_out"]) == (0, 1)
+    assert (facts["encoded_otherwise"], facts["left_out"]) == (1, 0)
     path = tmp_path / "sft" / "sft_train_data_clean.jsonl"
     write_jsonl(path, [row | {"response_ids": ["67"]} for row in read_jsonl(path)])
     with pytest.raises(UserError, match="response_ids must be a list of token ids"):
@@ -374,13 +376,15 @@ def test_a_round_has_the_ids_that_the_student_drew(whole, tiny_teacher):
     folder = Path(whole["run_dir"]) / "rounds" / "round_01"
     drawn = {row["id"]: row["token_ids"] for row in read_jsonl(folder / "sft" / "sft_train_data.jsonl")}
     pairs = rounds.read_own_pairs(folder, Tokenizers(tokenizer, tokenizer), max_length=256)
+    size = max(tokenizer.get_vocab().values()) + 1  # the tiny models draw from columns of padding too
     learnt = {pair.student.id: pair.student.response_ids for pair in pairs}
-    for row_id, ids in learnt.items():
-        assert list(ids)[: len(drawn[row_id])] == drawn[row_id]
+    exact = [row_id for row_id in learnt if max(drawn[row_id], default=0) < size]
+    for row_id in exact:
+        assert list(learnt[row_id])[: len(drawn[row_id])] == drawn[row_id]
     clean = read_jsonl(folder / "sft" / "sft_train_data_clean.jsonl")
-    spelt = [encode_row(tokenizer, row, 258) for row in clean if row["messages"][-1]["content"]]
+    spelt = [encode_row(tokenizer, row, 258) for row in clean if row["messages"][-1]["content"] and row["id"] in exact]
     assert any(row.response_ids != learnt[row.id] for row in spelt), "a text gives them all: no test of it"
-    assert read_json(folder / "round.json")["encoded_otherwise"] == 0
+    assert read_json(folder / "round.json")["encoded_otherwise"] <= len(learnt) - len(exact)
 
 
 def test_the_disk_is_asked_for_answers_with_their_ids_as_they_came_and_to_learn_from(tmp_path, monkeypatch):
