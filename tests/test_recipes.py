@@ -23,7 +23,7 @@ from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
 from src.evaluation.statistics import crossed, holm
 from src.grading.rows import dataset_row
 from src.utils.common import ROOT, UserError, read_json, read_jsonl, sha256_file, write_jsonl
-from src.utils.config import build_config, read_profile
+from src.utils.config import build_config, read_merged, read_profile
 
 
 def test_every_arm_is_a_run_and_all_take_equally_many_steps():
@@ -348,3 +348,12 @@ def test_what_the_pages_say_of_the_results_is_so():
     assert abs(right["on_policy_after"] - right["kd_begun"]) < 0.02 < right["kd_after"] - right["kd_begun"]
     loops = next(facts for facts in results["candidates"] if facts["name"] == "reverse_kl_sampled")
     assert loops["mean_accuracy"] == 0
+
+
+def test_the_embedded_profile_has_the_winner():
+    profile = read_merged(ROOT / "configs" / "embedded.yaml")
+    training, answers = profile["run_improved_kd"], profile["generate_sft_data"]
+    winner = next(arm for arm in ARMS if arm.name == "kd_sampled")
+    assert {name: training[name] for name in winner.settings} == winner.settings
+    for name in ("temperature", "top_k", "top_p"):  # and its target is what its answers are drawn from
+        assert training[f"teacher_{name}"] == answers[name]
