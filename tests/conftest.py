@@ -10,7 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,16 @@ class TinyModels(NamedTuple):
 
     teacher: str
     student: str
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> Iterator[None]:
+    """Every test finds the project's log as `import` leaves it, whichever test ran a stage before it."""
+    yield
+    log = logging.getLogger("kd")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)  # forgets too which levels it answered for
 
 
 @pytest.fixture(scope="session")

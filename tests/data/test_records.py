@@ -80,8 +80,7 @@ def test_names():
     ]  # fmt: skip
 
 
-def test_the_list_that_is_read_is_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("kd"), "propagate", True)
+def test_the_list_that_is_read_is_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="kd"):
         read(tmp_path / "a.json", json.dumps({"meta": {}, "Instances": RECORDS}))
     assert "a.json: its records are the list 'Instances'" in caplog.text

@@ -319,7 +319,6 @@ def test_no_room_for_a_single_layer(skeletons):
 def test_place_says_what_is_streamed(monkeypatch, tiny_student, caplog):
     skeleton = loading_skeleton(tiny_student, torch.float32, load_in_4bit=True)  # before there seems to be a GPU
     in_4bit = sum(parameter_bytes(skeleton, torch.float32).values()) / 1e9
-    monkeypatch.setattr("src.utils.common.logger.propagate", True)
     caplog.set_level("INFO", "kd")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -112,7 +112,6 @@ def test_the_bytes_of_fp8_are_those_of_its_file_or_twice_as_many(fp8, monkeypatc
 
 def test_an_fp8_teacher_says_what_it_needs(fp8, monkeypatch, caplog):
     caplog.set_level("INFO", "kd")
-    monkeypatch.setattr("src.utils.common.logger.propagate", True)
     load_model(fp8[0], torch.bfloat16)
     assert "laid out in bf16, twice their size: a CPU multiplies no FP8" in caplog.text
     on_gpu(monkeypatch, 8, 0)

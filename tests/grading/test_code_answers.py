@@ -146,7 +146,6 @@ def test_grades_keep_their_order_and_equal_answers_run_once(sandbox, monkeypatch
 @pytest.mark.parametrize(("kind", "outcome"), [("timeout", "wrong"), ("error", "error")])
 def test_out_of_time_is_wrong_and_a_broken_row_is_an_error(sandbox, monkeypatch, caplog, kind, outcome):
     monkeypatch.setattr(graders, "run_tasks", lambda tasks, _: [Verdict(kind, "the reason")] * len(tasks))
-    monkeypatch.setattr(graders.logger, "propagate", True)
     row = continued()
     [found] = graded(sandbox, row, RIGHT["whole program"][0])
     assert (found.outcome, found.strict, found.score) == (outcome, False, 0.0)

@@ -227,7 +227,6 @@ def test_which_time_ran_out(sandbox, code, tests, limits, detail):
 )
 def test_less_than_namespaces_must_be_allowed(monkeypatch, caplog, level, allow, executes, used):
     monkeypatch.setattr(module, "probe", lambda python: (level, "because"))
-    monkeypatch.setattr(module.logger, "propagate", True)
     with caplog.at_level("INFO", "kd"):
         opened = open_sandbox(allow)
     assert (opened.executes, opened.used_level) == (executes, used)

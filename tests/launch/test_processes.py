@@ -173,9 +173,8 @@ def test_memory_that_is_given_back_is_waited_for(smi, caplog):
     assert caplog.text == ""
 
 
-def test_who_holds_a_gpu_is_named(smi, caplog, monkeypatch):
+def test_who_holds_a_gpu_is_named(smi, caplog):
     smi("30000")
-    monkeypatch.setattr("src.launch.processes.logger.propagate", True)
     assert wait_until_free(["3"], patience=0) is False
     assert "GPU 3: 29.3 of 40.0 GiB are held by python (process 4711)" in caplog.text
 

@@ -43,7 +43,6 @@ from src.utils.common import (
 def fresh_logging(monkeypatch):
     """run_cli sets up the logger for good; here each test gets one as it is in a new process."""
     monkeypatch.setattr(common.logger, "handlers", [])
-    monkeypatch.setattr(common.logger, "propagate", True)
     monkeypatch.setattr(common.logger, "level", logging.INFO)
 
 
