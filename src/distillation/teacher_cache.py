@@ -380,9 +380,8 @@ def _make_cache(config: CacheTeacherConfig, name: str, folder: Path, own_answers
 
     # 2. the teacher, and the files that do not depend on the rows
     shards = _shards(rows, lambda row: kept_kind(config, _key(row) in measuring), config.tokens_per_shard)
-    with _opened(config, folder, shards, tokenizer) as source:
-        # training reads the matrix from the run's own cache, which has the same teacher
-        source = replace(source, head=None) if own_answers else source
+    # training reads the matrix from the run's own cache, which has the same teacher
+    with _opened(config, folder, shards, tokenizer, keeps_head=not own_answers) as source:
         start_stage(marker, made_of)  # only now: a teacher that cannot be had leaves no mark
         tokenizer.save_pretrained(folder / "tokenizer")
         if source.head is not None:
@@ -474,18 +473,22 @@ def _index(
 
 @contextlib.contextmanager
 def _opened(
-    config: CacheTeacherConfig, folder: Path, shards: list[_Shard], tokenizer: PreTrainedTokenizerBase
+    config: CacheTeacherConfig,
+    folder: Path,
+    shards: list[_Shard],
+    tokenizer: PreTrainedTokenizerBase,
+    keeps_head: bool,
 ) -> Iterator[_Source]:
     """The teacher, loaded here or behind its server, once the disk is known to have room for what it will say."""
     # tokens that exist; output layers are often padded beyond them
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     if config.engine == "transformers":
-        reader = _open_teacher(config, folder, shards, tokenizer, vocab_size)
+        reader = _open_teacher(config, folder, shards, tokenizer, vocab_size, keeps_head)
         yield _Source(
             lambda shard: _from_weights(shard, reader, config),
             vocab_size,
             reader.logit_map,
-            lambda: reader.head()[:vocab_size].cpu().contiguous(),
+            (lambda: reader.head()[:vocab_size].cpu().contiguous()) if keeps_head else None,
         )
         return
     if config.top_k >= vocab_size:
@@ -517,6 +520,7 @@ def _open_teacher(
     shards: list[_Shard],
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
+    keeps_head: bool,
 ) -> Reader:
     """The teacher's weights, loaded here."""
     name = config.teacher_model_name_or_path
@@ -524,7 +528,7 @@ def _open_teacher(
     device_map = place(name, config.teacher_devices, dtype, config.gpu_memory_gb, config.cpu_offload)
     model = load_model(name, dtype, device_map)
     width = model.get_output_embeddings().weight.shape[1]
-    head = vocab_size * width * dtype.itemsize
+    head = vocab_size * width * dtype.itemsize if keeps_head else 0
     require_disk(folder, 1.1 * (_all_bytes(config, shards, width) + head), "the teacher cache")
     rows = [row for shard in shards for row in shard.rows]
     if config.packing:

@@ -70,9 +70,8 @@ def chosen_stages(first: str, last: str) -> list[str]:
 def said(values: dict[str, Any], stage: str, name: str, default: Any = None) -> Any:
     """What a profile says to a stage: in its section, or above the sections."""
     section = values.get(STAGES[stage]) or {}
-    value = section.get(name)
-    # null in a section says nothing; "" and 0 do
-    value = values.get(name) if value is None else value
+    # as `config.read_profile`: null in a section stands over what is said above it, and leaves the stage its default
+    value = section[name] if name in section else values.get(name)
     return default if value is None else value
 
 

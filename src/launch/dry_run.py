@@ -3,11 +3,13 @@
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from src.distillation.engines import EngineSettings, planned_servers
 from src.distillation.kd_config import KDConfig
-from src.distillation.serving import PlannedServer, room_for_rank
+from src.distillation.rounds import STUDENT, own_serve
+from src.distillation.serving import PlannedServer, room_for_rank, students_server, teacher_server
+from src.distillation.teacher_cache import CacheTeacherConfig
 from src.launch.commands import Command, command_line, device_list, makes_rounds, read_launch, said, serve_of
 from src.launch.profile import Profile, shown
 from src.utils.common import ROOT, UserError, read_json
@@ -22,6 +24,7 @@ class Paths:
     writes: tuple[str, ...]
 
 
+Settings = TypeVar("Settings")
 TIME = "<time>"  # of the start of a run, in the name of its folder
 
 
@@ -116,7 +119,7 @@ def state_of(place: str, made: set[str], experiment: str) -> str:
 def notes_of(stage: str, values: dict[str, Any]) -> list[str]:
     """What follows from the overlay for a stage, in words."""
     notes = []
-    if serve_of(stage, values) and stage in ("generate_sft_data", "evaluate_distillation"):
+    if starts_server(stage, values):
         notes += server_notes(stage, values)
     if stage == "cache_teacher" and said(values, stage, "cpu_offload"):
         notes.append("the teacher's weights stay in the machine's memory and visit the GPU layer by layer")
@@ -125,9 +128,17 @@ def notes_of(stage: str, values: dict[str, Any]) -> list[str]:
     return notes
 
 
+def starts_server(stage: str, values: dict[str, Any]) -> bool:
+    """Whether a stage starts a server: `serve` is said to all of them, and not all ask it."""
+    if stage == "cache_teacher":
+        return said(values, stage, "engine") == "openai" and bool(serve_of(stage, values))
+    if stage == "distil":
+        return makes_rounds(stage, values) and bool(serve_of(stage, values, "on_policy_serve"))
+    return stage in ("generate_sft_data", "evaluate_distillation") and bool(serve_of(stage, values))
+
+
 def server_notes(stage: str, values: dict[str, Any]) -> list[str]:
     """The servers that a stage would start, each with its command; or why that cannot be said here."""
-    teacher = said(values, stage, "teacher_model_name_or_path", "")
     notes = []
     try:
         for server in servers_of(stage, values):
@@ -135,7 +146,9 @@ def server_notes(stage: str, values: dict[str, Any]) -> list[str]:
             notes.append(f"server of the {server.answers_for}, GPUs {on}: {shlex.join(server.words)}")
     except UserError as error:  # a configuration on the hub that cannot be reached from here
         notes.append(f"a server is started whose command cannot be told here: {error}")
-    model = serve_of(stage, values).get("model") or teacher
+    teacher = said(values, stage, "teacher_model_name_or_path", "")
+    # a round's server answers as the student and its adapter, and takes no other model
+    model = teacher if stage == "distil" else serve_of(stage, values).get("model") or teacher
     if model != teacher:
         notes.append(f"its answers are those of another copy of {teacher}, and are stored under its name")
     return notes
@@ -143,25 +156,32 @@ def server_notes(stage: str, values: dict[str, Any]) -> list[str]:
 
 def servers_of(stage: str, values: dict[str, Any]) -> list[PlannedServer]:
     """The servers of a stage, one after the other."""
-    # as the stage itself reads them: what is said, over the defaults
-    names = [one.name for one in fields(EngineSettings)]
-    own = {name: said(values, stage, name) for name in names}
-    settings = build_config(EngineSettings, {name: value for name, value in own.items() if value is not None})
     teacher = said(values, stage, "teacher_model_name_or_path", "")
+    student, student_devices = said(values, stage, "model_name_or_path", ""), said(values, stage, "student_devices")
+    # adapters are not trained yet: their names and rank are what a command line wants of them
+    runs = Path(said(values, stage, "experiment_dir", "outputs/experiment/default")).parent
+    rank = room_for_rank(said(values, "distil", "lora_r", KDConfig.lora_r))
+    if stage == "cache_teacher":
+        config = settings_of(CacheTeacherConfig, stage, values)
+        return [teacher_server(config.started_server, teacher, config.teacher_devices)]
+    if stage == "distil":
+        # of the first round the adapter that it starts from, if there is one; of the others a checkpoint's
+        adapters = {STUDENT: f"{runs}/gpu_optimized_kd_{TIME}/checkpoint-STEP"}
+        serve = own_serve(settings_of(KDConfig, stage, values))
+        return [students_server(serve, student, adapters, device_list(student_devices), rank)]
+    settings = settings_of(EngineSettings, stage, values)
     if stage == "generate_sft_data":
         return planned_servers(settings, teacher)
-    runs = Path(said(values, stage, "experiment_dir", "outputs/experiment/default")).parent
-    # not trained yet: their names and rank are what a command line wants of them
     adapters = {"sft": f"{runs}/sft_control_{TIME}/final_model", "kd": f"{runs}/gpu_optimized_kd_{TIME}/final_model"}
-    rank = (values.get("run_improved_kd") or {}).get("lora_r", KDConfig.lora_r)
     return planned_servers(
-        settings,
-        teacher,
-        base=said(values, stage, "model_name_or_path", ""),
-        adapters=adapters,
-        student_devices=device_list(said(values, stage, "student_devices")),
-        rank=room_for_rank(rank),
+        settings, teacher, base=student, adapters=adapters, student_devices=device_list(student_devices), rank=rank
     )
+
+
+def settings_of(config_class: type[Settings], stage: str, values: dict[str, Any]) -> Settings:
+    """A stage's settings as it reads them itself: what is said, over the defaults."""
+    own = {one.name: said(values, stage, one.name) for one in fields(config_class)}
+    return build_config(config_class, {name: value for name, value in own.items() if value is not None})
 
 
 def step_notes(values: dict[str, Any]) -> list[str]:

@@ -206,7 +206,6 @@ def test_a_file_of_the_right_size_and_other_bytes_is_refused(config, name, damag
 def test_a_long_hashing_is_said(config, monkeypatch, caplog):
     config = config()
     make_cache(config)
-    monkeypatch.setattr(teacher_cache.logger, "propagate", True)
     with caplog.at_level("INFO", logger="kd"):
         opened(config)
         assert "hashed" not in caplog.text
@@ -233,15 +232,17 @@ def test_the_tokenizer_of_a_cache_is_the_one_it_was_made_with(config):
         cached_tokenizer(folder, index)
 
 
+@pytest.mark.parametrize("own_answers", [False, True])
 @pytest.mark.parametrize(
     "changes", [{"signal": "topk"}, {"signal": "topk", "bf16": True, "temperatures": [1.0]}, {"bf16": True}]
 )
-def test_the_disk_is_asked_for_what_is_written(config, monkeypatch, changes):
-    """Rows that measure keep hidden states beside the top k of the others, which has a sum for each temperature."""
+def test_the_disk_is_asked_for_what_is_written(config, monkeypatch, changes, own_answers):
+    """Rows that measure keep hidden states beside the top k of the others, which has a sum for each temperature; a
+    round's own rows measure nothing, and its cache has no head."""
     asked = []
     monkeypatch.setattr(teacher_cache, "require_disk", lambda folder, needed, what: asked.append(needed))
     config = config(validation_fraction=0.2, tokens_per_shard=10**6, **changes)
-    make_cache(config)
+    make_cache(config, own_answers)
     files = list(Path(config.experiment_dir).glob("teacher_cache/*.safetensors"))
     written = sum(path.stat().st_size for path in files)
     [needed] = asked

@@ -1,9 +1,9 @@
-"""The GPUs that a stage is said to work on: those that it is given, and those of the servers that it starts."""
+"""What is said of a stage before it runs: its GPUs, the servers that it starts, what it reads."""
 
 import pytest
 
-from src.launch.commands import Launch, gpus_of
-from src.launch.dry_run import paths_of
+from src.launch.commands import STAGES, Launch, gpus_of
+from src.launch.dry_run import notes_of, paths_of
 
 TRAINING = {"teacher_devices": [2, 3], "student_devices": [0]}
 ROUNDS = {"on_policy_rounds": 2}
@@ -28,6 +28,9 @@ SERVED = {"engine": "openai", "teacher_devices": [0, 1]}
     # students are served on them too
     ("evaluate_distillation", {"serve": {"devices": [5]}, "evaluate_distillation": TRAINING}, (5,)),
     ("evaluate_distillation", {"serve": {"command": "vllm"}, "evaluate_distillation": TRAINING}, (0, 2, 3)),
+    # null in a section stands over what is above it, as the stage itself reads it
+    ("cache_teacher", {"teacher_devices": [0, 1], "cache_teacher": {"teacher_devices": None}}, ()),
+    ("cache_teacher", {"teacher_devices": [0, 1], "cache_teacher": None}, (0, 1)),
 ])  # fmt: skip
 def test_the_gpus_of_a_stage(stage, values, gpus):
     assert gpus_of(stage, values, Launch()) == gpus
@@ -40,3 +43,31 @@ def test_rounds_read_with_the_teacher_itself():
     assert "owner/teacher" not in paths_of("distil", values | {"run_improved_kd": {}}).reads
     online = paths_of("distil", values | {"run_improved_kd": ROUNDS | {"teacher_signal": "online"}})
     assert online.reads.count("owner/teacher") == 1
+
+
+@pytest.mark.parametrize(("stage", "section", "words"), [
+    # it asks for as many log-probabilities as are kept
+    ("cache_teacher", {"engine": "openai", "signal": "topk", "temperatures": [1.0], "top_k": 50}, "--max-logprobs 50"),
+    ("cache_teacher", {}, None),  # `serve` is said to all stages, the teacher's weights are read here
+    ("distil", {"on_policy_rounds": 2, "on_policy_serve": {"command": "vllm"}, "lora_r": 20},
+     "--enable-lora --max-lora-rank 32 --lora-modules student=outputs/runs/gpu_optimized_kd_<time>"),
+    ("distil", {"on_policy_serve": {"command": "vllm"}}, None),  # no rounds
+    ("sft_control", {"on_policy_rounds": 2, "on_policy_serve": {"command": "vllm"}}, None),
+])  # fmt: skip
+def test_the_servers_of_caching_and_of_rounds(tiny_models, stage, section, words):
+    values = {
+        "teacher_model_name_or_path": tiny_models.teacher,
+        "model_name_or_path": tiny_models.student,
+        "experiment_dir": "outputs/runs/rows",
+        "serve": {"command": "vllm"},
+        STAGES[stage]: section,
+    }
+    servers = [note for note in notes_of(stage, values) if "server" in note]
+    if words is None:
+        assert not servers
+        return
+    [server] = servers
+    of = "students" if stage == "distil" else "teacher"
+    model = tiny_models.student if stage == "distil" else tiny_models.teacher
+    assert server.startswith(f"server of the {of}, GPUs none named: vllm serve {model} ")
+    assert words in server.replace("'", "")
