@@ -50,10 +50,12 @@ class InferenceTestConfig:
 def comparison(own: InferenceTestConfig, profile: Path, hardware: str | None) -> dict[str, Any]:
     """The evaluation's settings for the arms base and kd."""
     values = read_profile(profile, SECTION, EvaluateConfig, hardware)
+    # a folder for each comparison: outputs/inference_test/EXPERIMENT/RUN/quick_T0.1_0.7
     parts = [Path(values.get("experiment_dir", "default")).name]
     if own.model_path:
         parts.append(Path(own.model_path.removesuffix("/").removesuffix("/final_model")).name)
     parts.append(f"{own.mode}_T{'_'.join(f'{t:g}' for t in own.temperature)}")
+    # under either of its names, for a setting that is said twice is refused
     return {name: value for name, value in values.items() if name not in ("temperature", "temperatures")} | {
         "arms": ["base", "kd"],
         "heldout": False,
@@ -111,15 +113,17 @@ def show(results: dict[str, Any]) -> None:
     """A few answers side by side, then the summary. Model-written text is shown as text, never as markup."""
     data = Path(results["settings"]["data_dir"]) / "eval_dataset.jsonl"
     questions = {row["id"]: question_of(row) for row in read_dataset(data)}
+    # (temperature, row) -> arm -> its first answer
     answers: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in read_jsonl(Path(results["output_dir"]) / "samples.jsonl"):
         if row["sample_index"] == 0:
             answers.setdefault((row["temperature"], row["id"]), {})[row["arm"]] = row
     table = Table("T", "prompt", "base", "distilled", title="Answers side by side", show_lines=True, expand=True)
+    # in the order of samples.jsonl: one prompt at every temperature, then the next
     for (temperature, row_id), arms in list(answers.items())[:SHOWN]:
         cells = [f"{temperature:g}", questions[row_id]]
         cells += [f"[{arms[arm]['outcome']}] {arms[arm]['response']}" if arm in arms else "-" for arm in ("base", "kd")]
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
+        table.add_row(*(Text(_printable(cell)) for cell in cells))  # Text: rich would read "[b]" as markup
     make_console().print(table)
     print_summary(results, results["output_dir"])
 

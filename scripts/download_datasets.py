@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
@@ -102,16 +103,19 @@ class Source:
 
 def gsm8k(config: DownloadDatasetsConfig) -> Source:
     wanted = {"train": config.gsm8k_train_rows, "eval": config.gsm8k_eval_rows}
+    # a folder that holds both files, or the training file in it: "gsm8k", "gsm8k/train.jsonl" -> "gsm8k"
     given = Path(config.gsm8k_path)
     folder = given if given.is_dir() else given.parent
     rows, origin = {}, {}
     place, revision = split_revision(config.gsm8k_path)
+    # our name of a split, and that of GSM8K
     for split, hub_split in (("train", "train"), ("eval", "test")):
-        if not wanted[split]:
+        if not wanted[split]:  # its file need not be there
             continue
         if place == "hub":
             records, origin[split] = from_hub("openai/gsm8k", "main", hub_split, revision, "--gsm8k_path")
         else:
+            # the file that is named may have any name; the one beside it has the official one
             path = given if given.is_file() and split == "train" else folder / f"{hub_split}.jsonl"
             records, origin[split] = from_file(str(path), ("question", "answer"))
         rows[split] = gsm8k_rows(records, split, origin[split])
@@ -129,6 +133,7 @@ def humaneval(config: DownloadDatasetsConfig) -> Source:
         records, origin = from_file(
             config.humaneval_path, ("task_id", "prompt", "canonical_solution", "test", "entry_point")
         )
+    # HumanEval has one split: in seeded order the first problems are trained on, only the others evaluated on
     random.Random(f"{config.seed}/humaneval").shuffle(records)
     cut = wanted["train"]
     rows = {"train": humaneval_rows(records[:cut], "train"), "eval": humaneval_rows(records[cut:], "eval")}
@@ -141,6 +146,7 @@ def mbpp(config: DownloadDatasetsConfig) -> Source:
         records, origin = from_hub("google-research-datasets/mbpp", "full", "test", revision, "--mbpp_path")
     else:
         records, origin = from_file(config.mbpp_path, ("task_id", "code", "test_list"))
+        # the file has all splits: 1 to 10 are for few-shot prompts, from 511 on come validation and training
         records = [record for record in records if 11 <= int(record["task_id"]) <= 510]
     return Source(
         "mbpp", "CC BY 4.0", {"eval": mbpp_rows(records, "eval")}, {"eval": config.mbpp_eval_rows}, {"eval": origin}
@@ -155,24 +161,27 @@ def scenario_pack(config: DownloadDatasetsConfig, index: int) -> Source:
     pack = load_pack(path)
     wanted = {"train": config.domain_train_rows[index], "eval": config.domain_eval_rows[index]}
     origin = f"synthetic, data/domains/{path.name} (sha256 {sha256_file(path)[:16]}) with seed {config.seed}"
+    # a split without rows is left out: a pack need not have a family for it
     rows = {split: render_rows(pack, split, count, config.seed) for split, count in wanted.items() if count}
     return Source(pack.name, pack.licence, rows, wanted, dict.fromkeys(wanted, origin), names_of(pack))
 
 
 def own_prompts(config: DownloadDatasetsConfig) -> Source:
     """All prompts of a person's file; training rows too near to an evaluation row are dropped."""
+    # 1. the training rows
     columns = Columns(config.prompt_column, config.messages_column, config.system_column, config.reference_column,
                       config.grader_column, config.grader_args_column)  # fmt: skip
     common = (columns, config.prompts_domain)
     train, origin, repeats = read_own_prompts(
         config.prompts_file, *common, config.prompts_hub_split, "--prompts_file", config.prompts_grader
     )
+    # 2. the evaluation rows: those of a file of their own, or a part of these
     origins = {"train": origin, "eval": f"{origin}, {config.prompts_eval_fraction:.0%} by question"}
     if config.prompts_eval_file:
         found, origins["eval"], _ = read_own_prompts(
             config.prompts_eval_file, *common, "test", "--prompts_eval_file", config.prompts_grader
         )
-        held = [row | {"split": "eval"} for row in found]
+        held = [row | {"split": "eval"} for row in found]  # they are read as training rows; no id hashes the split
     else:
         train, held = split_by_question(train, config.prompts_eval_fraction)
         if not train or not held:
@@ -180,8 +189,9 @@ def own_prompts(config: DownloadDatasetsConfig) -> Source:
                 f"{config.prompts_file}: {len(train)} rows to train and {len(held)} to evaluate on at "
                 f"prompts_eval_fraction = {config.prompts_eval_fraction}; change it, or name a --prompts_eval_file"
             )
+    # 3. training rows too near to them go; nothing more is chosen, so both are wanted whole
     kept, dropped = drop_overlapping(train, held)
-    left_out = Counter(drop["reason"] for drop in dropped) + Counter(repeat=repeats)
+    left_out = Counter(drop["reason"] for drop in dropped) + Counter(repeat=repeats)  # + drops what counts 0
     name, rows = train[0]["source"], {"train": kept, "eval": held}
     return Source(name, config.prompts_licence, rows, {"train": None, "eval": None}, origins, left_out=dict(left_out))
 
@@ -189,11 +199,12 @@ def own_prompts(config: DownloadDatasetsConfig) -> Source:
 def choose(source: Source, split: str, seed: int, avoid: list, without: set[str]) -> tuple[list, dict[str, int]]:
     """The wanted number of rows in seeded order, passing over those that overlap `avoid` (how many, by reason) and the
     ids in `without`."""
-    wanted = source.wanted.get(split, 0)
+    wanted = source.wanted.get(split, 0)  # None, for all that there are, is not 0
     if wanted == 0:
         return [], {}
     by_id = {row["id"]: row for row in source.rows[split]}  # a data set may say the same thing twice
     candidates = [row for row in by_id.values() if row["id"] not in without]
+    # an order for each source and split: a source that is added to a profile shuffles no other anew
     random.Random(f"{seed}/{source.name}/{split}").shuffle(candidates)
     kept, dropped = drop_overlapping(candidates, avoid) if avoid else (candidates, [])
     if wanted is not None and len(kept) < wanted:
@@ -204,7 +215,7 @@ def choose(source: Source, split: str, seed: int, avoid: list, without: set[str]
     reasons: dict[str, int] = {}
     for drop in dropped:
         reasons[drop["reason"]] = reasons.get(drop["reason"], 0) + 1
-    return kept[:wanted], reasons
+    return kept[:wanted], reasons  # [:None] is all of them
 
 
 def main() -> None:
@@ -218,6 +229,7 @@ def check(config: DownloadDatasetsConfig) -> None:
     if not len(config.domains) == len(config.domain_train_rows) == len(config.domain_eval_rows):
         raise UserError("domains, domain_train_rows and domain_eval_rows must have one entry a pack each")
     for name, value in vars(config).items():
+        # one number, or one a pack: gsm8k_train_rows, domain_train_rows
         numbers = value if isinstance(value, list) else [value]
         if name.endswith("_rows") and min(numbers, default=0) < 0:
             raise UserError(f"{name} must be at least 0")
@@ -225,6 +237,7 @@ def check(config: DownloadDatasetsConfig) -> None:
 
 def fingerprint_of(config: DownloadDatasetsConfig) -> dict[str, Any]:
     """The settings, and the hashes of the files that are read."""
+    # where the rows are written, and whether once more, makes no other rows
     fingerprint = {key: value for key, value in asdict(config).items() if key not in ("overwrite", "data_dir")}
     # as in what was collected when one revision was set for all of the hub, and before your prompts had a grader
     fingerprint["hub_revision"] = "main"
@@ -232,11 +245,13 @@ def fingerprint_of(config: DownloadDatasetsConfig) -> dict[str, Any]:
         del fingerprint["prompts_grader"]
     paths = [ROOT / "data" / "domains" / f"{name}.yaml" for name in config.domains]
     for place in (config.gsm8k_path, config.humaneval_path, config.mbpp_path):
-        if Path(place).exists():
+        if Path(place).exists():  # not "hub@REVISION" or "package"
+            # the file itself, and those that `gsm8k` reads in a folder or beside a file
             paths.append(Path(place))
             for folder in (Path(place), Path(place).parent):
                 paths += [folder / "train.jsonl", folder / "test.jsonl"]
     paths += [Path(place) for place in (config.prompts_file, config.prompts_eval_file) if place]
+    # not of folders, nor of prompts on the hub
     fingerprint["files"] = {str(path): sha256_file(path) for path in paths if path.is_file()}
     return fingerprint
 
@@ -275,23 +290,28 @@ def choose_all(sources: list[Source], seed: int) -> list[Part]:
     Raises:
         UserError: no row is left to train or to evaluate on, or a source has fewer than are asked for.
     """
-    without: set[str] = set()
+    without: set[str] = set()  # ids of training rows that came too near to an evaluation row that was chosen
     while True:
+        # 1. the training rows of every source; then evaluation rows that overlap none of them, whatever the source
         trained = {source.name: choose(source, "train", seed, [], without)[0] for source in sources}
         train = [row for rows in trained.values() for row in rows]
+        # a part for each source and split, in the order in which the files have them
         parts = []
         for source in sources:
             held, passed_over = choose(source, "eval", seed, train, set())
             parts.append(Part(source, "train", trained[source.name], source.left_out))
             parts.append(Part(source, "eval", held, passed_over))
+        # 2. one of each split at least
         if not train or not rows_of(parts, "eval"):
             raise UserError(
                 "the profile asks for no training or no evaluation rows; set the *_train_rows and *_eval_rows"
             )
+        # 3. the chosen against each other, once more:
         # how common a wording is, and so whether it counts, is another thing among the chosen than among all candidates
         reasons = {drop["id"]: drop["reason"] for drop in drop_overlapping(train, rows_of(parts, "eval"))[1]}
         if not reasons:
             return [part for part in parts if part.rows]
+        # 4. again without these; each round takes away at least one row more, so there is a last one
         without |= reasons.keys()
         for source in sources:
             found = Counter(reasons[row["id"]] for row in trained[source.name] if row["id"] in reasons)
@@ -302,6 +322,7 @@ def manifest_entry(part: Part, seed: int) -> dict[str, Any]:
     """What the manifest says of a part: where its rows come from, whose they are and what they hash to."""
     source = part.source
     origin, count = source.origin[part.split], len(part.rows)
+    # `report.data_records` hashes the part in the file in the same way
     text = "".join(json.dumps(row, sort_keys=True) for row in part.rows)
     alike = len(near_duplicates(part.rows, source.names))
     logger.info(
@@ -316,18 +337,22 @@ def manifest_entry(part: Part, seed: int) -> dict[str, Any]:
 def collect(config: DownloadDatasetsConfig) -> None:
     """Collect the prompts in `data_dir`, which is held."""
     check(config)
+    # 1. whether there is anything to do
     folder, fingerprint = Path(config.data_dir), fingerprint_of(config)
     outputs = [folder / "train_dataset.jsonl", folder / "eval_dataset.jsonl", folder / "manifest.json"]
     marker = folder / "download_datasets.json"
     if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
         logger.info("%s is complete; nothing to do", folder)
         return
+    # 2. the sources, before the marker: one that cannot be had leaves none
     require_disk(folder, 50e6, "the data sets")
     sources = open_sources(config)
     start_stage(marker, fingerprint)
+    # 3. the rows, and what the manifest says of them
     parts = choose_all(sources, config.seed)
     entries = [manifest_entry(part, config.seed) for part in parts]
     train, evaluation = rows_of(parts, "train"), rows_of(parts, "eval")
+    # 4. the files; the marker says `finished` last, and after a kill before it all are written again
     write_jsonl(outputs[0], train)
     write_jsonl(outputs[1], evaluation)
     counts = {"train_rows": len(train), "eval_rows": len(evaluation)}

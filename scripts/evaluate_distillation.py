@@ -13,6 +13,7 @@ samples.jsonl (graded) -> results.json and heldout.jsonl -> report.md and report
 import sys
 from pathlib import Path
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.evaluation.evaluator import SECTION, EvaluateConfig, run_evaluation, shipped_profile
@@ -23,10 +24,11 @@ from src.utils.config import build_config, load_config, profile_argument
 
 def main() -> None:
     argv = sys.argv[1:]
+    # without a profile: the run that is named says of which experiment it is, and so which shipped profile is its
     if profile_argument(argv) is None:
         said = build_config(EvaluateConfig, argv=argv)
         if said.model_path and said.experiment_dir == EvaluateConfig.experiment_dir:
-            argv = ["--config", str(shipped_profile(said.model_path)), *argv]
+            argv = ["--config", str(shipped_profile(said.model_path)), *argv]  # flags still win
     config = load_config(EvaluateConfig, SECTION, argv)
     print_summary(run_evaluation(config), config.output_dir)
 

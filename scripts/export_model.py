@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -91,6 +92,7 @@ def find_origin(config: ExportModelConfig) -> Origin:
     Raises:
         UserError: there is no such run, it is not finished or of another experiment, or the base is not its student.
     """
+    # 1. the run, which must be finished and of this experiment
     adapter = distilled_adapter(config.model_path, config.experiment_dir)
     run, settings = adapter.parent, run_of_model(str(adapter))
     if not (run / "kd_results.json").is_file() or "fingerprint" not in settings:
@@ -98,10 +100,12 @@ def find_origin(config: ExportModelConfig) -> Origin:
     experiment = Path(config.experiment_dir).name
     if settings["experiment"] != experiment:
         raise UserError(f"{run} is a run of {settings['experiment']}, not of {experiment}; name its profile")
+    # 2. the student before training; --base may name a copy of it, which must have the same fingerprint
     base = config.base or settings["model_name_or_path"]
     fingerprint = model_fingerprint(base)
     if fingerprint != settings["fingerprint"]["student"]:
         raise UserError(f"{base} is not the model that {run} was trained on; name that with --base")
+    # 3. what is recorded of it, for the card; all of it is hashed, so that a new evaluation makes another export
     evaluation = find_evaluation(Path(config.evaluation_dir), run)
     hashes = {"base model": fingerprint} | adapter_hashes(adapter, settings)
     records = data_records(settings["fingerprint"], Path(config.data_dir), Path(config.experiment_dir) / "sft")
@@ -109,6 +113,7 @@ def find_origin(config: ExportModelConfig) -> Origin:
         logger.warning("%s is not on the card: %s", name, why)
     for path in (run / "kd_config.json", *records.paths, *([evaluation.path] if evaluation else [])):
         hashes[path.name] = sha256_file(path)
+    # 4. where it is loaded; "bfloat16" -> torch.bfloat16
     dtype = getattr(torch, config.dtype)
     devices = place(base, config.student_devices, dtype, config.gpu_memory_gb)
     return Origin(run, Student(base, str(adapter), dtype, devices), evaluation, records, hashes)
@@ -147,7 +152,7 @@ def chosen_sampling(evaluation: Evaluation | None) -> tuple[Sampling | None, str
             "It has no sampling defaults: the evaluation's first sentence is about greedy decoding (temperature 0). "
             "transformers decodes so by itself; a server has defaults of its own, so send it temperature 0."
         )
-    sampling = Sampling(setting.temperature, **PRESETS[setting.preset])
+    sampling = Sampling(setting.temperature, **PRESETS[setting.preset])  # recommended: top_p 0.8, top_k 20
     return sampling, (
         f"Its sampling defaults are those that the evaluation's first sentence is about: temperature "
         f"{sampling.temperature:g}, top-p {sampling.top_p:g}, top-k {sampling.top_k} (0 is off)."
@@ -159,7 +164,7 @@ def card_of(config: ExportModelConfig, origin: Origin, check: Check, said: str, 
     return model_card(
         CardFacts(
             name,
-            read_json(origin.run / "kd_config.json") | {"model_name_or_path": origin.student.base},
+            read_json(origin.run / "kd_config.json") | {"model_name_or_path": origin.student.base},  # --base wins
             read_json(origin.run / "kd_results.json"),
             origin.records,
             origin.evaluation,
@@ -186,6 +191,7 @@ def broken_file(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
         path = folder / name
         if not path.is_file() or path.stat().st_size != written["size"]:
             return name
+    # hashing reads every weight, so it comes last
     for name, written in files.items():
         if sha256_file(folder / name) != written["sha256"]:
             return name
@@ -201,6 +207,7 @@ def is_complete(marker: Path, fingerprint: dict[str, Any]) -> bool:
     if stage_state(marker, fingerprint, False) != "done":
         return False
     files = read_json(marker)["files"]
+    # names alone, in a list
     if not isinstance(files, dict):
         logger.warning("%s: an older version wrote it and kept no hashes; it is made again", marker.parent)
         return False
@@ -220,9 +227,11 @@ def export(config: ExportModelConfig, origin: Origin, target: Path, converter: P
     if not config.overwrite and is_complete(marker, fingerprint):
         logger.info("%s is complete; nothing to do", target)
         return
-    require_room(origin.student.base, origin.student.dtype, target.parent, 2 if converter else 1)
+    require_room(origin.student.base, origin.student.dtype, target.parent, 2 if converter else 1)  # GGUF: all once more
+    # ".student.4711.old.tmp": if a kill leaves it, `hold` finds it as left over
     aside = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
     sampling, said = chosen_sampling(origin.evaluation)
+    # before the weights are merged: without these rows nothing could be checked
     heldout = read_jsonl(Path(config.experiment_dir) / "sft" / "sft_eval_data_clean.jsonl")
     with atomic_path(target) as made:
         # 1. weights, tokenizer, settings; 2. read again and compared
@@ -239,12 +248,14 @@ def export(config: ExportModelConfig, origin: Origin, target: Path, converter: P
         finish_stage(made / MARKER, fingerprint, files=describe_files(made), check=vars(check), provenance=made_by)
         if target.is_dir():  # aside in one step: a kill leaves all of the folder that is replaced, or nothing
             target.rename(aside)
+    # the new folder has its name
     if aside.is_dir():
         shutil.rmtree(aside)
 
 
 def main() -> None:
     config = load_config(ExportModelConfig, "export_model")
+    # a converter that is not there is said before minutes are spent on hashes and weights
     converter = find_converter(config.llama_cpp) if config.gguf else None
     origin = find_origin(config)
     target = Path(config.output_dir or Path("outputs/export") / origin.run.name)

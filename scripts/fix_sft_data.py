@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import contextlib
@@ -41,7 +42,7 @@ ANSWER_KEYS = ("id", "sample_index", "response", "finish_reason")
 def check_answer(row: dict[str, Any]) -> str | None:
     """What is wrong with the types of a raw answer, or None."""
     for key, kind in zip(ANSWER_KEYS, (str, int, str, str), strict=True):
-        if not isinstance(row[key], kind) or isinstance(row[key], bool):
+        if not isinstance(row[key], kind) or isinstance(row[key], bool):  # True is an int to Python
             return f"{key} must be {'text' if kind is str else 'a whole number'}, found {type(row[key]).__name__}"
     return None
 
@@ -67,7 +68,7 @@ def print_stats(stats: dict[str, dict]) -> None:
             verified = one["verified"]
             why = ", ".join(f"{reason} {count}" for reason, count in one["rejected"].items() if count) or "-"
             rate = one["acceptance_rate"]
-            accepted = "-" if rate is None else f"{rate:.0%}"
+            accepted = "-" if rate is None else f"{rate:.0%}"  # None: nothing of it could be judged
             cells = (one["answers"], accepted, one["kept"], verified["true"], verified["false"], verified["null"])
             table.add_row(split, source, *map(str, cells), why)
     make_console().print(table)
@@ -79,32 +80,37 @@ def main() -> None:
     with contextlib.ExitStack() as held:
         for split in ("train", "eval"):  # the locks under which the answers are written: they are not read meanwhile
             held.enter_context(hold(folder, "fix_sft_data", split, f".*_{split}*.tmp"))
-        held.enter_context(hold(folder, "fix_sft_data"))
+        held.enter_context(hold(folder, "fix_sft_data"))  # of rejected.jsonl and stats.json, which are of both splits
         fix(config, folder)
 
 
 def fix(config: FixSftDataConfig, folder: Path) -> None:
     """Clean the answers in `folder`, which is held."""
+    # 1. clean rows that somebody brought stand there without this stage's marker
     raw = {split: folder / f"sft_{split}_data.jsonl" for split in ("train", "eval")}
     clean_files = {split: folder / f"sft_{split}_data_clean.jsonl" for split in raw}
     marker = folder / "fix_sft_data.json"
     if not marker.is_file() and not config.overwrite and all(path.is_file() for path in clean_files.values()):
         logger.info("%s: clean rows brought ready-made; used as they are", folder)
         return
+    # 2. everything is read, and refused if need be, before anything is written
     data = {split: Path(config.data_dir) / f"{split}_dataset.jsonl" for split in raw}
     rows = {split: read_dataset(path) for split, path in data.items()}
     hint = "run scripts/generate_sft_data.py"
     answers = {split: read_jsonl(path, ANSWER_KEYS, hint, check_answer) for split, path in raw.items()}
     fingerprint = {"select": config.select, "allow_unsafe_execution": config.allow_unsafe_execution}
+    # by name: `report.data_records` looks train_dataset.jsonl up here
     fingerprint |= {path.name: sha256_file(path) for path in (*data.values(), *raw.values())}
     outputs = [*clean_files.values(), folder / "rejected.jsonl", folder / "stats.json"]
     if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
         logger.info("%s is clean already; nothing to do", folder)
         return
     start_stage(marker, fingerprint)
+    # 3. each split by itself; rejections and counts of both in one file each
     sandbox = open_sandbox(config.allow_unsafe_execution)
     stats, all_rejected = {}, []
     for split in raw:
+        # what is trained on must not quote the evaluation; answers to the evaluation do
         eval_rows = rows["eval"] if split == "train" else []
         kept, rejected, stats[split] = clean(answers[split], rows[split], eval_rows, config.select, sandbox=sandbox)
         write_jsonl(clean_files[split], kept)

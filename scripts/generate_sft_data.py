@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import contextlib
@@ -119,7 +120,7 @@ def teacher_engine(config: GenerateSftDataConfig, serve: Serve | None) -> Engine
 def who_answers(engine: Engine, serve: Serve | None) -> dict[str, Any]:
     """The part of the fingerprint that says what answers: the stand-in and the flags of `serve` answer too."""
     if engine.name == "transformers":
-        return {"teacher": model_fingerprint(engine.model)}
+        return {"teacher": model_fingerprint(engine.model)}  # its weights are here
     if serve is None or (serve.program == "other" and not named_arms(serve)):  # its name is all that is known
         return {"teacher": engine.server.model}
     flags = answering(serve)
@@ -130,6 +131,7 @@ def pending(
     config: GenerateSftDataConfig, split: str, sampling: Sampling, engine: Engine, serve: Serve | None
 ) -> Work | None:
     """What is left to do for the split; None if there is nothing."""
+    # 1. rows or answers that somebody brought stand there without the marker of the stage that makes them
     clean = Path(config.experiment_dir) / "sft" / f"sft_{split}_data_clean.jsonl"
     if clean.is_file() and not clean.with_name("fix_sft_data.json").is_file() and not config.overwrite:
         logger.info("%s: clean rows brought ready-made; no answers are generated", clean)
@@ -141,11 +143,13 @@ def pending(
         answers = read_jsonl(target, ANSWER_KEYS)
         logger.info("%s: %d answers brought ready-made; used as they are", target, len(answers))
         return None
+    # 2. what is asked, and what tells these answers from others
     rows = read_dataset(source)
     requests = make_requests(rows, config.num_samples, config.seed, sampling, "sft")
     batch_size = None  # only the transformers engine has batches of a fixed make-up
     if engine.name == "transformers":
         tokenizer = load_tokenizer(engine.model, config.experiment_dir)
+        # 0: from the memory, the same number on every start; it decides what a batch holds, and so its rounding
         batch_size = engine.batch_size or rows_that_fit(engine, tokenizer, requests)
     fingerprint = {
         "prompts": sha256_file(source),
@@ -156,15 +160,17 @@ def pending(
         "seed": config.seed,
         "engine": engine.name,
     } | who_answers(engine, serve)
+    # 3. what is there of it
     state = stage_state(marker, fingerprint, config.overwrite, [target])
     if state == "done":
         logger.info("%s is complete; nothing to do", target)
         return None
-    start_stage(marker, fingerprint)
-    repair_jsonl_tail(target)
-    has_rows = target.is_file() and target.stat().st_size > 0
+    start_stage(marker, fingerprint)  # before any answer, which without it would pass for one that was brought
+    repair_jsonl_tail(target)  # an answer that a kill has torn is given again
+    has_rows = target.is_file() and target.stat().st_size > 0  # `read_jsonl` refuses a file without rows
     answers = read_jsonl(target, ANSWER_KEYS) if has_rows else []
     done = {(row["id"], row["sample_index"]) for row in answers}
+    # max_refused is a share of all answers, those of earlier sessions too
     refused = sum(row["finish_reason"] == "refused" for row in answers)
     if done:
         logger.info("%s: %d of %d answers are there, going on", target, len(done), len(requests))
@@ -188,10 +194,11 @@ def count_tokens(rows: list[dict]) -> tuple[int, int]:
 
 def summarise(target: Path, split: str, fingerprint: dict, tokens: int, seconds: float, uncounted: int = 0) -> None:
     """The summary beside the answers; `tokens`, `seconds` and `uncounted` answers are this session's."""
+    # the counts are of the whole file, the speed is of this session
     stored = read_jsonl(target, ANSWER_KEYS)
     reasons = Counter(row["finish_reason"] for row in stored)
     all_tokens, all_uncounted = count_tokens(stored)
-    rate = None if uncounted else tokens / seconds
+    rate = None if uncounted else tokens / seconds  # a part of the tokens over all of the time says nothing
     finish_stage(
         target.with_name(f"generate_{split}.json"), fingerprint,
         answers=len(stored), finish_reasons=dict(reasons), tokens=all_tokens,
@@ -217,25 +224,31 @@ def main() -> None:
     config = load_config(GenerateSftDataConfig, "generate_sft_data")
     folder = Path(config.experiment_dir) / "sft"
     with contextlib.ExitStack() as held:
-        for split in dict.fromkeys(config.splits):
+        for split in dict.fromkeys(config.splits):  # each once
+            # a lock a split; what a kill left of it: ".generate_train.json.4711.tmp"
             held.enter_context(hold(folder, "generate_sft_data", split, f".*_{split}*.tmp"))
         answer_prompts(config)
 
 
 def answer_prompts(config: GenerateSftDataConfig) -> None:
     """Answer what is missing of the splits, whose files are held."""
+    # 1. who answers; nothing is loaded or started yet
     serve = chosen_serve(config)
     engine = teacher_engine(config, serve)
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+    # 2. what is left to do of each split
     left = {split: pending(config, split, sampling, engine, serve) for split in config.splits}
     left = {split: work for split, work in left.items() if work is not None}
     if not left:
         return
+    # 3. what would make the work useless is asked before it
     answers = sum(len(work.requests) for work in left.values())
+    # 4 bytes a token, 2 kB for the other fields of a row
     require_disk(config.experiment_dir, answers * (4 * config.max_new_tokens + 2000), "the answers")
     check_student(config)
     logger.info("%s: %d answers by %s, %s", engine.model or engine.server.model, answers, engine.name, asdict(sampling))
     folder = Path(config.experiment_dir) / "sft"
+    # 4. one server or one loaded model for both splits
     planned = teacher_server(serve, engine.model, config.teacher_devices) if serve else None
     with started(planned, folder / "server.log"), opened(engine) as generate:
         for split, work in left.items():
@@ -248,8 +261,9 @@ def answer_split(target: Path, split: str, work: Work, generate: Generate) -> No
     with Progress(len(work.requests), f"teacher answers ({split})") as progress:
         progress.skip(len(work.done))
         stored = frozenset(r for r in work.requests if (r.id, r.sample_index) in work.done)
+        # all requests, answered ones too: transformers cuts the batches that an uninterrupted run would have had
         for rows in generate(work.requests, stored, work.refused):
-            append_jsonl(target, rows)
+            append_jsonl(target, rows)  # on the disk part by part: a kill costs what is under way
             counted, without = count_tokens(rows)
             tokens, uncounted = tokens + counted, uncounted + without
             speed = "unknown" if uncounted else f"{tokens / (time.monotonic() - begin):.0f}"

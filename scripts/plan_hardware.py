@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.planning.hardware import detect
@@ -23,7 +24,7 @@ from src.utils.config import read_merged
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> None:  # argparse's own would print the usage and exit
         raise UserError(f"{message} (--help lists the flags)")
 
 
@@ -41,6 +42,7 @@ def read_arguments() -> argparse.Namespace:
         "--prompt_tokens", type=float, help="mean tokens of a prompt, instead of what is known or usual"
     )
     parser.add_argument("--answer_tokens", type=float, help="mean tokens of an answer")
+    # for --help: `run_cli` has taken it off the command line by now
     parser.add_argument("--debug", action="store_true", help="a traceback where otherwise one clear line would stand")
     return parser.parse_args()
 
@@ -49,6 +51,7 @@ def main() -> None:
     arguments = read_arguments()
     profile = read_merged(arguments.config, arguments.hardware)
     folders = {"teacher_model_name_or_path": arguments.teacher_config, "model_name_or_path": arguments.student_config}
+    # the model's name from here on: shapes are read there, and the tokenizer if there is one
     profile |= {key: folder for key, folder in folders.items() if folder}
     gpus = detect() if arguments.detect else arguments.gpus
     plan = make_plan(profile, gpus, arguments.prompt_tokens, arguments.answer_tokens)

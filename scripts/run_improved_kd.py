@@ -11,6 +11,7 @@ checkpoint.
 import sys
 from pathlib import Path
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.distillation.kd import SECTION, KDConfig, run_kd_pipeline
@@ -20,7 +21,7 @@ from src.utils.config import load_config
 
 def main() -> None:
     results = run_kd_pipeline(load_config(KDConfig, SECTION))
-    if not speaks():
+    if not speaks():  # of several processes the first speaks
         return
     if results.get("kl_is", "exact") != "exact":  # a run of the version before does not say
         print(

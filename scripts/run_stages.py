@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import os
@@ -39,6 +40,7 @@ class RunStagesConfig:
 
 def print_plan_of(values: dict[str, Any]) -> None:
     """What fits, how long it takes and what it needs; one line where the models' configurations cannot be had here."""
+    # here, for only a dry run needs them
     from src.planning.plan import make_plan
     from src.planning.report import print_plan
 
@@ -52,7 +54,7 @@ def print_plan_of(values: dict[str, Any]) -> None:
 
 def check_machine(commands: list[Command], values: dict[str, Any]) -> None:
     """Refuse to begin on a machine with fewer GPUs than the commands are for."""
-    if not any(command.env for command in commands):
+    if not any(command.env for command in commands):  # CUDA_VISIBLE_DEVICES, of the stages that work on GPUs
         return
     import torch
 
@@ -69,8 +71,10 @@ def run_all(commands: list[Command], again: str) -> None:
     begin = time.monotonic()
     for command in commands:
         start = time.monotonic()
+        # flush: the stage writes past this process's buffer
         print(f"\n=== {command.stage}: {command_line(command)}", flush=True)
         if command.env:
+            # numbers count among the visible ones: GPU 1 of "4,6" is "6"; the stage before may still hold its memory
             wait_until_free([command.env["CUDA_VISIBLE_DEVICES"].split(",")[number] for number in command.gpus])
         code = run_to_end(command.argv, os.environ | command.env, ROOT)
         if code != 0:
@@ -82,19 +86,24 @@ def run_all(commands: list[Command], again: str) -> None:
 
 
 def main() -> None:
+    # 1. the profile with its overlay and seed
     argv = sys.argv[1:]
     config = build_config(RunStagesConfig, argv=argv, prog="scripts/run_stages.py")
     hardware, named = hardware_argument(argv), profile_argument(argv) or config.profile
     if config.seed is not None and config.seed < 0:
         raise UserError(f"--seed must not be below 0, found {config.seed}")
     profile = resolve(find_profile(named), hardware, config.seed)
+    # what is laid over it is in the text already: an overlay named there would be laid over again
     if wants_config(argv):
         print(profile.text or to_yaml(without_overlay(profile.values)), end="")
         return
+    # 2. the stages' commands, and this one, as it is said to go on
     commands = [command_of(stage, profile) for stage in chosen_stages(config.from_stage, config.to_stage)]
     again = ["bash", "run_pipeline.sh", "--profile", named]
+    # "" is said, too: no overlay
     again += ["--hardware", hardware] if hardware is not None else []
     again += ["--seed", str(config.seed)] if config.seed is not None else []
+    # 3. said, or run
     if config.dry_run:
         from src.launch.dry_run import dry_run_lines  # seconds of imports, which starting stages can do without
 
@@ -102,9 +111,9 @@ def main() -> None:
         print_plan_of(profile.values)
         return
     check_machine(commands, profile.values)
-    if profile.text:
+    if profile.text:  # else the stages read the user's own file
         write_text(profile.path, profile.text)
-    again += ["--to", config.to_stage] if config.to_stage else []
+    again += ["--to", config.to_stage] if config.to_stage else []  # --from is the stage that fails
     run_all(commands, shlex.join(again))
 
 

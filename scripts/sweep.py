@@ -13,6 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
+# a script's own folder is on the path, the repository is not: its modules are imported from here on
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.distillation.kd import SECTION, KDConfig
@@ -26,6 +27,7 @@ from src.utils.stages import hold
 def show_plan(plan: Plan) -> None:
     """Every run with its command, and what of the grid it serves."""
     for cell in plan.cells:
+        # None: the cell does not depend on it, as alpha 0 on the temperature
         values = ", ".join(f"{name} {'any' if value is None else value}" for name, value in cell.settings.items())
         print(f"cell {values}: {len(cell.runs)} run{'s' if len(cell.runs) > 1 else ''}")
     for run in plan.runs.values():
@@ -39,7 +41,7 @@ def render(folder: Path) -> None:
     write_text(folder / "sweep.md", markdown(sweep))
     write_text(folder / "sweep.csv", csv_text(sweep))
     drawn = plot(sweep)
-    if drawn:
+    if drawn:  # None: no axis of numbers, or not two cells measured along it
         write_text(folder / "sweep.svg", drawn)
     print(markdown(sweep))
     print(f"{folder / 'sweep.json'}, and sweep.md, sweep.csv{', sweep.svg' if drawn else ''} beside it")
@@ -72,7 +74,7 @@ def main() -> None:
     plan = make_plan(grid, folder)
     points = 1
     for values in grid.axes.values():
-        points *= len(values)
+        points *= len(values)  # 3 alphas x 2 seeds are 6
     print(f"{points} points of the grid, {len(plan.cells)} cells, {len(plan.runs)} runs: {folder}")
     if asked.dry_run:
         show_plan(plan)
@@ -90,7 +92,7 @@ def main() -> None:
                 stop_on_failure=asked.stop_on_failure,
             )
         finally:
-            if (folder / "sweep.json").is_file():
+            if (folder / "sweep.json").is_file():  # written after each run that has ended
                 render(folder)
 
 
