@@ -39,12 +39,15 @@ Numbers = dict[str, Any]
 def distribution(cache: Path, teacher: str) -> Numbers:
     """Entropy and tail of a teacher's next-token distribution over the softmax temperature, means over positions."""
     index = read_index(cache)
+    # [all positions, H]; names of files sort as they were written
     hidden = torch.cat([load_file(cache / name)["hidden"] for name in sorted(index["shards"])])
     hidden_NH = hidden[:: max(1, len(hidden) // POSITIONS)].float()
+    # bf16 on disk; in fp32 the sums of a softmax keep their digits
     logits_NV = hidden_NH @ load_file(cache / "head.safetensors")["head"][: index["vocab_size"]].float().T
     entropy, outside = [], {str(top): [] for top in TOPS}
     for temperature in TEMPERATURES:
         log_p = torch.log_softmax(logits_NV / temperature, -1)
+        # [N, V], the likeliest first
         p = log_p.exp().sort(-1, descending=True).values
         entropy.append(round(-(log_p.exp() * log_p).sum(-1).mean().item(), 4))
         for top in TOPS:
@@ -57,6 +60,7 @@ def distribution(cache: Path, teacher: str) -> Numbers:
 def random_logits() -> tuple[Tensor, Tensor, Tensor]:
     """Student, teacher and labels for 64 tokens of a vocabulary of 1,000; the two models agree in part."""
     torch.manual_seed(0)
+    # logits of spread 3, and a student whose own part is half as large
     teacher_NV = 3 * torch.randn(64, 1000, dtype=torch.float64)
     student_NV = teacher_NV + 1.5 * torch.randn(64, 1000, dtype=torch.float64)
     labels_N = torch.distributions.Categorical(logits=teacher_NV).sample()
@@ -66,6 +70,7 @@ def random_logits() -> tuple[Tensor, Tensor, Tensor]:
 def gradient_size(temperature: float, alpha: float) -> float:
     """Length of the loss's gradient by a token's student logits, the mean over tokens."""
     student_NV, teacher_NV, labels_N = random_logits()
+    # a sum over tokens: each row of the gradient is of its token alone
     student_NV.requires_grad_()
     plain_kd_loss(student_NV, teacher_NV, labels_N, temperature=temperature, alpha=alpha).loss.backward()
     return student_NV.grad.norm(dim=-1).mean().item()
@@ -78,6 +83,7 @@ def gradients() -> Numbers:
     return {
         "temperatures": temperatures,
         "with_t_squared": [round(size, 4) for size in found],
+        # the loss has T^2 in it, which is taken out again
         "without": [round(size / temperature**2, 5) for size, temperature in zip(found, temperatures, strict=True)],
         "cross_entropy": round(gradient_size(1.0, 0.0), 4),
     }
@@ -113,6 +119,7 @@ def _numbered(values: list[float], unit: str = "") -> list[Tick]:
 
 
 def _curve(name: str, xs: list[float], ys: list[float]) -> Curve:
+    # [1, 2], [3, 4] -> (1, 3), (2, 4)
     return Curve(name, [Point(x, y) for x, y in zip(xs, ys, strict=True)])
 
 
@@ -121,6 +128,7 @@ SHARES = [Tick(share / 100, f"{share} %") for share in (0, 20, 40, 60, 80, 100)]
 
 def temperature_figure(numbers: Numbers) -> str:
     found = numbers["distribution"]
+    # log V: the entropy where all tokens are alike
     at, most = found["temperatures"], math.log(found["vocab_size"])
     tails = []
     for top in TOPS:
@@ -177,6 +185,7 @@ def signals_figure(numbers: Numbers) -> str:
     at = found["temperatures"]
     curves = []
     for name, size in sizes.items():
+        # "top 64" -> "64"; "hidden states" stays, is no number of tokens, and keeps all
         top = name.removeprefix("top ")
         kept = [1 - share for share in found["outside_top"][top]] if top in found["outside_top"] else [1.0] * len(at)
         curves.append(_curve(f"{name}: {size:,} bytes a token", at, kept))
@@ -195,6 +204,7 @@ def alpha_figure(numbers: Numbers) -> str:
     return drawn
 
 
+# name, what it is, and the left upper corner of its box
 ARMS = (
     ("base", "the student as it was", 30, 92),
     ("sft", "trained on the teacher's answers (alpha 0)", 300, 92),
@@ -206,6 +216,7 @@ BOX_WIDTH, BOX_HEIGHT = 210, 58
 
 def _box(name: str, meaning: str, x: float, y: float) -> list[str]:
     """An arm: its name over what it is, in two lines of at most 28 letters."""
+    # a line is full where the next word would go beyond 28 letters
     words, lines = meaning.split(), [""]
     for word in words:
         if len(lines[-1]) + len(word) > 28:
@@ -214,10 +225,12 @@ def _box(name: str, meaning: str, x: float, y: float) -> list[str]:
     middle = x + BOX_WIDTH / 2
     parts = [f'<rect class="axis" x="{x}" y="{y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6" fill="none"/>']
     parts.append(text(middle, y + 18, name, "middle", "panel"))
+    # baselines: the name 18 below the upper edge, then a line every 14
     return parts + [text(middle, y + 34 + 14 * index, line, "middle") for index, line in enumerate(lines)]
 
 
 def _arrow(path: str, end: str) -> list[str]:
+    # the line, and the two strokes of its head
     return [f'<path class="axis" d="{path}" fill="none"/>', f'<path class="axis" d="{end}" fill="none"/>']
 
 
@@ -225,6 +238,7 @@ def arms_figure() -> str:
     parts = []
     for arm in ARMS:
         parts += _box(*arm)
+    # base -> sft -> kd, kd -> teacher, and base -> kd as an arc over sft
     parts += _arrow("M242 121H296", "M289 117L296 121L289 125")
     parts += _arrow("M512 121H566", "M559 117L566 121L559 125")
     parts += _arrow("M675 152V228", "M671 221L675 228L679 221")
@@ -268,6 +282,7 @@ def main() -> None:
         numbers["alpha"] = swept(asked.sweep)
     if asked.teacher_config:
         numbers["shapes"] = shapes(asked.teacher_config)
+    # written before the figures: they are drawn from what the file holds
     write_json(path, numbers)
     for name, svg in figures(numbers).items():
         write_text(FOLDER / name, svg)

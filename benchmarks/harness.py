@@ -33,16 +33,21 @@ Result = dict[str, Any]
 def rivals_python() -> str:
     """The interpreter of the peers' environment, which is made once and sees this one's packages beneath its own."""
     python = RIVALS / "bin" / "python"
+    # what the environment was made of
     stamp = RIVALS / "installed.txt"
+    # not the checkout, nor the standard library, which the other interpreter has of its own
     packages = [path for path in sys.path if path.endswith("site-packages")]
     wanted = "\n".join((*RIVAL_PACKAGES, *packages))
+    # other peers are wanted, or it stands on another environment: made anew
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
         print(f"making {RIVALS.name} with {', '.join(RIVAL_PACKAGES)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", RIVALS], check=True)
         own = next((RIVALS / "lib").glob("python*/site-packages"))
+        # lines of a .pth file go behind the folder that it lies in, so that the peers' own packages are found first
         (own / "running.pth").write_text("\n".join(packages), encoding="utf-8")
         for package in RIVAL_PACKAGES:  # one by one: what cannot be had is reported as absent by its contenders
             subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", package], check=False)
+        # last: an environment that was not finished has no stamp
         stamp.write_text(wanted, encoding="utf-8")
     return str(python)
 
@@ -60,11 +65,13 @@ def resident_mb() -> float:
         import torch
 
         return torch.cuda.memory_allocated() / 2**20
+    # glibc: freed blocks that the process still holds would count as in use
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
 
 
 def _status(field: str) -> float:
+    # "VmRSS:   123456 kB" -> 120.6 MiB
     text = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{field}:")) / 1024
 
@@ -76,6 +83,7 @@ def forget_peak() -> None:
 
         torch.cuda.reset_peak_memory_stats()
         return
+    # 5: VmHWM, the peak of resident memory, begins again (man 5 proc, clear_refs)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
@@ -107,20 +115,26 @@ def _seconds_on_gpu(call: Callable[[], Any]) -> float:
     call()
     end.record()
     end.synchronize()
+    # milliseconds -> seconds
     return start.elapsed_time(end) / 1000
 
 
 def _processor_seconds() -> tuple[float, float, float]:
     """All there were, those in use by anybody, and those of this process and its children, since they began."""
+    # the first line, ticks of all processors together: cpu user nice system idle iowait irq softirq steal ...
+    # what follows steal, a guest's, is in user and nice already
     numbers = [int(word) for word in Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:9]]
     tick = os.sysconf("SC_CLK_TCK")
+    # waiting for a disk leaves the processor free
     idle = numbers[3] + numbers[4]
+    # os.times: user and system, of this process and of its ended children; the fifth is a clock
     return sum(numbers) / tick, (sum(numbers) - idle) / tick, sum(os.times()[:4])
 
 
 @contextlib.contextmanager
 def busy_elsewhere(found: dict[str, float]) -> Iterator[None]:
     """Put into `found` the share of the machine that others used meanwhile; a measurement wants it near 0."""
+    # [there were, anybody used, own] before and after
     before = _processor_seconds()
     yield
     there, used, own = (b - a for a, b in zip(before, _processor_seconds(), strict=True))
@@ -135,17 +149,21 @@ def relative_error(found: Any, wanted: Any) -> float:
 def run_worker(python: str, name: str, job: dict[str, Any], minutes: float = 15) -> Result:
     """One contender once; what it could not do is its result: `{"name": ..., "absent": reason}`."""
     with tempfile.TemporaryDirectory() as folder:
+        # 1. what the contender is told, as a file
         task = Path(folder) / "job.json"
         write_json(task, job)
         # allocator settings and thread counts are left as they are found; the caches of a compiler are kept
+        # 2. the script that was started is its own worker
         command = [python, str(Path(sys.argv[0]).resolve()), "--worker", name, "--job", str(task)]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60 * minutes)
         except subprocess.TimeoutExpired:
             return {"name": name, "absent": f"took more than {minutes:g} minutes"}
+        # 3. job.json -> job.result, which the worker has written
         answer = task.with_suffix(".result")
         if done.returncode == 0:
             return {"name": name, **json.loads(answer.read_text(encoding="utf-8"))}
+    # 4. of a traceback the last line is the error
     reason = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
     return {"name": name, "absent": reason[:300]}
 
@@ -167,6 +185,7 @@ def round_robin(contenders: dict[str, str], jobs: Callable[[str], dict[str, Any]
     found: dict[str, list[Result]] = {name: [] for name in contenders}
     for turn in range(repeats):
         for name, python in contenders.items():
+            # what could not be done once is not tried again: it may have taken all its minutes
             if found[name] and "absent" in found[name][-1]:
                 continue
             found[name].append(run_worker(python, name, jobs(name)))
@@ -185,8 +204,10 @@ def ratios(results: Sequence[Result], ours: Sequence[str], floor: float) -> dict
     for name in ours:
         if name in present:
             own = present[name]
+            # not ours against ours
             others = {other: result for other, result in present.items() if other not in ours}
             found[name] = {"over_floor": own["seconds"] / floor} | {
+                # 1e-9: a peak above what was there may be 0
                 f"{what}_of_{other}": result[key] / max(own[key], 1e-9)
                 for other, result in others.items()
                 for what, key in (("seconds", "seconds"), ("memory", "peak_mb"))
@@ -197,6 +218,7 @@ def ratios(results: Sequence[Result], ours: Sequence[str], floor: float) -> dict
 def machine() -> dict[str, Any]:
     import torch
 
+    # a block of "key : value" for every processor, which are alike: the last one's is kept
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     info = {key.strip(): value.strip() for key, value in lines.items()}
@@ -214,6 +236,7 @@ def machine() -> dict[str, Any]:
 def write_report(path: Path, report: dict[str, Any], before: dict[str, Any]) -> None:
     """Write the record with the machine and the versions: ours, and the peers' own."""
     facts = provenance()
+    # what the peers' environment has of its own; other packages are ours, and in `facts`
     own = next((RIVALS / "lib").glob("python*/site-packages"), None)
     peers = {d.metadata["Name"]: d.version for d in metadata.distributions(path=[str(own)])} if own else {}
     peers = {name: version for name, version in peers.items() if name not in ("pip", "setuptools")}
@@ -232,9 +255,11 @@ def print_table(results: Sequence[Result], columns: dict[str, str]) -> None:
 
     table = Table("name", *columns)
     for result in results:
+        # what a contender does not have is a dash
         cells = [
             "-" if result.get(key) is None else format(result[key], style) for key, style in columns.items()
         ]  # fmt: skip
+        # why it is absent stands in the first cell, the others stay empty
         table.add_row(result["name"], *([f"absent: {result['absent']}", *cells[1:]] if "absent" in result else cells))
     Console(width=160).print(table)
 
@@ -247,6 +272,7 @@ def main(parser: argparse.ArgumentParser, parent: Callable[..., None], worker: C
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    # as a worker: the work, and how quiet the machine was from its beginning to its end
     if arguments.worker:
         job = json.loads(arguments.job.read_text(encoding="utf-8"))
         quiet: dict[str, float] = {}
@@ -255,6 +281,7 @@ def main(parser: argparse.ArgumentParser, parent: Callable[..., None], worker: C
         write_json(arguments.job.with_suffix(".result"), result | quiet)
         return
 
+    # as the parent; `run_cli` says a UserError without its traceback
     def checked() -> None:
         if arguments.output is None:
             raise UserError("--output FILE.json is needed: the record of the run")

@@ -34,6 +34,7 @@ ACCURACY_TEMPERATURES = (1.0, 2.5, 4.0)
 
 
 def ours(compiled: bool) -> Loss:
+    # id of an output matrix -> the same as `kd_loss` reads it
     wide: dict[int, Tensor] = {}
 
     def head(weight: Tensor) -> Tensor:
@@ -54,11 +55,14 @@ def ours(compiled: bool) -> Loss:
 
 def plain_torch(student, student_head, teacher, teacher_head, labels, temperature, alpha):
     """Full logits, softmaxes in fp32, autograd."""
+    # [N, V] in the dtype of the states
     logits = student @ student_head.T
     log_q = F.log_softmax(logits.float() / temperature, -1)
     with torch.no_grad():
         log_p = F.log_softmax((teacher @ teacher_head.T).float() / temperature, -1)
+    # batchmean: the sum over V, divided by N
     kd = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+    # alpha = 1, as the peers have it: no cross-entropy is computed
     return kd if alpha == 1 else alpha * kd + (1 - alpha) * F.cross_entropy(logits.float(), labels)
 
 
@@ -66,6 +70,7 @@ def trl_chunked() -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(student, student_head, teacher, teacher_head, labels, temperature, alpha):
+        # the two None are biases, 0.0 is its beta: the forward KL
         divergence, _ = ChunkedDivergenceFunction.apply(
             student, student_head, None, teacher, teacher_head, None, 0.0, temperature
         )
@@ -78,6 +83,7 @@ def liger(compiled: bool) -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     def loss(student, student_head, teacher, teacher_head, labels, temperature, alpha):
+        # beta 0: the forward KL; with weight_hard_loss 0 it computes no cross-entropy
         function = LigerFusedLinearJSDLoss(
             weight_hard_loss=1 - alpha, weight_soft_loss=alpha, beta=0.0, temperature=temperature, compiled=compiled
         )
@@ -95,6 +101,7 @@ def torchtune() -> Loss:
     function = run_path(str(path))["ForwardKLWithChunkedOutputLoss"]()
 
     def loss(student, student_head, teacher, teacher_head, labels, temperature, alpha):
+        # it wants the logits of both models cut along the tokens, [1, N / chunks, V] each
         chunks = function.num_output_chunks
         with torch.no_grad():
             teacher_logits = [chunk @ teacher_head.T for chunk in teacher[None].chunk(chunks, dim=1)]
@@ -128,8 +135,10 @@ NOTES = {
 def make_references(job: dict[str, Any]) -> dict[str, Any]:
     """For every case its fp64 gradient and loss on the chosen rows, saved as `job["reference"]`."""
     student, student_head, teacher, teacher_head, labels = inputs(job)
+    # the tokens that are held against fp64, [R]
     chosen = rows(len(labels))
     logits = project(student[chosen], student_head), project(teacher[chosen], teacher_head)
+    # at every temperature the divergence alone, and as `ours_with_ce` weighs it; key: "2.0 0.8"
     cases = [(t, alpha) for t in (TEMPERATURE, *ACCURACY_TEMPERATURES) for alpha in (1.0, *ALPHA.values())]
     found = {f"{t} {alpha}": reference(*logits, student_head, labels[chosen], t, alpha) for t, alpha in cases}
     torch.save(found, job["reference"])
@@ -143,17 +152,23 @@ def floor(job: dict[str, Any]) -> dict[str, Any]:
     best = {"logits": float("inf"), "grad": float("inf")}
 
     def try_(product: str, left: Tensor, right: Tensor, chunk: int) -> None:
+        # made before the clock runs: the product then writes into memory that is there
         out = torch.mm(left, right)
         seconds = harness.best_seconds(lambda: torch.mm(left, right, out=out), 3)
+        # seconds of one chunk -> of all tokens
         best[product] = min(best[product], seconds * tokens / chunk)
 
     sizes = (1024, 2048, 4096) if student.is_cuda else (64, 128, 256, 512, 1024)
+    # few tokens (--quick) make several sizes one
     for chunk in sorted({min(size, tokens) for size in sizes}):
         states, grad = student[:chunk], torch.randn(chunk, vocab, device=student.device).to(student.dtype)
+        # logits [chunk, V], as states times head and as head times states
         try_("logits", states, head.T, chunk)
         try_("logits", head, states.T, chunk)
+        # the states' gradient [chunk, H], likewise
         try_("grad", grad, head, chunk)
         try_("grad", head.T, grad.T.contiguous(), chunk)
+    # logits of the student and of the teacher; the gradient is the student's alone
     return {"seconds": 2 * best["logits"] + best["grad"], "seconds_of_products": best}
 
 
@@ -166,26 +181,35 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     temperature = 1.0 if name in ONLY_AT_1 else TEMPERATURE
 
     def call(states: tuple[Tensor, ...], temperature: float) -> tuple[float, Tensor]:
+        # a leaf of its own for each call, so that gradients do not add up
         student = states[0].detach().requires_grad_()
         value = loss(student, *states[1:], temperature, alpha)
         value.backward()
         return value.item(), student.grad
 
+    # 1. a tiny case: imports, and whether there is a compiler
     call(inputs(job | QUICK), temperature)  # libraries, and a compiler's, are not what is measured
+    # what was compiled for it is forgotten, so that the true sizes are compiled as in a run of their own
     torch.compiler.reset()
+    # 2. the inputs, and the work once untimed; what it compiles is no part of the peak either
     states = inputs(job)
     resident = harness.resident_mb()
     value, grad = call(states, temperature)
+    # gives free blocks back, so that the peak begins from what is in use
     harness.resident_mb()
     harness.forget_peak()
+    # 3. under the clock
     seconds = harness.best_seconds(lambda: call(states, temperature), 2)
     result = {"seconds": seconds, "peak_mb": harness.peak_mb() - resident, "loss": value, "temperature": temperature,
               "alpha": alpha, "note": NOTES.get(name), "grad_rel_error": None}  # fmt: skip
+    # `growth` measures time and memory alone
     if "reference" not in job:
         return result
+    # 4. the gradient against fp64; the loss is a mean over N tokens, the reference a sum
     saved, chosen = torch.load(job["reference"]), rows(job["N"])
     wanted, _ = saved[f"{temperature} {alpha}"]
     result["grad_rel_error"] = harness.relative_error(grad[chosen].double() * job["N"], wanted)
+    # at other temperatures on the chosen tokens alone: the truth is known there
     few = (states[0][chosen], states[1], states[2][chosen], states[3], states[4][chosen])
     result["accuracy"] = []
     for other in (1.0,) if name in ONLY_AT_1 else ACCURACY_TEMPERATURES:
@@ -202,14 +226,17 @@ def growth(job: dict[str, Any], quick: bool) -> list[dict[str, Any]]:
     """Ours alone over tokens and vocabulary."""
     tokens = (96, 192) if quick else (512, 1_024, 2_048, 4_096, 8_192)
     vocabularies = (1_000, 2_000) if quick else (32_000, 65_536, 151_936)
+    # tokens at the full vocabulary, then smaller vocabularies at one number of tokens (2,048; quick: 96)
     sizes = [(n, vocabularies[-1]) for n in tokens] + [(tokens[-2 if quick else 2], v) for v in vocabularies[:-1]]
     table = []
     for n, vocab in sizes:
         found = harness.run_worker(sys.executable, "ours", job | {"N": n, "V": vocab})
         kept = {key: found[key] for key in ("seconds", "peak_mb", "absent") if key in found}
+        # by this much memory would grow with the tokens if one more [N, H] tensor were kept
         states_mb = n * job["H"] * getattr(torch, job["dtype"]).itemsize / 2**20
         table.append({"name": f"N {n:,}, V {vocab:,}", "N": n, "V": vocab, **kept, "one_NH_tensor_mb": states_mb})
         if "seconds" in kept:
+            # seconds / (N V), in ns: constant where time is linear in both
             table[-1]["ns_per_logit"] = kept["seconds"] / n / vocab * 1e9
     return table
 
@@ -219,6 +246,7 @@ def parent(arguments: argparse.Namespace) -> None:
     job = {**(QUICK if arguments.quick else whole), "dtype": arguments.dtype, "seed": 0, "device": harness.device()}
     report: dict[str, Any] = {"shapes": job | {"temperature": TEMPERATURE}, "results": []}
     before = harness.machine()
+    # ours over N and V, without peers
     if arguments.growth:
         report["growth"] = growth(job, arguments.quick)
         columns = {"seconds": ".2f", "peak_mb": ".0f", "one_NH_tensor_mb": ".1f", "ns_per_logit": ".2f"}
@@ -229,13 +257,16 @@ def parent(arguments: argparse.Namespace) -> None:
     rivals = harness.rivals_python() if set(names) & RIVALS else ""
     with tempfile.TemporaryDirectory() as folder:
         job["reference"] = str(Path(folder) / "reference.pt")
+        # the truth once for all contenders, in a process of its own
         made = harness.run_worker(sys.executable, "reference", job)
         if "absent" in made:
             raise harness.UserError(f"the fp64 reference failed: {made['absent']}")
         pythons = {name: rivals if name in RIVALS else sys.executable for name in names}
+        # the floor takes its turn among them, and comes first
         bottom, *results = harness.round_robin(pythons, lambda _: job, arguments.repeats)
     report |= {"results": results, "floor_seconds": bottom["seconds"], "floor": bottom}
     report["ratios"] = harness.ratios(results, ("ours", "ours_plain", "ours_with_ce"), bottom["seconds"])
+    # accuracy is a list; the table wants a column for each temperature
     for result in results:
         result |= {f"error_at_{each['temperature']:g}": each["grad_rel_error"] for each in result.get("accuracy", [])}
     print(f"floor: {bottom['seconds']:.2f} s")

@@ -63,6 +63,7 @@ class Opening:
 @contextmanager
 def models_opened(random_names: list[str]) -> Iterator[Opening]:
     """Within it these models are made at random and not loaded; all others, such as a written folder, are loaded."""
+    # any of the three modules' own is the same function
     spent, load = Opening(), kd.load_model
 
     def open_model(name: str, *arguments: Any, **settings: Any) -> Any:
@@ -70,6 +71,7 @@ def models_opened(random_names: list[str]) -> Iterator[Opening]:
             return load(name, *arguments, **settings)
         started = time.perf_counter()
         model = random_model(name, *arguments, **settings)
+        # what was queued for the making is part of it
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         spent.made_seconds += time.perf_counter() - started
@@ -83,6 +85,7 @@ def models_opened(random_names: list[str]) -> Iterator[Opening]:
 
 def run_cache(job: dict[str, Any], spent: Opening) -> harness.Result:
     index = teacher_cache.make_cache(CacheTeacherConfig(**job["settings"]["cache"]))
+    # of each row, on average; the held-out row is taken for one of that length
     rows = job["rows"]
     tokens = (rows["train"] + rows["evaluation"]) * (rows["prompt_tokens"] + rows["answer_tokens"])
     return {"work_seconds": tokens / index["tokens_per_second"]}
@@ -97,11 +100,13 @@ def run_train(job: dict[str, Any], spent: Opening) -> harness.Result:
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
 
+    # called once a step, whatever the optimiser is
     hook = register_optimizer_step_post_hook(end_of_step)
     kd.run_kd_pipeline(job["settings"]["train"])
     hook.remove()
     if len(ends) != job["steps"]:
         raise UserError(f"training took {len(ends)} steps, not {job['steps']}")
+    # from the end of each step to the end of the next: one less than there are steps
     return {"step_seconds": [b - a for a, b in itertools.pairwise(ends)]}
 
 
@@ -110,11 +115,14 @@ def run_export(job: dict[str, Any], spent: Opening) -> harness.Result:
     wanted = job["settings"]["export"]
     base, dtype = wanted["model_name_or_path"], getattr(torch, wanted["dtype"])
     folder = Path(wanted["folder"])
+    # one file of weights: the merged model
     export.require_room(base, dtype, folder, files=1)
     student = export.Student(base, wanted["adapter"], dtype, place(base, [], dtype, wanted["gpu_memory_gb"]))
     started = time.perf_counter()
     export.write_merged(student, folder, None)
+    # making the random base is no part of merging
     merged = time.perf_counter() - started - spent.made_seconds
+    # before the check, which loads two models more
     peak = harness.peak_mb()
     heldout = Path(job["settings"]["train"]["experiment_dir"]) / "sft" / "sft_eval_data_clean.jsonl"
     check = export.check_export(student, folder, read_jsonl(heldout))
@@ -136,11 +144,13 @@ def measure(stage: str, job: dict[str, Any]) -> harness.Result:
         torch.cuda.synchronize()
     gb = 2**20 / 1e9  # of a MiB
     if "merge_peak_mb" in found:
+        # MiB -> GB, as the plan counts
         found["merge_gb"] = (found.pop("merge_peak_mb") - before) * gb
     reserved = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
     return found | {
         "measured_gb": (harness.peak_mb() - before) * gb,
         "reserved_gb": reserved,
+        # psutil knows when the process began: imports are in it
         "seconds": time.time() - psutil.Process().create_time() - spent.made_seconds,
         "made_seconds": spent.made_seconds,
     }
@@ -157,14 +167,17 @@ def plans(profile: dict[str, Any], rows: Rows, random: bool) -> dict[str, harnes
     Raises:
         UserError: the profile's teacher is asked online, or its models are not whole on one device.
     """
+    # the machine as it is, and the profile's stages for these rows
     hardware = hardware_here()
     setup = open_setup(profile, hardware, rows)
+    # the control comes first, then the run towards the teacher
     cached, (_, trained) = caching(setup), trainings(setup)
     if cached is None:
         raise UserError("the profile asks its teacher online; what is measured here is training from a cache")
     if random and (trained.four_bit or cached.offloaded):
         raise UserError("random weights are not packed or offloaded: name an overlay without load_in_4bit, cpu_offload")
     config = trained.config
+    # numbers of weights; what a stage reads from disk follows from its type
     adapters, _ = adapters_of(setup.student.name, config.lora_r, tuple(config.lora_target_modules))
     size = hardware.device.dtype.itemsize
     weights = setup.student.weights
@@ -179,8 +192,10 @@ def plans(profile: dict[str, Any], rows: Rows, random: bool) -> dict[str, harnes
 def planned(plan: StagePlan, read_bytes: float, random: bool) -> harness.Result:
     """A stage's plan as it stands in the record; `random` weights are not read from disk."""
     memory = plan.uses[0].memory
+    # hours as (at best, at worst) -> seconds
     low, high = (3600 * hours for hours in plan.hours)
     start = starting(read_bytes)
+    # what is planned without the start, which is then added as it is here
     work = [low - start[0], high - start[1]]
     begun = starting(0) if random else start
     return {
@@ -195,6 +210,7 @@ def compared(stage: str, plan: harness.Result, found: harness.Result, steps: int
     result = {"name": stage, "planned": plan} | found
     if "absent" in found:
         return result
+    # above 1: more was planned than was taken
     ratio, (low, high) = plan["planned_gb"] / found["measured_gb"], plan["seconds"]
     if found.get("step_seconds"):  # all steps at what the later ones take; measuring is in the plan's work, not here
         result["work_seconds"] = steps * sum(found["step_seconds"]) / len(found["step_seconds"])
@@ -203,6 +219,7 @@ def compared(stage: str, plan: harness.Result, found: harness.Result, steps: int
 
 def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Rows, and every stage's settings as profile and overlay say, on one device, in a folder of their own."""
+    # 1. every stage's settings, by profile and overlay
     profile = read_merged(arguments.config, arguments.hardware)
     settings = {
         "cache": read_profile(arguments.config, "cache_teacher", CacheTeacherConfig, arguments.hardware),
@@ -211,18 +228,23 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = arguments.random_weights or [profile.get(key) for key in MODELS]
     if not all(names):
         raise UserError(f"{' and '.join(MODELS)} are not set; name a profile that does, or pass --random_weights")
+    # a folder by its full path: the worker runs elsewhere; a hub id as it is
     models = {key: str(Path(n).resolve()) if Path(n).exists() else n for key, n in zip(MODELS, names, strict=True)}
     steps = 2 if arguments.quick else arguments.steps
     own = {"experiment_dir": str(folder / "data"), "overwrite": True}
+    # 2. on one device, in a folder of their own; a later section wins over an earlier
     settings["cache"] |= own | {MODELS[1]: models[MODELS[1]], "teacher_devices": []}
     settings["train"] |= own | models | HERE | {"output_dir": str(folder / "run"), "max_steps": steps}
     config = build_config(KDConfig, settings["train"])
     count = arguments.rows or 4 * steps * config.rows_per_step  # several passes for the teacher, rows to set aside
+    # 3. rows: made up, or those of the profile's experiment
     source = settings["train"] | {"experiment_dir": profile.get("experiment_dir")}
     if arguments.random_weights:
+        # twice as many: those that are longer than max_length are passed over
         made_up_rows(2 * count, folder / "made_up")
         source["experiment_dir"] = str(folder / "made_up")
     encoded = choose_rows(source, count, folder / "data")
+    # train, evaluation, and the mean tokens of a prompt and of an answer
     rows = Rows(
         count, 1, sum(len(row.prompt_ids) for row in encoded) / count,
         sum(len(row.response_ids) for row in encoded) / count, "counted by the student's tokenizer",
@@ -234,6 +256,7 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (folder / "merged").mkdir()
     for section, stage in ((SECTION, "train"), ("cache_teacher", "cache")):  # what is planned is what is run
         profile[section] = {key: value for key, value in settings[stage].items() if key not in MODELS}
+    # 4. the job, as JSON
     return {
         "settings": settings, "steps": steps, "rows": dataclasses.asdict(rows),
         "random_names": list(models.values()) if arguments.random_weights else [],
@@ -263,6 +286,7 @@ def table(results: list[harness.Result]) -> None:
 
 def parent(arguments: argparse.Namespace) -> None:
     before = harness.machine()
+    # a stage in the middle needs those before it, which are then measured too
     last = max(STAGES.index(stage) for stage in arguments.stages)
     results: list[harness.Result] = []
     with tempfile.TemporaryDirectory() as folder:

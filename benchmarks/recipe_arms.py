@@ -37,7 +37,9 @@ class Arm:
 
 
 def on_policy(fraction: float, steps: int = STEPS, **settings: Any) -> dict[str, Any]:
+    # 60 steps, a round every 10: 6 rounds
     rounds = {"on_policy_rounds": steps // STEPS_A_ROUND, "on_policy_fraction": fraction}
+    # 128: what the teacher had
     return rounds | {"on_policy_max_new_tokens": 128, "on_policy_batch_size": 96} | settings
 
 
@@ -47,14 +49,17 @@ SOFT: dict[str, Any] = {"temperature": 1.0, "alpha": 0.8}
 def candidates() -> list[Arm]:
     """What the table's settings are chosen among."""
     found = [candidate("sft", alpha=0.0)]
+    # the temperature and weight of KD, towards the softmax and towards what was sampled
     for temperature in (1.0, 2.5):
         for alpha in (0.5, 0.8, 1.0):
             for target, own in (("soft", {}), ("sampled", SAMPLED)):
                 name = f"kd_T{temperature:g}_alpha{alpha:g}_{target}"
                 found.append(candidate(name, temperature=temperature, alpha=alpha, **own))
+    # the other divergences; reverse KL has no filters: it is infinite where they leave nothing
     for divergence, own in (("reverse_kl", SHARPENED), ("jsd", SAMPLED)):
         found.append(candidate(f"{divergence}_soft", **SOFT, divergence=divergence))
         found.append(candidate(f"{divergence}_sampled", **SOFT, divergence=divergence, **own))
+    # half of each step on the student's own answers, with every divergence and target
     for divergence, own in (("forward_kl", SAMPLED), ("reverse_kl", SHARPENED), ("jsd", SAMPLED)):
         for target, targeted in (("soft", {}), ("sampled", own)):
             settings = on_policy(0.5, CHOOSING_STEPS, **SOFT, divergence=divergence, **targeted)

@@ -53,6 +53,7 @@ class Phase:
     def domains(self) -> dict[str, np.ndarray]:
         """Name -> which prompts; all of them first."""
         own = np.array([prompt["domain"] for prompt in self.prompts])
+        # a mask over the prompts for each domain, beside one of all
         masks = {POOLED: np.ones(len(own), bool)}
         for domain in sorted(set(own)):
             masks[str(domain)] = own == domain
@@ -69,6 +70,7 @@ def right_SP(records: Sequence[Record], cell: str) -> np.ndarray:
 
 def accuracy_difference(one: Sequence[Record], other: Sequence[Record], cell: str, phase: Phase) -> dict[str, Any]:
     """Domain -> one less the other, paired by prompt and seed."""
+    # -1, 0 or 1: one's answer is right and the other's is not, or the other way round
     gaps_SP = right_SP(one, cell) - right_SP(other, cell)
     found = {}
     for domain, mask in phase.domains().items():
@@ -78,9 +80,11 @@ def accuracy_difference(one: Sequence[Record], other: Sequence[Record], cell: st
 
 def own_difference(one: Sequence[Record], other: Sequence[Record], phase: Phase) -> dict[str, Any]:
     """Reverse KL an answer on the students' own samples, one less the other, paired by prompt and seed."""
+    # answers that every record has: one that was cut before it said a word is not measured
     ids = sorted(set.intersection(*(set(record["own"]["ids"]) for record in (*one, *other))))
     family = {prompt["id"]: prompt["family"] for prompt in phase.prompts}
 
+    # by id, for an arm's records may lack others
     def sums_SP(records: Sequence[Record]) -> np.ndarray:
         rows = []
         for record in records:
@@ -95,6 +99,7 @@ def compared_with(name: str) -> list[str]:
     """`AGAINST`; and for on-policy rounds that go on from an arm, what goes on from it without them: their control."""
     arm = next(arm for arm in ARMS if arm.name == name)
     others = [other for other in AGAINST if other != name]
+    # an arm's control has the same beginning and as many steps, without own answers
     if arm.after and "on_policy_rounds" in arm.settings:
         for other in ARMS:
             if other.after == arm.after and "on_policy_rounds" not in other.settings:
@@ -106,10 +111,13 @@ def add_corrections(differences: Sequence[dict[str, Any]]) -> None:
     """Holm's correction, `corrected_p`, among all arms that are compared with the same one: of their accuracies over
     both domains and both ways of sampling, and of their reverse KL by itself. What lies below is not tested."""
     for other in dict.fromkeys(found["against"] for found in differences):
+        # all arms against one other are a family of tests; accuracy and reverse KL are families of their own
         own = [found for found in differences if found["against"] == other]
+        # two tests an arm, greedy and T = 0.7
         tests = [[found["accuracy"][cell][POOLED] for found in own for cell in CELLS]]
         tests.append([found["own_reverse_kl"] for found in own])
         for family in tests:
+            # in place: the same dictionaries stand in `differences`
             for test, p in zip(family, holm([test["p"] for test in family]), strict=True):
                 test["corrected_p"] = p
 
@@ -121,6 +129,7 @@ def accuracies(records: Sequence[Record], phase: Phase) -> dict[str, Any]:
         right = right_SP(records, cell)
         found[cell] = {}
         for domain, mask in phase.domains().items():
+            # [seeds, prompts] -> one number, and one a seed
             found[cell][domain] = {"mean": float(right[:, mask].mean()), "by_seed": right[:, mask].mean(1).tolist()}
     return found
 
@@ -129,9 +138,12 @@ def own_facts(records: Sequence[Record]) -> dict[str, float]:
     """Means over seeds on the students' own samples at T = 1; KL(student || teacher) in nats."""
     own = [record["own"] for record in records]
     return {
+        # a mean over answers, each weighing alike
         "reverse_kl_an_answer": float(np.mean([np.mean(facts["reverse_kl"]) for facts in own])),
+        # a mean over tokens: long answers weigh more
         "reverse_kl_a_token": float(np.mean([sum(facts["reverse_kl"]) / sum(facts["tokens"]) for facts in own])),
         "tokens": float(np.mean([np.mean(facts["tokens"]) for facts in own])),
+        # an arm whose seeds differ in it is told by the fewest
         "answers": min(len(facts["ids"]) for facts in own),
     }
 
@@ -139,10 +151,12 @@ def own_facts(records: Sequence[Record]) -> dict[str, float]:
 def facts_of(name: str, records: Sequence[Record], phase: Phase) -> dict[str, Any]:
     """All that the table says of an arm or a model."""
     facts: dict[str, Any] = {"name": name, "seeds": [record["seed"] for record in records]}
+    # of any seed: they differ in nothing that is told here
     facts["made_of"] = {key: records[0]["made_of"][key] for key in ("arm", "after")}
     facts["accuracy"] = accuracies(records, phase)
     for key in ("tokens", "repetition", "truncated"):
         facts[key] = {cell: float(np.mean([record["graded"][cell][key] for record in records])) for cell in CELLS}
+    # candidates have no own samples, models no held-out numbers and no cost
     if "own" in records[0]:
         facts["own_samples"] = own_facts(records)
     if "heldout" in records[0]:
@@ -160,9 +174,11 @@ def ranked_candidates(phase: Phase) -> list[dict[str, Any]]:
     for arm in CANDIDATES:
         records = phase.of_arm(arm.name, SEEDS[:1])
         if records:
+            # [prompts]: 0, 0.5 or 1, the share of both ways of sampling that is right
             means_P[arm.about] = np.mean([right_SP(records, cell)[0] for cell in CELLS], axis=0)
             accuracy = {cell: float(right_SP(records, cell).mean()) for cell in CELLS}
             found.append({"name": arm.about, "settings": arm.settings, "accuracy": accuracy})
+    # the order of `CANDIDATES` settles ties
     found.sort(key=lambda facts: -means_P[facts["name"]].mean())
     for facts in found:
         own, best = means_P[facts["name"]], means_P[found[0]["name"]]
@@ -177,11 +193,13 @@ def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
     Raises:
         UserError: no arm of the table has all its seeds yet.
     """
+    # 1. arms with all their seeds
     arms = {arm.name: table.of_arm(arm.name, SEEDS) for arm in ARMS}
     unfinished = [name for name, records in arms.items() if not records]
     arms = {name: records for name, records in arms.items() if records}
     if not arms:
         raise UserError("no arm has a record of every seed yet; run `table` first")
+    # 2. every arm against those that it is compared with, as far as they are there
     differences = []
     for name, records in arms.items():
         for other in compared_with(name):
@@ -191,6 +209,7 @@ def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
             own = own_difference(records, arms[other], table)
             differences.append({"arm": name, "against": other, "accuracy": cells, "own_reverse_kl": own})
     add_corrections(differences)
+    # 3. what the tables are made of
     about = {arm.name: arm.about for arm in ARMS} | ABOUT_MODELS
     models = {record["name"]: [record] for record in table.records if record["name"] in ABOUT_MODELS}
     used = [record["provenance"] for record in table.records]
@@ -218,7 +237,9 @@ ABOUT_MODELS = {"base": "student before", "teacher": "teacher"}
 def signed(found: dict[str, Any], scale: float, digits: int) -> str:
     """`**+4.2** (1.0 to 7.4)`, bold where it holds after correction."""
     value = f"{scale * found['value']:+.{digits}f}"
+    # a difference that is not among those corrected is never bold
     value = f"**{value}**" if found.get("corrected_p", 1.0) <= ALPHA else value
+    # one seed or one family has no interval
     if found["low"] is None:
         return value
     return f"{value} ({scale * found['low']:.{digits}f} to {scale * found['high']:.{digits}f})"
@@ -275,10 +296,12 @@ def domain_table(results: dict[str, Any]) -> list[str]:
     domains = [domain for domain in results["prompts"] if domain != POOLED]
     lines = heading("recipe", *(f"{domain}, {cell}" for domain in domains for cell in CELLS))
     for facts in [*results["models"], *results["arms"]]:
+        # two columns a domain: greedy and T = 0.7
         cells = [facts["about"]]
         for domain in domains:
             for cell in CELLS:
                 found = facts["accuracy"][cell][domain]
+                # "44.1 (46, 43, 43)": the mean, and each seed's own
                 spread = ", ".join(f"{100 * share:.0f}" for share in found["by_seed"])
                 cells.append(f"{100 * found['mean']:.1f}" + (f" ({spread})" if len(found["by_seed"]) > 1 else ""))
         lines.append(row(cells))
@@ -314,7 +337,9 @@ def summary_table(results: dict[str, Any]) -> list[str]:
     """The README's: the arms with all steps, and how each differs from SFT."""
     names = ("right, greedy", "right, T = 0.7", "against SFT: greedy", "against SFT: T = 0.7", "KL", "reverse KL")
     lines = heading("recipe", *names, "teacher tokens")
+    # what each arm gains over the control
     against_sft = {found["arm"]: found for found in results["differences"] if found["against"] == "sft"}
+    # arms that are only the beginning of others have half of the steps
     begun = {facts["made_of"]["after"]["name"] for facts in results["arms"] if facts["made_of"]["after"]}
     for facts in [*results["models"], *results["arms"]]:
         if facts["name"] in begun:
@@ -353,6 +378,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def marked(name: str, results: dict[str, Any], words: Mapping[str, str] | None = None) -> str:
     lines = "\n".join(TABLES[name](results))
+    # one after the other, so that a word may hold what a later one replaces
     for english, other in (words or {}).items():
         lines = lines.replace(english, other)
     return f"<!-- recipes: {name} -->\n\n{lines}\n\n<!-- /recipes: {name} -->"

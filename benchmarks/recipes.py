@@ -113,6 +113,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     """The stages before training, with the profile."""
     for stage in STAGES:
         if stage == "cache_teacher":
+            # before the teacher reads them, and behind the stage that has written them
             keep_measured(Path(read_merged(PROFILE)["experiment_dir"]) / "sft")
         command = [sys.executable, str(ROOT / "scripts" / f"{stage}.py"), "--config", str(PROFILE)]
         subprocess.run(command, cwd=ROOT, check=True)
@@ -127,6 +128,7 @@ def keep_measured(folder: Path) -> None:
 
 def measured_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each domain the first by their ids, which are hashes."""
+    # a hash says nothing of its row: the first ones are a draw that every call repeats
     chosen: list[dict[str, Any]] = []
     for domain in sorted({row["domain"] for row in rows}):
         own = sorted((row for row in rows if row["domain"] == domain), key=lambda row: row["id"])
@@ -154,27 +156,33 @@ def jobs_of(phase: str, folder: Path, only: Sequence[str] = ()) -> list[Job]:
     if unknown := set(only) - {*arms, *MODELS}:
         raise UserError(f"--only {min(unknown)}: no such arm in {phase}; there are {', '.join([*arms, *MODELS])}")
     jobs = []
+    # seeds outside, arms inside: what is there when it is broken off has all arms
     for seed in SEEDS if phase == "table" else SEEDS[:1]:
         for arm in arms.values():
             jobs.append(Job(f"{arm.name}_seed_{seed}", arm, seed, phase, folder, profile))
+    # last: they are no arms, and no arm waits for them
     jobs += [Job(name, None, 0, phase, folder, profile) for name in MODELS]
+    # --only names arms and models; no names: all
     return [job for job in jobs if not only or (job.arm.name if job.arm else job.name) in only]
 
 
 def made_of(job: Job) -> dict[str, Any]:
     """What tells a record from one that another version of the comparison made."""
     data = Path(read_merged(PROFILE)["data_dir"])
+    # 1. the arm, and what it goes on from
     after = next((arm for arm in ARMS if job.arm and arm.name == job.arm.after), None)
     facts = {
         "arm": asdict(job.arm) if job.arm else job.name,
         "after": asdict(after) if after else None,
         "seed": job.seed,
         "training": job.profile,
+        # 2. what it is trained on and asked, by hashes: rows that changed make another record
         "rows": clean_hashes(Path(job.profile["experiment_dir"]) / "sft"),
         "prompts": sha256_file(data / f"{'eval' if job.phase == 'table' else 'train'}_dataset.jsonl"),
         "sampling": {name: asdict(sampling) for name, sampling in {**GRADED, "own": OWN}.items()},
         "measured_prompts": MEASURED_PROMPTS,
     }
+    # through JSON and back, as it is stored: a tuple is a list there
     return json.loads(json.dumps(facts))
 
 
@@ -185,7 +193,9 @@ def train(job: Job) -> dict[str, Any]:
     """The arm's training run, which is gone on with if it was killed."""
     assert job.arm is not None
     settings = job.profile | job.arm.settings
+    # a tenth of the steps warms up, as in the profile
     settings |= {"seed": job.seed, "max_steps": job.arm.steps, "warmup_steps": job.arm.steps // 10}
+    # nothing is measured on the way; a checkpoint half way, for a killed run
     settings |= {"eval_steps": 0, "save_steps": max(10, job.arm.steps // 2)}
     if job.arm.after:
         settings["init_from"] = str(job.run_of(job.arm.after) / "final_model")
@@ -196,6 +206,7 @@ def requests_of(job: Job) -> list[Request]:
     """All answers that are wanted; the seeds are the same for all arms: common random numbers."""
     rows = asked_rows(job.phase, job.profile)
     requests: list[Request] = []
+    # the name of the cell salts the seeds: greedy and T = 0.7 are other draws
     for name, sampling in GRADED.items():
         requests += make_requests(rows, 1, 0, sampling, name)
     if job.phase == "table":
@@ -205,23 +216,29 @@ def requests_of(job: Job) -> list[Request]:
 
 def answer(job: Job, model: str, adapter: str) -> list[dict[str, Any]]:
     """Every answer of a model (with an adapter merged), stored as they come; another model's are thrown away."""
+    # 1. what the answers are of: weights, requests, and the batch, which decides how sums are rounded
     requests, path, marker = requests_of(job), job.answers, job.answers.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = sha256_file(Path(adapter) / "adapter_model.safetensors") if adapter else ""
     asked = sha256_text(json.dumps([asdict(request) for request in requests]))
     fingerprint = {"model": model_fingerprint(model), "adapter": weights, "requests": asked, "batch_size": BATCH}
+    # answers of other weights lie there: they are overwritten, not refused
     others = marker.is_file() and read_json(marker)["fingerprint"] != fingerprint
     if stage_state(marker, fingerprint, overwrite=others, outputs=[path]) == "done":
         return read_jsonl(path)
+    # 2. those that are there, as far as a kill has left them whole
     start_stage(marker, fingerprint)
     path.touch()
     repair_jsonl_tail(path)
     stored = read_jsonl(path) if path.stat().st_size else []
+    # a prompt is asked once in every cell, each time with another seed
     known = {(row["id"], row["seed"]) for row in stored}
     done = frozenset(request for request in requests if (request.id, request.seed) in known)
+    # 3. the others, stored batch by batch
     with opened(make_engine(EngineSettings(batch_size=BATCH), model, (), adapter=adapter)) as generate:
         for part in generate(requests, done):
             append_jsonl(path, part)
+    # the model is gone before the next one is loaded
     gc.collect()
     finish_stage(marker, fingerprint)
     return read_jsonl(path)
@@ -230,6 +247,7 @@ def answer(job: Job, model: str, adapter: str) -> list[dict[str, Any]]:
 def encoded(answers: Sequence[dict[str, Any]], tokenizer: Any) -> list[EncodedRow]:
     """Sampled answers as the models read them; one that was cut ends where it was cut, see `rounds.read_own_pairs`."""
     rows, end = [], end_of_turn_id(tokenizer)
+    # in one order, whichever batch an answer came in
     for given in sorted(answers, key=lambda row: row["id"]):
         text = given["response"]
         if given["finish_reason"] == "length":
@@ -237,10 +255,12 @@ def encoded(answers: Sequence[dict[str, Any]], tokenizer: Any) -> list[EncodedRo
         messages = [{"role": "user", "content": given["prompt"]}, {"role": "assistant", "content": text}]
         row = {"id": given["id"], "messages": messages, "finish_reason": given["finish_reason"]}
         rows.append(encode_row(tokenizer, row, end, own_answer=True))
+    # one that was cut before it said a word has no token to measure
     return [row for row in rows if row.response_ids]
 
 
 def logits_of(reader: Reader, hidden_NH: Tensor) -> Tensor:
+    # [N, V], cut to the tokens that exist
     return reader.logit_map(product(hidden_NH, reader.head_on(hidden_NH.device).T)[:, : reader.vocab_size])
 
 
@@ -252,14 +272,17 @@ def reverse_kl(student: Reader, teacher: Reader, rows: Sequence[EncodedRow]) -> 
     the cut, by the chain rule (what MiniLLM minimises: Gu et al. 2024, equation 1).
     """
     sums: list[float] = []
+    # logits of a chunk of tokens at a time, as in the loss
     size = chunk_tokens(student.vocab_size)
     for batch in consecutive(rows, READ_TOKENS, len):
+        # [N, H] and [N, G] of the rows' response tokens, in chunks of the same tokens
         states = [reader.hidden(batch).split(size) for reader in (student, teacher)]
         parts = []
         for student_NH, teacher_NH in zip(*states, strict=True):
             log_q = torch.log_softmax(logits_of(student, student_NH), -1)
             log_p = torch.log_softmax(logits_of(teacher, teacher_NH), -1)
             parts.append(divergence(log_p, log_q, "reverse_kl"))
+        # [N] -> a piece a row, summed in fp64
         counts = [len(row.response_ids) for row in batch]
         sums += [part.sum().item() for part in torch.cat(parts).double().split(counts)]
     return sums
@@ -268,11 +291,13 @@ def reverse_kl(student: Reader, teacher: Reader, rows: Sequence[EncodedRow]) -> 
 def own_samples(answers: Sequence[dict[str, Any]], model: str, adapter: str, teacher: str) -> dict[str, Any]:
     """Tokens and reverse KL of a model's own answers at T = 1."""
     tokenizer = load_tokenizer(model)
+    # of all answers those that were drawn at T = 1 without filters
     rows = encoded([given for given in answers if given["sampling"] == asdict(OWN)], tokenizer)
     student = load_model(model, torch.float32)
     if adapter:
         student = merge_adapter(student, adapter)
     models = (student, load_model(teacher, torch.float32))
+    # tokens that exist; stored rows beyond them are padding
     size = max(tokenizer.get_vocab().values()) + 1
     readers = [model_reader(loaded, tokenizer.pad_token_id, packing=False).cut(size) for loaded in models]
     return {
@@ -288,11 +313,13 @@ def cost_of(job: Job, arm: Arm) -> dict[str, float]:
     The teacher's answers count as often as they are learned from, at their mean length. Seconds are not told, for runs
     share the machine.
     """
+    # 1. what the run and its rounds say of themselves
     results = read_json(job.run_of(arm.name) / "kd_results.json")
     rounds = [read_json(path) for path in sorted(job.run_of(arm.name).glob("rounds/*/round.json"))]
     own_rows = sum(facts["rows"] for facts in rounds)
     config = build_config(KDConfig, job.profile | arm.settings)
     index = read_index(Path(config.experiment_dir) / "teacher_cache")
+    # 2. a step's rows are the student's own or the teacher's
     answers = arm.steps * config.rows_per_step - own_rows
     cost = {
         "steps": results["steps"],
@@ -301,6 +328,7 @@ def cost_of(job: Job, arm: Arm) -> dict[str, float]:
         "teacher_tokens_written": answers * index["tokens"] / len(index["rows"]),
         "teacher_tokens_read_of_own": sum(facts["tokens_read"] for facts in rounds),
     }
+    # 3. and what the arm before it took
     if arm.after:
         before = cost_of(job, next(own for own in ARMS if own.name == arm.after))
         cost = {name: value + before[name] for name, value in cost.items()}
@@ -310,6 +338,7 @@ def cost_of(job: Job, arm: Arm) -> dict[str, float]:
 def make(job: Job) -> dict[str, Any]:
     """Train, answer and measure; what the record holds."""
     facts: dict[str, Any] = {"name": job.arm.name if job.arm else job.name, "seed": job.seed, "made_of": made_of(job)}
+    # a model is a job by its name; every arm is of the student
     model, adapter = job.profile[MODELS.get(job.name, "model_name_or_path")], ""
     if job.arm:
         results = train(job)
@@ -332,6 +361,7 @@ def is_made(job: Job) -> bool:
     """
     if not job.record.is_file():
         return False
+    # an arm's answers follow from its run, a model's have nothing to follow from
     way_out = f"move it and {job.run_of(job.arm.name) if job.arm else job.answers} away to have it made again"
     refuse_mismatch(job.record, read_json(job.record)["made_of"], made_of(job), way_out)
     return True
@@ -349,17 +379,20 @@ def work(arguments: argparse.Namespace) -> None:
         UserError: an arm goes on from one that is not there and is not asked for.
     """
     folder = Path(arguments.output)
+    # 1. what is asked for, and that nothing of it waits for ever
     left = jobs_of(arguments.phase, folder, arguments.only)
     (folder / "train").mkdir(parents=True, exist_ok=True)
     names = {job.arm.name for job in left if job.arm}
     for job in left:
         if waits(job) and job.arm.after not in names:
             raise UserError(f"{job.name} goes on from {job.arm.after}, which is not trained; add it to --only")
+    # 2. round after round over what is left; a record that is there is left out of the next
     while left:
         waiting = []
         for job in left:
             job.record.parent.mkdir(parents=True, exist_ok=True)
             try:
+                # timeout 0: a job that another process holds is not waited for
                 with locked(job.record.with_name(f".{job.name}.lock"), timeout=0):
                     if is_made(job):
                         continue
@@ -372,6 +405,7 @@ def work(arguments: argparse.Namespace) -> None:
                 waiting.append(job)
         left = waiting
         if left:
+            # what is left depends on others
             time.sleep(WAIT)
 
 
@@ -380,7 +414,9 @@ def work(arguments: argparse.Namespace) -> None:
 
 def graded(answers: Sequence[dict[str, Any]], rows: Sequence[Row], sampling: Sampling) -> dict[str, Any]:
     """Which are right, in the order of `rows`, and what the answers look like."""
+    # the cell is told by its settings, which every answer has
     by_id = {given["id"]: given for given in answers if given["sampling"] == asdict(sampling)}
+    # in the order of the prompts, whatever order they were answered in
     given = [by_id[row["id"]] for row in rows]
     grades = grade_all(
         [(row, one["response"], one["finish_reason"]) for row, one in zip(rows, given, strict=True)],
@@ -401,11 +437,13 @@ def read_phase(phase: str, folder: Path) -> Phase:
         UserError: a record was made with other settings, or its answers are not those that it was made with.
     """
     rows = asked_rows(phase, read_profile(PROFILE, SECTION, KDConfig))
+    # records that are not there are no mistake here: the report says what is unfinished
     records = []
     for job in jobs_of(phase, folder):
         if not is_made(job):
             continue
         record = read_json(job.record)
+        # answers are graded anew each time, so they must be the ones that the record speaks of
         if not job.answers.is_file() or sha256_file(job.answers) != record["answers_sha256"]:
             raise UserError(
                 f"{job.answers}: missing or not as it was written; delete it, if it is there, and {job.record}, and "
@@ -424,6 +462,7 @@ def report(arguments: argparse.Namespace) -> None:
     write_json(Path(arguments.json or folder / "recipes.json"), results)
     write_text(folder / "recipes.md", markdown(results))
     for page in map(Path, arguments.pages):
+        # the tables of a Chinese page have other words
         words = CHINESE if page.name.endswith(".zh-CN.md") else {}
         write_text(page, brought_up_to_date(page.read_text(encoding="utf-8"), results, words))
     print(markdown(results))

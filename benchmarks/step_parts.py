@@ -22,6 +22,7 @@ def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
     """
     from accelerate import Accelerator
 
+    # spent: up to now; kept: up to the end of the last step; ends: of every step
     spent: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     ends: list[float] = []
@@ -36,17 +37,20 @@ def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
 
         return call
 
+    # the start is taken off and the end added: what is left is the time between the two
     def before_update(*_: Any) -> None:
         spent["optimizer"] -= time.perf_counter()
 
     def after_update(*_: Any) -> None:
         ends.append(time.perf_counter())
         spent["optimizer"] += ends[-1]
+        # the steps before were to warm up
         if len(ends) == skip:
             spent.clear()
         kept.clear()
         kept.update(spent)  # what comes after the last step, held-out rows, is no part of one
 
+    # 1. the trainer's own functions, each with a clock around it
     places = {}
     for owner, name, part in (
         (training, "_beliefs", "teacher"), (training, "response_hidden", "student_forward"),
@@ -54,16 +58,19 @@ def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
     ):  # fmt: skip
         places[owner, name] = timed(part, getattr(owner, name))
     originals = {place: getattr(*place) for place in places}
+    # 2. the update has no function of ours: torch's hooks, for all optimisers
     hooks = [register_optimizer_step_pre_hook(before_update), register_optimizer_step_post_hook(after_update)]
     for place, replacement in places.items():
         setattr(*place, replacement)
     try:
         yield kept
+    # 3. everything as it was, whatever happened
     finally:
         for place, original in originals.items():
             setattr(*place, original)
         for hook in hooks:
             hook.remove()
+    # 4. means over the timed steps; the rest is what no part has
     steps = len(ends) - skip
     for part in kept:
         kept[part] /= steps
@@ -78,24 +85,30 @@ def body_products(name: str, tokens: int, length: int, lora_r: int, backward: bo
 
     Attention is counted in full squares: the kernel here skips at most half of them. Frozen weights get no gradient.
     """
+    # on the meta device: shapes without weights
     model, config = meta_model(name), load_model_config(name)
     found: Counter[Product] = Counter()
     for module in model.get_decoder().modules():
         if not isinstance(module, torch.nn.Linear):
             continue
+        # [n, k]: y [tokens, n] = x [tokens, k] W^T
         n, k = module.weight.shape
         found[1, tokens, k, n] += 1
+        # x A^T, and times B^T
         if lora_r:
             found[1, tokens, k, lora_r] += 1
             found[1, tokens, lora_r, n] += 1
+        # the gradient of x; W is frozen and has none
         if backward:
             found[1, tokens, n, k] += 1
             found[1, tokens, n, lora_r] += 1  # through B, its gradient; through A, its gradient
             found[1, n, tokens, lora_r] += 1
             found[1, tokens, lora_r, k] += 1
             found[1, lora_r, tokens, k] += 1
+    # attention: a product a head and row, [length, width] each
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # as many squares as the tokens fill
     batch = heads * tokens // length
     found[batch, length, width, length] += layers * (2 if backward else 1)  # scores; gradient of the probabilities
     found[batch, length, length, width] += layers * (4 if backward else 1)  # values; gradients of q, k and v
@@ -108,7 +121,9 @@ def product_seconds(product: Product, dtype: torch.dtype) -> float:
     on = harness.device()
     left, right = torch.randn(batch, m, k, device=on).to(dtype), torch.randn(batch, k, n, device=on).to(dtype)
     if batch == 1:
+        # plain matrices, as a projection's are
         left, right = left[0], right[0]
+    # the same numbers, column after column in memory
     turned = right.mT.contiguous().mT
     best = float("inf")
     for other in (right, turned):
@@ -128,23 +143,30 @@ def step_floor(job: dict[str, Any]) -> dict[str, Any]:
     Everything at once: a step's tokens in one product each, which is the best a machine can hope for; tokens that rows
     begin alike with are counted once, as our packs run them.
     """
+    # 1. a step's tokens: of all, those that are computed; of the answers, every one
     dtype, profile = compute_dtype(harness.device()), job["profile"]
     tokens = round(job["tokens"] * (1 - job["shared"]) / job["steps"])
     answers = round(job["answers"] / job["steps"])
     length = round(job["tokens"] / job["rows"])
+    # 2. the loss: the student's logits and their gradient by its states; the teacher's logits
     student = load_model_config(profile["model_name_or_path"])
     teacher = load_model_config(profile["teacher_model_name_or_path"])
     head: Counter[Product] = Counter()
     head[1, answers, student.hidden_size, student.vocab_size] += 1
     head[1, answers, student.vocab_size, student.hidden_size] += 1
     beliefs = Counter({(1, answers, teacher.hidden_size, teacher.vocab_size): 1})
+    # 3. the bodies: of the student with adapters, forward and backward; of the teacher, forward alone
     body = body_products(profile["model_name_or_path"], tokens, length, job["lora_r"], backward=True)
     online = body_products(profile["teacher_model_name_or_path"], tokens, length, 0, backward=False)
+    # 4. what each way to train multiplies
     work = {"sft": body + head, "hidden": body + head + beliefs, "online": body + head + beliefs + online}
+    # the largest of them has the products of all, so each is measured once
     took = {product: product_seconds(product, dtype) for product in work["online"]}
     found: dict[str, Any] = {"dtype": str(dtype), "tokens": tokens, "answer_tokens": answers, "length": length}
     for name, products in work.items():
+        # a product of [m, k] and [k, n] has m k n multiplications and as many additions
         flops = sum(2 * b * m * k * n * count for (b, m, k, n), count in products.items())
         seconds = sum(took[product] * count for product, count in products.items())
         found[name] = {"seconds": seconds, "tflop": flops / 1e12, "gflop_per_second": flops / seconds / 1e9}
+    # `seconds` is what every worker's result has
     return {"seconds": found["hidden"]["seconds"], "floor": found}

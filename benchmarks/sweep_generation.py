@@ -30,42 +30,53 @@ from src.utils.config import build_config, read_profile
 
 def rows_of(config: EvaluateConfig) -> list[Row]:
     rows = read_dataset(Path(config.data_dir) / "eval_dataset.jsonl")
+    # prompts that nobody grades are no part of an evaluation
     return select_rows([row for row in rows if row["grader"] != UNGRADED], MODES[config.mode])
 
 
 def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
+    # "stage_1_kd" -> "stage_1", "kd"
     config, (what, _, arm) = build_config(EvaluateConfig, job["settings"]), name.rpartition("_")
     requests = sweep_requests(config, rows_of(config))
+    # one list with all temperatures, or a list for each in the order in which they come
     lists = [requests]
     if what == "stage_1":
         lists = [[r for r in requests if r.sampling == own] for own in dict.fromkeys(r.sampling for r in requests)]
     tokens: list[int] = []
+    # nothing is missing: arms that were not found are not asked
     arms = Arms(job["models"]["base"], job["models"], {})
+    # opened: the model is loaded and its adapter merged before the clock runs
     with tempfile.TemporaryDirectory() as folder, opened(arm_engine(config, arms, arm)) as generate:
         start = time.perf_counter()
         for asked in lists:
             for part in generate(asked, frozenset()):
+                # storing is part of what an evaluation does
                 append_jsonl(Path(folder) / "answers.jsonl", part)
                 tokens += [row["num_tokens"] for row in part]
         seconds = time.perf_counter() - start
+    # peak_mb None: memory is no part of this comparison
     return {"seconds": seconds, "tokens_per_second": sum(tokens) / seconds, "answers": len(tokens),
             "tokens": sum(tokens), "peak_mb": None}  # fmt: skip
 
 
 def parent(arguments: argparse.Namespace) -> None:
     before = harness.machine()
+    # 1. the profile, with what the command line says
     settings = read_profile(arguments.config, SECTION, EvaluateConfig)
     own = ("data_dir", "experiment_dir", "model_path", "mode")
     settings |= {name: getattr(arguments, name) for name in own if getattr(arguments, name)}
     settings |= {"max_new_tokens": 8} if arguments.quick else {}
+    # 2. the models, by path or hub id
     found = resolve_arms(build_config(EvaluateConfig, settings)).found
     settings["data_dir"] = str(Path(settings["data_dir"]).resolve())  # workers start elsewhere
     found = {arm: str(Path(name).resolve()) if Path(name).is_dir() else name for arm, name in found.items()}
     config = build_config(EvaluateConfig, settings)
     job = {"settings": settings, "models": found}
     names = [f"{what}_{arm}" for arm in arguments.arms if arm in found for what in ("sweep", "stage_1")]
+    # 3. every arm both ways, in turn
     results = harness.round_robin(dict.fromkeys(names, sys.executable), lambda _: job, arguments.repeats)
     rate = {result["name"]: result["tokens_per_second"] for result in results if "absent" not in result}
+    # against stage 1's way with the same arm, and with the teacher, which is what stage 1 asks
     ratios = {
         f"{name} / {other}": rate[name] / rate[other]
         for name in rate if name.startswith("sweep")

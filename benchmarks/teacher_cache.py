@@ -43,6 +43,7 @@ def teacher_of(job: dict[str, Any], dtype: torch.dtype) -> Any:
 def open_signal(name: str, job: dict[str, Any], rows: list[Any], pad_id: int, temperature: float) -> Reader:
     if name == "online":
         return model_reader(teacher_of(job, compute_dtype("cpu")), pad_id, packing=True)
+    # no validation and no held-out rows: nothing is measured by it
     data = TrainingData([Pair(row, row) for row in rows], [], [], {}, 0)
     return open_cache(Path(job[name]) / "teacher_cache", name, temperature, data)
 
@@ -53,9 +54,11 @@ def beliefs(signal: Reader, rows: list[Any]) -> Any:
 
 def student_states(job: dict[str, Any], rows: list[Any], pad_id: int, size: int) -> tuple[Any, Any, Any]:
     """The untrained student's hidden states on the rows one by one, their labels, and its output matrix, all fp32."""
+    # as a run loads it, rounded to bf16 where the machine has that; then fp32, so that no more is rounded
     student = load_model(job["profile"]["model_name_or_path"], compute_dtype("cpu")).float()
     with torch.no_grad():
         pairs = [response_hidden(student, batch_of([row], pad_id, packing=False)) for row in rows]
+    # [N, H] and [N], row after row
     hidden, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
     return hidden, labels, head_weight(student, size).detach()
 
@@ -63,12 +66,15 @@ def student_states(job: dict[str, Any], rows: list[Any], pad_id: int, size: int)
 def make_references(job: dict[str, Any]) -> dict[str, Any]:
     """The student's states, and at each temperature the gradient and loss against a teacher in fp32."""
     tokenizer, rows, _ = encoded(job, Path(job["data"]))
+    # every k-th: rows lie in order of their length, so that all lengths are among them
     rows = rows[:: max(1, len(rows) // LOOKED_AT)]
     pad_id, size = tokenizer.pad_token_id, max(tokenizer.get_vocab().values()) + 1
     teacher = model_reader(teacher_of(job, compute_dtype("cpu")).float(), pad_id, packing=False)
+    # [N, G], from rows one by one: no padding, no shared beginnings
     beliefs_NG = torch.cat([teacher.hidden([row]) for row in rows])
     states = student_states(job, rows, pad_id, size)
     logits = project(states[0], states[2]), project(beliefs_NG, teacher.head()[:size])
+    # alpha 1: the divergence alone
     truth = {t: reference(*logits, states[2], states[1], t, 1.0) for t in TEMPERATURES}
     torch.save({"states": states, "truth": truth, "rows": rows}, job["reference"])
     return {"seconds": 0.0}
@@ -85,9 +91,11 @@ def make(name: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
+    # "make:topk" -> "make", "topk"; "online" -> "", "online"
     what, _, signal_name = name.rpartition(":")
     if what == "make":
         return make(signal_name, job)
+    # 1. what is done once, each in a process of its own
     if what == "curve":
         losses = train_ours(job, Path(job["data"]), signal_name, job["profile"]["alpha"])
         return {"seconds": 0.0, "losses": losses}
@@ -95,22 +103,28 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
         return make_caches(job)
     if name == "reference":
         return make_references(job)
+    # 2. opening: loading the teacher, or hashing the cache's files
     tokenizer, rows, _ = encoded(job, Path(job["data"]))
     saved = torch.load(job["reference"], weights_only=False)
     resident = harness.resident_mb()
     start = time.perf_counter()
     signal = open_signal(name, job, rows, tokenizer.pad_token_id, TEMPERATURES[0])
     opening = time.perf_counter() - start
+    # 3. reading: as many batches as steps, in random order as in training
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     batches = [[rows[i] for i in order[at :: job["steps"]]] for at in range(job["steps"])]
+    # once untimed: from here on the files are in the page cache
     beliefs(signal, batches[0])
     harness.forget_peak()
     seconds = harness.best_seconds(lambda: [beliefs(signal, batch) for batch in batches], 2) / job["steps"]
     result = {"seconds": seconds, "opening_seconds": opening, "peak_mb": harness.peak_mb() - resident, "accuracy": []}
+    # 4. loss and gradient with these beliefs, by the student's states in fp32
     hidden, labels, head = saved["states"]
     for temperature in TEMPERATURES:
+        # a top-k reader is for one temperature
         signal = open_signal(name, job, rows, tokenizer.pad_token_id, temperature)
         found = beliefs(signal, saved["rows"])
+        # the teacher's head is cut to the tokens that exist, as the student's is
         theirs = (found, None) if isinstance(found, TopK) else (found.float(), signal.head()[: len(head)].float())
         student = hidden.detach().requires_grad_()
         sums = kd_loss(student, head, *theirs, labels, temperature=temperature, alpha=1.0)
@@ -120,6 +134,7 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
             {"temperature": temperature, "loss": sums.loss.item() / len(labels), "loss_fp64": value,
              "grad_rel_error": harness.relative_error(student.grad, gradient)}
         )  # fmt: skip
+    # the first temperature, 1, stands for the signal in the record
     return result | {key: result["accuracy"][0][key] for key in ("loss", "grad_rel_error")}
 
 
@@ -129,17 +144,21 @@ def parent(arguments: argparse.Namespace) -> None:
         folder = Path(name)
         job = make_job(arguments, folder)
         config = build_config(KDConfig, job["profile"])
+        # a cache of either kind, of all clean rows of the profile's experiment
         for kind in ("hidden", "topk"):
             job[kind] = str(folder / kind)
             (folder / kind).mkdir()
             (folder / kind / "sft").symlink_to(Path(job["profile"]["experiment_dir"]).resolve() / "sft")
         job["reference"] = str(folder / "reference.pt")
+        # 1. what is done once; `curve` trains on the job's rows
         once = ("make:hidden", "make:topk", "caches", "reference", "curve:hidden", "curve:online")
         did = {task: harness.run_worker(sys.executable, task, job) for task in once}
         for task, found in did.items():
             if "absent" in found:
                 raise UserError(f"{task} failed: {found['absent']}")
+        # 2. the three signals in turn
         results = harness.round_robin(dict.fromkeys(SIGNALS, sys.executable), lambda _: job, arguments.repeats)
+    # 3. both runs take the same rows in the same order, so that their losses can differ by the beliefs alone
     curves = {signal: did[f"curve:{signal}"]["losses"] for signal in ("hidden", "online")}
     apart = max(abs(a - b) / abs(b) for a, b in zip(*curves.values(), strict=True))
     by_name = {result["name"]: result for result in results}
@@ -148,6 +167,7 @@ def parent(arguments: argparse.Namespace) -> None:
         "results": results, "made": made, "curves": curves | {"largest_relative_difference": apart},
         "floor_seconds": None, "shapes": {key: job[key] for key in ("profile", "steps", "rows", "tokens", "answers")},
     }  # fmt: skip
+    # 4. what reading spares a run, and after how many runs making has paid
     if not any("absent" in result for result in results):
         steps = config.max_steps if config.max_steps > 0 else job["steps"] * config.num_train_epochs
         saved = {key: by_name["online"][key] - by_name["hidden"][key] for key in ("seconds", "opening_seconds")}
@@ -157,6 +177,7 @@ def parent(arguments: argparse.Namespace) -> None:
             "steps_a_run": steps,
         }
         report["ratios"]["runs_until_it_has_paid"] = made["hidden"]["seconds"] / report["ratios"]["seconds_saved_a_run"]
+    # 5. accuracy is a list; the table wants columns
     for result in results:
         for each in result.get("accuracy", []):
             at = f"{each['temperature']:g}"

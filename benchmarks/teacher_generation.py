@@ -44,6 +44,7 @@ TASKS = [
     "step by step how many of them are still working after five weeks, and what the owner should do about it.",
 ]
 
+# run by vLLM's own interpreter, which has nothing of this checkout
 OFFLINE = """
 import json, sys, time
 from vllm import LLM, SamplingParams
@@ -72,6 +73,7 @@ if __name__ == "__main__":
 
 def make_rows(count: int) -> list[dict[str, str]]:
     draw = random.Random(0)
+    # an empty {} more or less: `format` passes over arguments that a text does not use
     texts = [draw.choice(TASKS).format(draw.choice(PLACES), draw.randint(3, 90)) for _ in range(count)]
     return [{"id": f"row-{i:04d}", "prompt": text} for i, text in enumerate(texts)]
 
@@ -88,16 +90,20 @@ def timed(name: str, rows: int, work: Any) -> dict[str, Any]:
 def plain(model: Any, tokenizer: Any, texts: list[str], sampling: Sampling, ends: list[int], size: int) -> int:
     """`generate` on the texts as they come, `size` at a time."""
     sample = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    # greedy where the temperature is 0; sampling settings would be warned of
     settings = GenerationConfig(
         **(sample if sampling.temperature else {"do_sample": False}),
         max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     tokens = 0
+    # in the order of the texts: no sorting by length
     for start in range(0, len(texts), size):
         batch = tokenizer(texts[start : start + size], add_special_tokens=False, padding=True, padding_side="left",
                           return_tensors="pt")  # fmt: skip
+        # [rows, new tokens]: without the prompts
         made = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
         ended = torch.isin(made, torch.tensor(ends)).int()
+        # [0 0 1 1] ended -> cumsum less own [0 0 0 1] -> True up to the first end; behind it is padding
         before = ended.cumsum(1) - ended == 0  # up to and with the first end token
         tokens += int(before.sum())
     return tokens
@@ -105,6 +111,7 @@ def plain(model: Any, tokenizer: Any, texts: list[str], sampling: Sampling, ends
 
 @contextmanager
 def vllm_server(python: str, model: str, dtype: str, length: int, memory: float, log: Path) -> Any:
+    # port 0: the system names one that is free; it is free again for the server once the probe is closed
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -115,9 +122,11 @@ def vllm_server(python: str, model: str, dtype: str, length: int, memory: float,
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
+        # loading a model takes minutes: 600 looks, half a second apart
         for _ in range(600):
             if process.poll() is not None:
                 raise RuntimeError(f"the vLLM server ended: {log.read_text()[-2000:]}")
+            # an OSError is a connection refused, or an HTTP error: not ready yet
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
@@ -143,6 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
 
+    # 1. the same requests for all, as stage 1 makes them: a seed for each
     sampling = Sampling(0.7, 0.8, 20, options.max_new_tokens)
     requests = make_requests(make_rows(options.rows), 1, 42, sampling)
     tokenizer, dtype = load_tokenizer(options.teacher), compute_dtype()
@@ -157,22 +167,27 @@ def main() -> None:
         parts = generate(model, tokenizer, some, options.batch_size)
         return sum(row["num_tokens"] for part in parts for row in part)
 
+    # 2. ours, and the model's own `generate`
     set_seed(0)
+    # not timed
     ours(requests[:2])
     results = [
         timed("ours", len(requests), lambda: ours(requests)),
         timed("one_by_one", few, lambda: plain(model, tokenizer, texts[:few], sampling, ends, 1)),
         timed("unsorted_batch", len(requests), lambda: plain(model, tokenizer, texts, sampling, ends, 32)),
     ]
+    # 3. vLLM, if that interpreter has it
     ask = [options.vllm_python, "-c", "import vllm; print(vllm.__version__)"]
     found = subprocess.run(ask, capture_output=True, text=True)
     version = None
     if found.returncode:
         absent = [{"name": name, "why": f"{options.vllm_python} has no vLLM"} for name in ("vllm", "openai_server")]
     else:
+        # the version is the last word, whatever the import prints before it
         version = found.stdout.split()[-1]
         length = max(lengths) + options.max_new_tokens
         job, answer = (options.output.with_suffix(f".{name}.tmp") for name in ("job", "answer"))
+        # its memory is vLLM's now
         del model
         settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
                     "max_tokens": sampling.max_new_tokens, "stop_token_ids": ends}  # fmt: skip
@@ -183,11 +198,13 @@ def main() -> None:
         }  # fmt: skip
         code = options.output.with_suffix(".offline.py")
         code.write_text(OFFLINE)
+        # one process for those that share an engine; the environment is read when it starts
         for names, environment in (
             (["vllm", "vllm_without_seeds"], {}),
             (["vllm_all_cores"], {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}),
         ):
             job.write_text(json.dumps(task | {"names": names}))
+            # what it says goes to the console, where `absent` sends whoever looks for its error
             offline = subprocess.run(
                 [options.vllm_python, str(code), str(job), str(answer)], stdout=sys.stderr, env=os.environ | environment
             )
@@ -195,6 +212,7 @@ def main() -> None:
                 absent.append({"name": names[0], "why": f"it ended with code {offline.returncode}; its error is above"})
             else:
                 results += json.loads(answer.read_text())
+        # 4. our openai engine on a server
         log = options.output.with_suffix(".server.log")
         try:
             with vllm_server(options.vllm_python, options.teacher, words, length, options.vllm_memory, log) as url:
@@ -207,6 +225,7 @@ def main() -> None:
                 results.append(timed("openai_server", len(requests), lambda: served(requests)))
         except (RuntimeError, UserError) as error:
             absent.append({"name": "openai_server", "why": " ".join(str(error).split())[-300:]})
+        # 5. the record alone is left
         for path in (job, answer, code, log):
             path.unlink(missing_ok=True)
     by_name = {entry["name"]: entry["tokens_per_second"] for entry in results}

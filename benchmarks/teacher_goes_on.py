@@ -59,6 +59,7 @@ def read_beginnings(run: Path, data: Path, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         UserError: the run has no rounds.
     """
+    # 1. every prompt's row, and whether the teacher's own answer to it is right
     config = read_json(run / "kd_config.json")
     rows = {row["id"]: row for row in read_dataset(data / "train_dataset.jsonl")}
     answers = read_jsonl(Path(config["experiment_dir"]) / "sft" / "sft_train_data.jsonl")
@@ -68,12 +69,16 @@ def read_beginnings(run: Path, data: Path, tokenizer: PreTrainedTokenizerBase) -
     rounds = sorted(run.glob("rounds/round_*/sft"))
     if not rounds:
         raise UserError(f"{run}: no on-policy rounds; name a run that was made with --on_policy_rounds")
+    # 2. the student's answers, as they were learned from; names of rounds sort by their number
     for folder in rounds:
         for own in read_jsonl(clean_files(folder)["train"]):
             row, text = rows[own["id"]], own["messages"][-1]["content"]
+            # the ids that were sampled, where the round has them: the text may be cut in another way
             ids = own.get("response_ids") or tokenizer(text, add_special_tokens=False)["input_ids"]
+            # half of one token is none
             if len(ids) < 2:
                 continue
+            # the end of the prompt is where an answer begins
             [prompt] = prompt_ids(tokenizer, [prompt_text(tokenizer, own["messages"][:-1])])
             right = {"student": is_right(row, text, own["finish_reason"]), "teacher": teachers[row["id"]]}
             yield Begun(row, prompt, ids[: len(ids) // 2], right)
@@ -97,6 +102,7 @@ def go_on(
         # 1. prompts and beginnings, padded on the left
         texts = [one.prompt + one.beginning for one in batch]
         width = max(map(len, texts))
+        # on the left, so that all rows end where the model goes on; the mask hides the padding
         ids = torch.tensor([[end] * (width - len(text)) + text for text in texts])
         mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
         # 2. what follows, up to the end of the turn
@@ -105,8 +111,10 @@ def go_on(
         )[:, width:]
         # 3. the whole answer is graded
         for one, following in zip(batch, made.tolist(), strict=True):
+            # a row that has ended is filled up with `end`, so that the first one counts
             has_ended = end in following
             following = following[: following.index(end)] if has_ended else following
+            # decoded together: the cut may lie within a character or a word
             text = tokenizer.decode(one.beginning + following, skip_special_tokens=True)
             one.right[who] = is_right(one.row, text, "stop" if has_ended else "length")
 
@@ -114,7 +122,9 @@ def go_on(
 def summary(begun: Sequence[Begun]) -> dict[str, Any]:
     """Shares of right answers, and teacher less student where both go on from the same beginning."""
     families = [family_of(one.row) for one in begun]
+    # who -> 1 or 0 for each answer
     shares = {who: [float(one.right[who]) for one in begun] for who in begun[0].right}
+    # paired: both went on from the same beginning; all answers to a family's prompts are drawn together
     gap = difference(shares["teacher_goes_on"], shares["student_goes_on"], families, seed=0)
     right = {who: proportion(share, families, samples=1)._asdict() for who, share in shares.items()}
     return {"answers": len(begun), "right": right, "teacher_less_student": gap._asdict()}
@@ -134,12 +144,14 @@ def main() -> None:
     # 1. the student, of each run its own
     for run in arguments.runs:
         own = list(read_beginnings(run, Path(profile["data_dir"]), tokenizer))
+        # none: the run began with the student as it is
         adapter = read_json(run / "kd_config.json")["init_from"]
         student = load_model(profile["model_name_or_path"], torch.float32)
         student = merge_adapter(student, adapter) if adapter else student
         go_on("student_goes_on", student, tokenizer, own, sampling)
         begun += own
     # 2. the teacher
+    # one teacher for all runs' beginnings
     teacher = load_model(profile["teacher_model_name_or_path"], torch.float32)
     go_on("teacher_goes_on", teacher, tokenizer, begun, sampling)
     # 3. wrong and right answers of the student apart

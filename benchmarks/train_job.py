@@ -39,13 +39,16 @@ def random_model(name: str, dtype: torch.dtype, device_map: Any = None, load_in_
     assert not load_in_4bit
     torch.manual_seed(0)
     config = load_model_config(name)
+    # what is made meanwhile has this type; adapters, which are made later, are fp32
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
+        # on the device at once: no copy in the processor's memory
         with torch.device(harness.device()):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:
         torch.set_default_dtype(before)
+    # `from_config` knows no name; peft writes the model's into an adapter's configuration
     model.name_or_path = model.config._name_or_path = name
     return model.eval()
 
@@ -54,6 +57,7 @@ def use_random_weights() -> None:
     """From now on, in this process, models are made and not loaded."""
     from benchmarks import train_peers
 
+    # each module has bound the function's name for itself
     for module in (kd, teacher_cache, train_peers):
         module.load_model = random_model
 
@@ -67,7 +71,9 @@ def made_up_rows(count: int, folder: Path) -> None:
     for split, number in (("train", count), ("eval", 1)):
         rows = []
         for index in range(number):
+            # the square of a number below 1 is small more often than not: half of the answers have at most 237 words
             words = [draw.choices(WORDS, k=length) for length in (100, 50 + int(750 * draw.random() ** 2))]
+            # ("user", "the sum ..."), ("assistant", "is twelve ...")
             said = zip(("user", "assistant"), map(" ".join, words), strict=True)
             rows.append({"id": f"{split}-{index}", "messages": [{"role": r, "content": text} for r, text in said]})
         write_jsonl(folder / "sft" / f"sft_{split}_data_clean.jsonl", rows)
@@ -75,6 +81,7 @@ def made_up_rows(count: int, folder: Path) -> None:
 
 def choose_rows(profile: dict[str, Any], count: int, folder: Path) -> list[Any]:
     """Write `count` training rows, spread over all lengths, as an experiment of their own; one row is held out."""
+    # 1. the rows that fit, sorted by their length; ids settle ties
     tokenizer = load_tokenizer(profile["model_name_or_path"])
     end_id = end_of_turn_id(tokenizer)
     source = Path(profile["experiment_dir"]) / "sft"
@@ -88,6 +95,7 @@ def choose_rows(profile: dict[str, Any], count: int, folder: Path) -> list[Any]:
         raise UserError(f"{source}: {len(rows['train'])} rows, {count} are needed; run the stages before training")
     if not rows["eval"]:
         raise UserError(f"{source}: no held-out row has at most {profile.get('max_length', 1024)} tokens (max_length)")
+    # 2. the middle of each of `count` equal parts: of 100 rows and 4 the ones at 12, 37, 62 and 87
     chosen = [rows["train"][(2 * i + 1) * len(rows["train"]) // (2 * count)] for i in range(count)]
     write_jsonl(folder / "sft" / "sft_train_data_clean.jsonl", [row for _, row in chosen])
     write_jsonl(folder / "sft" / "sft_eval_data_clean.jsonl", [rows["eval"][0][1]])
@@ -99,6 +107,7 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     profile = read_profile(
         arguments.config, SECTION, KDConfig, hardware="none"
     )  # this machine's passes, whatever it is
+    # 1. the profile, with the folders that the command line names
     if arguments.random_weights:
         arguments.model, arguments.teacher = arguments.random_weights
     given = {
@@ -108,6 +117,7 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, value in given.items():
         if value:  # a folder, wherever the workers run, or a hub id
             profile[name] = str(Path(value).resolve()) if Path(value).exists() else value
+    # 2. rows: made up, or the profile's
     config = build_config(KDConfig, profile)
     steps = 2 if arguments.quick else arguments.steps
     if arguments.random_weights:
@@ -115,6 +125,7 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         profile |= {"experiment_dir": str(folder / "made_up"), "student_devices": [], "teacher_devices": []}  # one GPU
     rows = choose_rows(profile, steps * config.rows_per_step, folder / "data")
     choose_rows(profile, config.rows_per_step, folder / "probe")
+    # 3. the job, which is written as JSON: no objects, but what every worker needs to make them
     return {
         "profile": profile | {"overwrite": True}, "steps": steps, "epochs": 2, "max_grad_norm": config.max_grad_norm,
         "rows": len(rows), "tokens": sum(map(len, rows)), "answers": sum(len(row.response_ids) for row in rows),
@@ -128,6 +139,7 @@ def shared(config: KDConfig, rows: list[Any]) -> float:
     """The share of the rows' tokens that our packs run with another row's."""
     tokens = CPU_TOKENS if config.tokens_per_batch is None else config.tokens_per_batch
     cutting = Cutting(tokens, config.gradient_accumulation_steps, 1, config.packing)
+    # [2]: the share that shared beginnings spare
     return waste(rows, StepOrder(len(rows), config.rows_per_step, config.data_seed), cutting)[2]
 
 
@@ -140,6 +152,7 @@ def make_caches(job: dict[str, Any]) -> dict[str, Any]:
 
 def cache_config(job: dict[str, Any], folder: str, **settings: Any) -> CacheTeacherConfig:
     names = ("teacher_model_name_or_path", "max_length", "bf16")
+    # what is not named has the defaults of `CacheTeacherConfig`
     settings |= {name: job["profile"][name] for name in names if name in job["profile"]}
     return CacheTeacherConfig(experiment_dir=folder, validation_fraction=0.0, **settings)
 
@@ -152,12 +165,15 @@ def encoded(job: dict[str, Any], folder: Path) -> tuple[Any, list[Any], list[dic
 
 def train_ours(job: dict[str, Any], folder: Path, signal: str, alpha: float, **settings: Any) -> list[float]:
     """A run of ours over the folder's rows, `job["epochs"]` times; the loss of every step."""
+    # a folder of its own: a second run of equal settings would find the first one finished
     run = folder / f"run_{time.time_ns()}"
     run_kd_pipeline(
         job["profile"]
         | {"experiment_dir": str(folder), "output_dir": str(run), "teacher_signal": signal, "alpha": alpha}
+        # no validation and no checkpoints within the steps that are timed
         | {"validation_fraction": 0, "eval_steps": 0, "save_steps": 0, "max_steps": -1}
         | {"epochs": job["epochs"], "max_grad_norm": job["max_grad_norm"]}
         | settings
     )
+    # rows of the log without a loss are validations
     return [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row]

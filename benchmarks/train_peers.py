@@ -28,14 +28,17 @@ def trl_gkd(name: str, job: dict[str, Any], folder: Path) -> list[float]:
     config = build_config(KDConfig, job["profile"])
     tokenizer, pairs, rows = encoded(job, folder)
     student, teacher = models(config)
+    # its collator takes these ids, and from the mask where the answer begins; without `messages` it finds no prompt
     data = [
         {"input_ids": [*pair.prompt_ids, *pair.response_ids], "messages": row["messages"],
          "completion_mask": [0] * len(pair.prompt_ids) + [1] * len(pair.response_ids)}
         for pair, row in zip(pairs, rows, strict=True)
     ]  # fmt: skip
+    # what both sides set alike
     keep = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
             "warmup_steps", "weight_decay", "seed", "max_length", "temperature", "bf16")  # fmt: skip
     arguments = GKDConfig(
+        # lmbda 0: no answers of the student's own; beta 0: the forward KL
         output_dir=str(folder / name), lmbda=0.0, beta=0.0, gradient_checkpointing=name == "trl_gkd_default",
         num_train_epochs=job["epochs"], max_grad_norm=job["max_grad_norm"], use_cpu=not torch.cuda.is_available(),
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -46,6 +49,7 @@ def trl_gkd(name: str, job: dict[str, Any], folder: Path) -> list[float]:
     trainer = GKDTrainer(student, teacher, arguments, train_dataset=Dataset.from_list(data),
                          processing_class=tokenizer, peft_config=lora)  # fmt: skip
     trainer.train()
+    # logging_steps = 1: a row a step
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
@@ -81,10 +85,13 @@ def trl_sft(name: str, job: dict[str, Any], folder: Path) -> list[float]:
 
 def summed_loss(model: Any, teacher: Any, rows: list[Any], tokenizer: Any, temperature: float, alpha: float) -> Any:
     """Full logits of both models on one padded batch; the objective summed over its response tokens."""
+    # tokens that exist: the stored matrix may be padded beyond them
     batch, size = collate(rows, tokenizer.pad_token_id), max(tokenizer.get_vocab().values()) + 1
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    # position i predicts token i + 1
     labels = batch.pop("labels")[:, 1:]
     mask = labels != -100
+    # [N, size] of the response tokens; with alpha = 0 nobody asks the teacher
     with torch.no_grad():
         theirs = teacher(**batch, use_cache=False).logits[:, :-1, :size][mask] if alpha else None
     logits = model(**batch, use_cache=False).logits[:, :-1, :size][mask]
@@ -98,8 +105,10 @@ def plain_torch(name: str, job: dict[str, Any], folder: Path) -> list[float]:
     tokenizer, pairs, _ = encoded(job, folder)
     set_seed(config.seed)
     student, teacher = models(config)
+    # not fused: an adapter as peft runs it
     model = add_lora(student, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules,
                      fused=False)  # fmt: skip
+    # the adapters; `add_lora` has frozen the rest
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     steps = job["epochs"] * len(pairs) // config.rows_per_step
@@ -110,7 +119,9 @@ def plain_torch(name: str, job: dict[str, Any], folder: Path) -> list[float]:
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(epoch)).tolist()
         for rows in (order[i : i + config.rows_per_step] for i in range(0, len(order), config.rows_per_step)):
             step = [pairs[i] for i in rows]
+            # one divisor for all passes of the step, as in our trainer
             tokens, losses = sum(len(pair.response_ids) for pair in step), [*losses, 0.0]
+            # the profile's rows a pass, padded to the longest of them
             for start in range(0, len(step), config.per_device_train_batch_size):
                 micro = step[start : start + config.per_device_train_batch_size]
                 with torch.autocast(harness.device(), enabled=bool(config.bf16), dtype=torch.bfloat16):

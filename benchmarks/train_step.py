@@ -34,6 +34,7 @@ from src.utils.config import build_config
 
 OURS = {"ours_hidden": "hidden", "ours_online": "online", "ours_sft": "hidden", "ours_hidden_compiled": "hidden",
         "ours_checkpointed": "hidden", "ours_as_batch_size": "hidden"}  # fmt: skip
+# what a contender sets beyond the profile
 SETTINGS = {
     "ours_hidden_compiled": {"compile_loss": True, "compile_layers": True},
     "ours_checkpointed": {"gradient_checkpointing": True},
@@ -74,13 +75,16 @@ def gradient_error(name: str, job: dict[str, Any], folder: Path) -> float:
     """The adapters' gradient on one step's rows against fp32 with full logits, from the contender's own adapters."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
+    # before the update: values that the gradient belongs to, and the gradient; copies, for neither stays
     def catch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found.extend((p.detach().float().clone(), p.grad.float().clone()) for g in optimizer.param_groups
                      for p in g["params"])  # fmt: skip
 
     hook = register_optimizer_step_pre_hook(catch)
+    # one step of the probe's rows; a norm that nothing reaches, so that nothing is clipped
     CONTENDERS[name](name, job | {"epochs": 1, "max_grad_norm": 1e9}, folder)
     hook.remove()
+    # the same rows in fp32: models, and the contender's own adapters in them
     config = build_config(KDConfig, job["profile"])
     tokenizer, pairs, _ = encoded(job, folder)
     student, teacher = (model.float() for model in models(config))
@@ -89,14 +93,17 @@ def gradient_error(name: str, job: dict[str, Any], folder: Path) -> float:
     for own, (value, _) in zip(parameters, found, strict=True):
         own.data.copy_(value)
     tokens = sum(len(pair.response_ids) for pair in pairs)
+    # a row at a time: nothing is padded, and the gradients add up
     for pair in pairs:
         (summed_loss(model, teacher, [pair], tokenizer, config.temperature, alpha_of(name, job)) / tokens
          ).backward()  # fmt: skip
+    # all parameters as one vector, found and wanted
     flat = [torch.cat([g.flatten() for g in grads]) for grads in ([g for _, g in found], [p.grad for p in parameters])]
     return harness.relative_error(*flat)
 
 
 def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
+    # "ours_hidden:parts" -> "ours_hidden", "parts"
     name, _, what = name.partition(":")
     if job.get("random_weights"):
         use_random_weights()
@@ -106,22 +113,27 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
         return make_caches(job)
     if what == "gradient":
         return {"seconds": 0.0, "grad_rel_error": gradient_error(name, job, Path(job["probe"]))}
+    # the start, and the end of every step
     ends: list[float] = [time.perf_counter()]
     peaks: list[float] = []
 
     def end_of_step(*_: Any) -> None:
+        # what the step has queued is part of it
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
         peaks.append(harness.peak_mb())
 
     hook = register_optimizer_step_post_hook(end_of_step)
+    # the first epoch, job["steps"] steps, warms up
     with parts_of_a_step(job["steps"]) if what == "parts" else contextlib.nullcontext() as parts:
         losses = CONTENDERS[name](name, job, Path(job["data"]))
     hook.remove()
     if len(ends) != 2 * job["steps"] + 1:
         raise UserError(f"{name} took {len(ends) - 1} steps, not {2 * job['steps']}")
+    # the second epoch alone
     seconds = (ends[-1] - ends[job["steps"]]) / job["steps"]
+    # the first epoch and what came before it, less an epoch of warm steps
     warm_up = ends[job["steps"]] - ends[0] - seconds * job["steps"]
     return {"seconds": seconds, "tokens_per_second": job["tokens"] / job["steps"] / seconds, "peak_mb": peaks[-1],
             "loss": sum(losses[-job["steps"] :]) / job["steps"], "alpha": alpha_of(name, job),
@@ -132,14 +144,18 @@ def parent(arguments: argparse.Namespace) -> None:
     names = arguments.only or [name for name in CONTENDERS if harness.device() == "cuda" or name not in ON_GPU]
     before = harness.machine()
     rivals = harness.rivals_python() if any(name.startswith("trl") for name in names) else ""
+    # TRL's contenders run in the peers' environment
     pythons = {name: rivals if name.startswith("trl") else sys.executable for name in names}
     with tempfile.TemporaryDirectory() as folder:
+        # 1. rows, and the cache of the teacher's states, which all share
         job = make_job(arguments, Path(folder))
         made = harness.run_worker(sys.executable, "caches", job)
         if "absent" in made:
             raise UserError(f"the teacher cache failed: {made['absent']}")
+        # 2. the products alone, then all contenders in turn
         bottom = harness.run_worker(sys.executable, "floor", job)["floor"]
         results = harness.round_robin(pythons, lambda _: job, arguments.repeats)
+        # 3. apart from the clock: the gradient's error, and what our steps are made of
         for result in results:
             if "absent" in result:
                 continue
@@ -151,6 +167,7 @@ def parent(arguments: argparse.Namespace) -> None:
                 result["parts"] = harness.run_worker(sys.executable, f"{name}:parts", job).get("parts")
                 kind = name.split("_")[1]
                 result["share_of_matmul_rate"] = bottom[kind]["seconds"] / result["seconds"]
+    # 4. the record, and two tables
     report = {
         "results": results, "floor_seconds": bottom["hidden"]["seconds"], "floor": bottom,
         "ratios": harness.ratios(results, tuple(OURS), bottom["hidden"]["seconds"]),
