@@ -13,7 +13,7 @@ from src.utils.common import UserError, provenance
 
 CELLS = ("greedy", "T=0.7")
 MEASURES = ("kl_to_teacher", "nll", "top1_agreement")
-AGAINST = ("sft", "kd_T1", "kd_sampled")  # what every arm is compared with
+AGAINST = ("sft", "kd_T1", "kd_sampled")  # what every arm is compared with, of two of these the later with the earlier
 POOLED = "both"  # domains
 # README.zh-CN.md: what its tables say for an English word, the longer before those that they hold
 CHINESE = {
@@ -98,7 +98,8 @@ def own_difference(one: Sequence[Record], other: Sequence[Record], phase: Phase)
 def compared_with(name: str) -> list[str]:
     """`AGAINST`; and for on-policy rounds that go on from an arm, what goes on from it without them: their control."""
     arm = next(arm for arm in ARMS if arm.name == name)
-    others = [other for other in AGAINST if other != name]
+    # a pair is tested once: both ways round it would be in two families of tests, and could have two verdicts
+    others = list(AGAINST[: AGAINST.index(name)] if name in AGAINST else AGAINST)
     # an arm's control has the same beginning and as many steps, without own answers
     if arm.after and "on_policy_rounds" in arm.settings:
         for other in ARMS:
@@ -212,7 +213,7 @@ def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
     # 3. what the tables are made of
     about = {arm.name: arm.about for arm in ARMS} | ABOUT_MODELS
     models = {record["name"]: [record] for record in table.records if record["name"] in ABOUT_MODELS}
-    used = [record["provenance"] for record in table.records]
+    used = [record["provenance"] for phase in (choosing, table) for record in phase.records]
     return {
         "prompts": {domain: int(mask.sum()) for domain, mask in table.domains().items()},
         "families": len(set(table.families())),

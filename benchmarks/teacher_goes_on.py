@@ -5,8 +5,8 @@
 On-policy rounds can teach right answers only where the teacher's beliefs lead from what the student has written to one.
 So each of its own answers in the runs' rounds is cut in the middle, and both go on from there, sampled as the teacher's
 answers were; the student with the adapter that the run began with. Beside them: the whole answer, and what the teacher
-answered by itself. Told apart by whether the student's answer was right. Intervals are bootstraps over families of
-prompts; the runs' seeds are not counted as samples.
+answered by itself. Told apart by whether the student's answer was right. Intervals count families of prompts as
+clusters (Wilson's of shares, a bootstrap of the difference); the runs' seeds are not counted as samples.
 """
 
 import argparse
@@ -92,7 +92,11 @@ def go_on(
     begun: Sequence[Begun],
     sampling: dict[str, Any],
 ) -> None:
-    """Have a model end all beginnings, and write down which come out right."""
+    """Have a model end all beginnings, and write down which come out right.
+
+    Args:
+        sampling: of `generate`; its max_new_tokens hold for beginning and end together, as for an answer made at once.
+    """
     torch.manual_seed(0)
     end = end_of_turn_id(tokenizer)
     # like lengths side by side, so that little is padded
@@ -111,6 +115,7 @@ def go_on(
         )[:, width:]
         # 3. the whole answer is graded
         for one, following in zip(batch, made.tolist(), strict=True):
+            following = following[: sampling["max_new_tokens"] - len(one.beginning)]
             # a row that has ended is filled up with `end`, so that the first one counts
             has_ended = end in following
             following = following[: following.index(end)] if has_ended else following
@@ -135,14 +140,15 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders with rounds/")
     parser.add_argument("--output", required=True, help="the results' file")
     arguments = parser.parse_args()
+    runs, output = [run.resolve() for run in arguments.runs], Path(arguments.output).resolve()
     os.chdir(ROOT)  # the profile's folders are below it
     profile = read_merged(PROFILE)
-    sampling = {name: profile["generate_sft_data"][name] for name in ("temperature", "top_p", "top_k")}
-    sampling |= {"max_new_tokens": profile["generate_sft_data"]["max_new_tokens"]}
+    names = ("temperature", "top_p", "top_k", "max_new_tokens")
+    sampling = {name: profile["generate_sft_data"][name] for name in names}
     tokenizer = load_tokenizer(profile["model_name_or_path"])
     begun: list[Begun] = []
     # 1. the student, of each run its own
-    for run in arguments.runs:
+    for run in runs:
         own = list(read_beginnings(run, Path(profile["data_dir"]), tokenizer))
         # none: the run began with the student as it is
         adapter = read_json(run / "kd_config.json")["init_from"]
@@ -150,18 +156,19 @@ def main() -> None:
         student = merge_adapter(student, adapter) if adapter else student
         go_on("student_goes_on", student, tokenizer, own, sampling)
         begun += own
-    # 2. the teacher
-    # one teacher for all runs' beginnings
+    # 2. the teacher, of all runs the same
     teacher = load_model(profile["teacher_model_name_or_path"], torch.float32)
     go_on("teacher_goes_on", teacher, tokenizer, begun, sampling)
     # 3. wrong and right answers of the student apart
-    results: dict[str, Any] = {"runs": [run.name for run in arguments.runs], "sampling": sampling}
+    results: dict[str, Any] = {"runs": [run.name for run in runs], "sampling": sampling}
     for word, wanted in (("right", True), ("wrong", False)):
         own = [one for one in begun if one.right["student"] == wanted]
+        if not own:
+            continue
         results[f"the_student_was_{word}"] = summary(own)
         for who, share in results[f"the_student_was_{word}"]["right"].items():
             print(f"{word:6} {len(own):4} answers  {who:16} right in {100 * share['value']:.1f} %")
-    write_json(Path(arguments.output), results | {"provenance": provenance()})
+    write_json(output, results | {"provenance": provenance()})
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_the_whole_of_a_begun_answer_is_graded(tmp_path, tiny_models, monkeypatc
     end = end_of_turn_id(tokenizer)
     for who, said in (("student_goes_on", ""), ("teacher_goes_on", "5")):
         model = Model(tokenizer(said, add_special_tokens=False)["input_ids"] if said else [], end)
-        teacher_goes_on.go_on(who, model, tokenizer, begun, {"temperature": 0.2})
+        teacher_goes_on.go_on(who, model, tokenizer, begun, {"max_new_tokens": 9})
         # prompt and beginning, whatever they were padded with
         halves = ["#### 5", "#### "]
         wanted = [
@@ -71,6 +71,10 @@ def test_the_whole_of_a_begun_answer_is_graded(tmp_path, tiny_models, monkeypatc
         "student": 0, "teacher": 1, "student_goes_on": 0, "teacher_goes_on": 1,
     }  # fmt: skip
     assert found["teacher_less_student"]["value"] == 1
+
+    # 7 tokens are the longer half's with its end: "#### 5" is 6 of them, with a "5" more it is cut before it ends
+    teacher_goes_on.go_on("cut", Model(tokenizer("5")["input_ids"], end), tokenizer, begun, {"max_new_tokens": 7})
+    assert [one.right["cut"] for one in begun] == [False, True] * 3
 
 
 def test_a_real_model_goes_on(tiny_models):
