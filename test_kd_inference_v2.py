@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -41,7 +41,7 @@ LIMIT = 400  # characters of a text shown
 
 @dataclass
 class InferenceTestConfig:
-    mode: str = setting("quick", "quick, medium or full: 10, 50 or 350 prompts")
+    mode: Literal["quick", "medium", "full"] = setting("quick", "10, 50 or 350 prompts")
     temperature: list[float] = setting([0.7], "sampling temperatures; 0 is greedy", "temperatures")
     model_path: str | None = setting(None, "a run's folder or its final_model (default: the newest finished run)")
     overwrite: bool = setting(False, "generate again")
@@ -67,11 +67,15 @@ def comparison(own: InferenceTestConfig, profile: Path, hardware: str | None) ->
     }
 
 
-def run_comparison(own: InferenceTestConfig, profile: Path, hardware: str | None = None) -> dict[str, Any]:
-    """Evaluate both arms; results.json's content and the folder it is in."""
+def settings_of(own: InferenceTestConfig, profile: Path, hardware: str | None = None) -> EvaluateConfig:
+    """`comparison`, checked."""
     logger.info("profile %s", profile)
-    built = build_config(EvaluateConfig, comparison(own, profile, hardware), where=str(profile))
-    return {**run_evaluation(built), "output_dir": built.output_dir}
+    return build_config(EvaluateConfig, comparison(own, profile, hardware), where=str(profile))
+
+
+def run_comparison(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate both arms; results.json's content and the folder it is in."""
+    return {**run_evaluation(config), "output_dir": config.output_dir}
 
 
 def test_model(
@@ -97,7 +101,9 @@ def test_model(
         UserError: something the user must put right.
     """
     profile = Path(config) if config else shipped_profile(model_path)
-    return run_comparison(InferenceTestConfig(mode, [temperature], model_path, overwrite), profile)
+    asked = {"mode": mode, "temperature": [temperature], "model_path": model_path, "overwrite": overwrite}
+    own = build_config(InferenceTestConfig, asked, where="test_model")
+    return run_comparison(settings_of(own, profile))
 
 
 test_model.__test__ = False  # the name is the users'; pytest must not collect it
@@ -109,19 +115,21 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in cut)
 
 
-def show(results: dict[str, Any]) -> None:
+def show(results: dict[str, Any], data_dir: str) -> None:
     """A few answers side by side, then the summary. Model-written text is shown as text, never as markup."""
-    data = Path(results["settings"]["data_dir"]) / "eval_dataset.jsonl"
-    questions = {row["id"]: question_of(row) for row in read_dataset(data)}
-    # (temperature, row) -> arm -> its first answer
-    answers: dict[tuple, dict[str, dict[str, Any]]] = {}
+    # where the rows are today: the results say where they were when the answers were made
+    questions = {row["id"]: question_of(row) for row in read_dataset(Path(data_dir) / "eval_dataset.jsonl")}
+    # (temperature, preset, row) -> arm -> its first answer
+    answers: dict[tuple[float, str, str], dict[str, dict[str, Any]]] = {}
     for row in read_jsonl(Path(results["output_dir"]) / "samples.jsonl"):
         if row["sample_index"] == 0:
-            answers.setdefault((row["temperature"], row["id"]), {})[row["arm"]] = row
-    table = Table("T", "prompt", "base", "distilled", title="Answers side by side", show_lines=True, expand=True)
+            answers.setdefault((row["temperature"], row["preset"], row["id"]), {})[row["arm"]] = row
+    table = Table(
+        "T", "sampling", "prompt", "base", "distilled", title="Answers side by side", show_lines=True, expand=True
+    )
     # in the order of samples.jsonl: one prompt at every temperature, then the next
-    for (temperature, row_id), arms in list(answers.items())[:SHOWN]:
-        cells = [f"{temperature:g}", questions[row_id]]
+    for (temperature, preset, row_id), arms in list(answers.items())[:SHOWN]:
+        cells = [f"{temperature:g}", preset, questions[row_id]]
         cells += [f"[{arms[arm]['outcome']}] {arms[arm]['response']}" if arm in arms else "-" for arm in ("base", "kd")]
         table.add_row(*(Text(_printable(cell)) for cell in cells))  # Text: rich would read "[b]" as markup
     make_console().print(table)
@@ -135,7 +143,8 @@ def main() -> None:
     if wants_config(argv):
         print(settings_text(EvaluateConfig, SECTION, comparison(own, profile, hardware)), end="")
     else:
-        show(run_comparison(own, profile, hardware))
+        config = settings_of(own, profile, hardware)
+        show(run_comparison(config), config.data_dir)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def render(folder: Path) -> None:
     write_text(folder / "sweep.md", markdown(sweep))
     write_text(folder / "sweep.csv", csv_text(sweep))
     drawn = plot(sweep)
+    (folder / "sweep.svg").unlink(missing_ok=True)  # of a smaller grid, where this one cannot be drawn
     if drawn:  # None: no axis of numbers, or not two cells measured along it
         write_text(folder / "sweep.svg", drawn)
     print(markdown(sweep))
@@ -54,6 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, metavar="PROFILE.yaml", help="the profile")
     parser.add_argument("--hardware", help="a hardware overlay (default: the profile's own)")
+    parser.add_argument("--experiment_dir", help="with the clean rows and the teacher's cache (default: the profile's)")
     parser.add_argument("--output_dir", help="the sweep's folder (default: outputs/sweep/EXPERIMENT)")
     parser.add_argument("--dry_run", action="store_true", help="show the runs and their commands; write nothing")
     parser.add_argument(
@@ -66,9 +68,10 @@ def main() -> None:
     parser.add_argument("--stop_on_failure", action="store_true", help="end with the first run that fails")
     parser.add_argument("--overwrite", action="store_true", help="train finished runs again")
     asked, words = parser.parse_known_args()
-    grid = read_grid(words, read_profile(asked.config, SECTION, KDConfig, asked.hardware))
-    experiment = Path(grid.values.get("experiment_dir", "default")).name
-    folder = Path(asked.output_dir or Path("outputs", "sweep", experiment))
+    values = read_profile(asked.config, SECTION, KDConfig, asked.hardware)
+    values |= {"experiment_dir": asked.experiment_dir or values.get("experiment_dir") or KDConfig.experiment_dir}
+    grid = read_grid(words, values)
+    folder = Path(asked.output_dir or Path("outputs", "sweep", Path(values["experiment_dir"]).name))
 
     # 2. the runs it takes
     plan = make_plan(grid, folder)

@@ -308,13 +308,17 @@ def test_a_list_is_one_value_and_switches_hold_for_all(values):
     assert grid.fixed == ("--lora_target_modules", "q_proj", "v_proj", "--no_packing", "--lora_r", "8")
 
 
-def run_script(monkeypatch, *words: str) -> None:
-    """The script's main in this process, which has its libraries already."""
+def load_script():
     spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "sweep.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def run_script(monkeypatch, *words: str) -> None:
+    """The script's main in this process, which has its libraries already."""
     monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
-    script.main()
+    load_script().main()
 
 
 def test_a_dry_run_writes_nothing(values, tmp_path, monkeypatch, capsys):
@@ -327,6 +331,23 @@ def test_a_dry_run_writes_nothing(values, tmp_path, monkeypatch, capsys):
     assert "cell alpha 0.0, temperature any: 1 run\n" in printed
     assert printed.count("new, 2 steps: ") == printed.count("scripts/run_improved_kd.py --config") == 3
     assert not (tmp_path / "sweep").exists()
+    # its folder is of the experiment that it works on, whoever names that
+    other = shutil.copytree(values["experiment_dir"], tmp_path / "other")
+    for said, folder in ((["--experiment_dir", str(other)], other), ([], Path(values["experiment_dir"]))):
+        run_script(monkeypatch, "--config", str(path), *said, *words)
+        assert f"3 runs: outputs/sweep/{folder.name}\n" in capsys.readouterr().out
+
+
+def test_the_picture_of_a_smaller_grid_goes(tmp_path, capsys):
+    """Where the grid of today cannot be drawn."""
+    for name, there in (("drawn", True), ("not", False)):
+        (tmp_path / "sweep.svg").write_text("of before")
+        script = load_script()
+        script.read_json, script.markdown, script.csv_text = lambda _: {}, lambda _: "", lambda _: ""
+        script.plot = lambda _, name=name, there=there: name if there else None
+        script.render(tmp_path)
+        assert (tmp_path / "sweep.svg").is_file() == there
+        assert ("sweep.svg" in capsys.readouterr().out) == there
 
 
 def test_two_sweeps_do_not_share_a_folder(values, tmp_path, monkeypatch, here):

@@ -330,9 +330,22 @@ def test_the_questions_shown_are_whole(copied, tmp_path, scripted, capsys, monke
             rows.append(row | ({"prompt": "Whole.\n\nLast.", "instruction": ""} if whole else asked))
     write_jsonl(data, rows)
     results = run_evaluation(config_for(copied, tmp_path / "out", heldout=False, arms=["base", "kd"]))
-    comparison(monkeypatch).show(results | {"output_dir": str(tmp_path / "out")})
+    moved = (copied / "data").rename(copied / "moved")
+    comparison(monkeypatch).show(results | {"output_dir": str(tmp_path / "out")}, str(moved))
     shown = capsys.readouterr().out
     assert "Whole." in shown
     assert "Last." in shown
     assert "Asked." in shown
     assert "Form." not in shown
+
+
+def test_answers_of_every_preset_are_shown(copied, tmp_path, scripted, capsys, monkeypatch):
+    """Each beside its own sampling, not one in the other's place."""
+    asked = {"arms": ["base", "kd"], "temperatures": [0.7], "presets": ["raw", "recommended"]}
+    results = run_evaluation(config_for(copied, tmp_path / "out", heldout=False, **asked))
+    script = comparison(monkeypatch)
+    monkeypatch.setattr(script, "print_summary", lambda *_: None)
+    script.show(results | {"output_dir": str(tmp_path / "out")}, str(copied / "data"))
+    shown = capsys.readouterr().out
+    assert "raw" in shown
+    assert "recommended" in shown
