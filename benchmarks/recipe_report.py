@@ -78,21 +78,35 @@ def accuracy_difference(one: Sequence[Record], other: Sequence[Record], cell: st
     return found
 
 
-def own_difference(one: Sequence[Record], other: Sequence[Record], phase: Phase) -> dict[str, Any]:
-    """Reverse KL an answer on the students' own samples, one less the other, paired by prompt and seed."""
+def own_differences(one: Sequence[Record], other: Sequence[Record], phase: Phase) -> dict[str, Any]:
+    """Reverse KL on the students' own samples, an answer and a token, one less the other, paired by prompt and seed."""
     # answers that every record has: one that was cut before it said a word is not measured
     ids = sorted(set.intersection(*(set(record["own"]["ids"]) for record in (*one, *other))))
     family = {prompt["id"]: prompt["family"] for prompt in phase.prompts}
 
-    # by id, for an arm's records may lack others
-    def sums_SP(records: Sequence[Record]) -> np.ndarray:
+    # [seeds, answers], by id, for an arm's records may lack others
+    def own_SP(records: Sequence[Record], key: str) -> np.ndarray:
         rows = []
         for record in records:
-            by_id = dict(zip(record["own"]["ids"], record["own"]["reverse_kl"], strict=True))
-            rows.append([by_id[key] for key in ids])
-        return np.array(rows)
+            by_id = dict(zip(record["own"]["ids"], record["own"][key], strict=True))
+            rows.append([by_id[row_id] for row_id in ids])
+        return np.array(rows, float)
 
-    return asdict(crossed(sums_SP(one) - sums_SP(other), [family[key] for key in ids]))
+    # of each arm what its answers cost in KL, and how long they are
+    sums, tokens = ([own_SP(records, key) for records in (one, other)] for key in ("reverse_kl", "tokens"))
+    ratios = [linearised(*both) for both in zip(sums, tokens, strict=True)]
+    families = [family[row_id] for row_id in ids]
+    return {
+        "own_reverse_kl": asdict(crossed(sums[0] - sums[1], families)),
+        "own_reverse_kl_a_token": asdict(crossed(ratios[0] - ratios[1], families)),
+    }
+
+
+def linearised(sums_SP: np.ndarray, tokens_SP: np.ndarray) -> np.ndarray:
+    """`[seeds, answers]`: values whose mean is each seed's KL a token, sum / sum, and whose spread is that of this
+    ratio (its first-order expansion, Cochran 1977, section 6.4), so that ratios can be compared like means."""
+    ratio_S1 = sums_SP.sum(1, keepdims=True) / tokens_SP.sum(1, keepdims=True)
+    return ratio_S1 + (sums_SP - ratio_S1 * tokens_SP) / tokens_SP.mean(1, keepdims=True)
 
 
 def compared_with(name: str) -> list[str]:
@@ -110,13 +124,13 @@ def compared_with(name: str) -> list[str]:
 
 def add_corrections(differences: Sequence[dict[str, Any]]) -> None:
     """Holm's correction, `corrected_p`, among all arms that are compared with the same one: of their accuracies over
-    both domains and both ways of sampling, and of their reverse KL by itself. What lies below is not tested."""
+    both domains and both ways of sampling, and of either reverse KL by itself. What lies below is not tested."""
     for other in dict.fromkeys(found["against"] for found in differences):
-        # all arms against one other are a family of tests; accuracy and reverse KL are families of their own
+        # all arms against one other are a family of tests; accuracy and either reverse KL are families of their own
         own = [found for found in differences if found["against"] == other]
         # two tests an arm, greedy and T = 0.7
         tests = [[found["accuracy"][cell][POOLED] for found in own for cell in CELLS]]
-        tests.append([found["own_reverse_kl"] for found in own])
+        tests += [[found[name] for found in own] for name in ("own_reverse_kl", "own_reverse_kl_a_token")]
         for family in tests:
             # in place: the same dictionaries stand in `differences`
             for test, p in zip(family, holm([test["p"] for test in family]), strict=True):
@@ -207,8 +221,8 @@ def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
             if other not in arms:
                 continue
             cells = {cell: accuracy_difference(records, arms[other], cell, table) for cell in CELLS}
-            own = own_difference(records, arms[other], table)
-            differences.append({"arm": name, "against": other, "accuracy": cells, "own_reverse_kl": own})
+            own = own_differences(records, arms[other], table)
+            differences.append({"arm": name, "against": other, "accuracy": cells, **own})
     add_corrections(differences)
     # 3. what the tables are made of
     about = {arm.name: arm.about for arm in ARMS} | ABOUT_MODELS
@@ -285,11 +299,13 @@ def accuracy_table(results: dict[str, Any]) -> list[str]:
 
 def difference_table(results: dict[str, Any]) -> list[str]:
     about = {facts["name"]: facts["about"] for facts in results["arms"]}
-    lines = heading("recipe", "against", "greedy, points", "T = 0.7, points", "reverse KL, nats an answer")
+    names = ("greedy, points", "T = 0.7, points", "reverse KL, nats an answer", "a token")
+    lines = heading("recipe", "against", *names)
     for found in results["differences"]:
         cells = [about[found["arm"]], about[found["against"]]]
         cells += [signed(found["accuracy"][cell][POOLED], 100, 1) for cell in CELLS]
-        lines.append(row([*cells, signed(found["own_reverse_kl"], 1, 2)]))
+        cells += [signed(found["own_reverse_kl"], 1, 2), signed(found["own_reverse_kl_a_token"], 1, 3)]
+        lines.append(row(cells))
     return lines
 
 

@@ -249,7 +249,26 @@ def test_differences_are_paired_by_prompt_and_seed_and_corrected():
     own_p = holm([crossed(own[arm] - own[0], families[:4]).p for arm in (1, 2)])
     wanted = asdict(crossed(own[2] - own[0], families[:4])) | {"corrected_p": own_p[1]}
     assert found["jsd"]["own_reverse_kl"] == wanted
+    assert ("sft", "kd_T1") not in {(d["arm"], d["against"]) for d in results["differences"]}  # one verdict a pair
     assert json.loads(json.dumps(results)) == results
+
+
+def test_a_kl_a_token_is_compared_as_a_ratio():
+    """Its mean is the ratio of sums; its spread that of the ratio when the sample is drawn again."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, 60, (2, 4000)).astype(float)
+    sums = tokens * generator.gamma(2.0, 0.4, (2, 4000))
+    values = recipe_report.linearised(sums, tokens)
+    assert np.allclose(values.mean(1), sums.sum(1) / tokens.sum(1))
+    drawn = generator.integers(0, 4000, (2000, 4000))
+    ratios = sums[0][drawn].sum(1) / tokens[0][drawn].sum(1)
+    assert abs(ratios.std() / (values[0].std() / np.sqrt(4000)) - 1) < 0.06  # two standard errors of a spread of 2,000
+    # a mean of the answers' own ratios has another value
+    prompts = [{"id": str(i), "domain": "a", "family": str(i)} for i in range(2)]
+    short, long = ({"own": {"ids": ["0", "1"], "tokens": t, "reverse_kl": [4.0, 4.0]}} for t in ([1, 1], [1, 3]))
+    found = recipe_report.own_differences([short] * 2, [long] * 2, Phase(prompts, []))
+    assert found["own_reverse_kl"]["value"] == 0
+    assert found["own_reverse_kl_a_token"]["value"] == 4 - 2
 
 
 def test_an_arm_that_lacks_a_seed_is_left_out_and_named():
