@@ -13,6 +13,8 @@ usage: ./run_kd_inference_test.sh quick|medium|full [--profile NAME] [--hardware
   --profile NAME        configs/NAME.yaml, or the path of a profile (default: the one with the newest finished run)
   --hardware NAME       configs/hardware/NAME.yaml over it, or the path of an overlay; none: none
   --model_path PATH     another run than the newest finished one
+
+Paths count from the repository's folder, wherever this is called from.
 TEXT
 }
 

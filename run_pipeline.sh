@@ -23,6 +23,8 @@ usage: bash run_pipeline.sh [--profile NAME] [--hardware NAME] [--from STAGE] [-
   --debug          show a traceback where otherwise one clear line would stand
   --help           this text
 
+Paths count from the repository's folder, wherever this is called from.
+
 The stages, each of which can be run alone by its command in the dry run:
   prepare_models  download_datasets  generate_sft_data  fix_sft_data
   cache_teacher  sft_control  distil  evaluate_distillation

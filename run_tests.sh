@@ -11,6 +11,8 @@ usage: bash run_tests.sh [--quick] [--profile NAME] [PYTEST ARGUMENT ...]
   --quick          leave out the end-to-end tests (marked `slow`)
   --profile NAME   the profile of the end-to-end test (default: embedded)
   --help           this text
+
+Paths count from the repository's folder, wherever this is called from.
 TEXT
 }
 
@@ -36,7 +38,7 @@ ensure_venv requirements.txt requirements-dev.txt
 "$VENV/bin/ruff" format --check .
 for script in run_pipeline.sh run_kd_inference_test.sh scripts/venv.sh configs/slurm/*.sbatch; do bash -n "$script"; done
 # a file's tests stay together, files run side by side: two processes of one thread each do more than one of two
-workers=${KD_TEST_WORKERS:-$(nproc)}
-[ "$workers" -le 8 ] || workers=8
+cores=$(nproc)
+workers=${KD_TEST_WORKERS:-$((cores < 8 ? cores : 8))}
 export OMP_NUM_THREADS=1
 "$VENV/bin/python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "${arguments[@]}"

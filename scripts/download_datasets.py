@@ -31,6 +31,7 @@ from src.data.sources import (
     humaneval_from_package,
     humaneval_rows,
     mbpp_rows,
+    mbpp_test_records,
     split_revision,
 )
 from src.utils.common import (
@@ -108,6 +109,8 @@ def gsm8k(config: DownloadDatasetsConfig) -> Source:
     folder = given if given.is_dir() else given.parent
     rows, origin = {}, {}
     place, revision = split_revision(config.gsm8k_path)
+    if place != "hub" and not given.exists():  # or a mistyped name would read the official one beside it
+        raise UserError(f"--gsm8k_path {given}: no such file or folder")
     # our name of a split, and that of GSM8K
     for split, hub_split in (("train", "train"), ("eval", "test")):
         if not wanted[split]:  # its file need not be there
@@ -146,8 +149,7 @@ def mbpp(config: DownloadDatasetsConfig) -> Source:
         records, origin = from_hub("google-research-datasets/mbpp", "full", "test", revision, "--mbpp_path")
     else:
         records, origin = from_file(config.mbpp_path, ("task_id", "code", "test_list"))
-        # the file has all splits: 1 to 10 are for few-shot prompts, from 511 on come validation and training
-        records = [record for record in records if 11 <= int(record["task_id"]) <= 510]
+        records = mbpp_test_records(records, origin)
     return Source(
         "mbpp", "CC BY 4.0", {"eval": mbpp_rows(records, "eval")}, {"eval": config.mbpp_eval_rows}, {"eval": origin}
     )
@@ -207,10 +209,17 @@ def choose(source: Source, split: str, seed: int, avoid: list, without: set[str]
     # an order for each source and split: a source that is added to a profile shuffles no other anew
     random.Random(f"{seed}/{source.name}/{split}").shuffle(candidates)
     kept, dropped = drop_overlapping(candidates, avoid) if avoid else (candidates, [])
-    if wanted is not None and len(kept) < wanted:
+    other = "evaluation" if split == "train" else "training"
+    if wanted is None and not kept:
         raise UserError(
-            f"{source.name}: {wanted} {split} rows are asked for, {len(kept)} can be had "
-            f"({len(dropped)} overlap the training rows); ask for fewer"
+            f"{source.name}: no {split} row is left, for all of them overlap {other} rows; take those out of one of "
+            "the two, or name other prompts"
+        )
+    if wanted is not None and len(kept) < wanted:
+        overlap = len(by_id) - len(kept)
+        raise UserError(
+            f"{source.name}: {wanted} {split} rows are asked for, {len(kept)} can be had ({overlap} overlap {other} "
+            f"rows); ask for fewer{', or set another seed' if overlap else ''}"
         )
     reasons: dict[str, int] = {}
     for drop in dropped:
@@ -233,6 +242,8 @@ def check(config: DownloadDatasetsConfig) -> None:
         numbers = value if isinstance(value, list) else [value]
         if name.endswith("_rows") and min(numbers, default=0) < 0:
             raise UserError(f"{name} must be at least 0")
+    if config.prompts_eval_file and not config.prompts_file:
+        raise UserError("prompts_eval_file is what prompts_file is evaluated on; name a prompts_file too")
 
 
 def fingerprint_of(config: DownloadDatasetsConfig) -> dict[str, Any]:
@@ -257,7 +268,11 @@ def fingerprint_of(config: DownloadDatasetsConfig) -> dict[str, Any]:
 
 
 def open_sources(config: DownloadDatasetsConfig) -> list[Source]:
-    """Every source that the profile wants rows of."""
+    """Every source that the profile wants rows of.
+
+    Raises:
+        UserError: one cannot be had, or two have one name.
+    """
     sources = []
     if config.gsm8k_train_rows or config.gsm8k_eval_rows:
         sources.append(gsm8k(config))
@@ -267,7 +282,11 @@ def open_sources(config: DownloadDatasetsConfig) -> list[Source]:
         sources.append(mbpp(config))
     if config.prompts_file:
         sources.append(own_prompts(config))
-    return sources + [scenario_pack(config, index) for index in range(len(config.domains))]
+    sources += [scenario_pack(config, index) for index in range(len(config.domains))]
+    for name, count in Counter(source.name for source in sources).items():
+        if count > 1:  # rows, manifest and results know a source by its name alone
+            raise UserError(f"{count} sources are named {name}; rename the prompts_file, and name every pack once")
+    return sources
 
 
 @dataclass(frozen=True)
@@ -341,17 +360,18 @@ def collect(config: DownloadDatasetsConfig) -> None:
     folder, fingerprint = Path(config.data_dir), fingerprint_of(config)
     outputs = [folder / "train_dataset.jsonl", folder / "eval_dataset.jsonl", folder / "manifest.json"]
     marker = folder / "download_datasets.json"
-    if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
+    if not config.overwrite and stage_state(marker, fingerprint, False, outputs) == "done":
         logger.info("%s is complete; nothing to do", folder)
         return
-    # 2. the sources, before the marker: one that cannot be had leaves none
+    # 2. the rows, and what the manifest says of them
     require_disk(folder, 50e6, "the data sets")
-    sources = open_sources(config)
-    start_stage(marker, fingerprint)
-    # 3. the rows, and what the manifest says of them
-    parts = choose_all(sources, config.seed)
+    parts = choose_all(open_sources(config), config.seed)
     entries = [manifest_entry(part, config.seed) for part in parts]
     train, evaluation = rows_of(parts, "train"), rows_of(parts, "eval")
+    # 3. only now, when nothing is left to refuse, the old files go and the marker comes
+    if config.overwrite:
+        stage_state(marker, fingerprint, True, outputs)
+    start_stage(marker, fingerprint)
     # 4. the files; the marker says `finished` last, and after a kill before it all are written again
     write_jsonl(outputs[0], train)
     write_jsonl(outputs[1], evaluation)

@@ -5,7 +5,8 @@ VENV="${VENV:-.venv}"
 
 ensure_venv() {
   local file stamp
-  if [ ! -x "$VENV/bin/python" ]; then
+  # pip's own script comes last: a kill before it leaves a python without pip, beside which it is made again
+  if [ ! -x "$VENV/bin/python" ] || [ ! -x "$VENV/bin/pip" ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit("error: Python 3.11 or newer is needed; set PYTHON to one" if sys.version_info < (3, 11) else 0)'
     echo "making the virtual environment $VENV"
     "${PYTHON:-python3}" -m venv "$VENV"

@@ -19,7 +19,7 @@ ALLOWED = {
     "src.distillation.filters": set(),
     "src.grading": {"src.grading", "src.utils"},
     "src.launch": {"src.launch", "src.utils"} | {
-        f"src.distillation.{name}" for name in ("engines", "kd_config", "serving")
+        f"src.distillation.{name}" for name in ("engines", "kd_config", "rounds", "serving", "teacher_cache")
     },
     "src.data": {"src.data", "src.grading", "src.utils"},
     "src.planning": {"src.planning", "src.distillation", "src.utils"},

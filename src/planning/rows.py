@@ -1,5 +1,6 @@
 """How many rows a profile has and how long they are: counted where the files are there, else assumed, and said so."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.distillation.base import encode_row, end_of_turn_id, load_tokenizer, prompt_ids, prompt_text
 from src.distillation.batching import clean_files, read_clean
+from src.planning.stages import Prompts, generation_of, prompts_of
 from src.utils.common import UserError, read_jsonl
 
 SAMPLE = 256  # rows that are counted for the means
@@ -58,10 +60,13 @@ def read_rows(profile: dict[str, Any], prompt_tokens: float | None = None, answe
         prompt_tokens: mean length to plan with, whatever would be counted or assumed; `answer_tokens` likewise.
 
     Raises:
-        UserError: nothing says how many rows there will be.
+        UserError: nothing says how many rows there will be, or a length is not above 0.
     """
+    for name, tokens in (("prompt", prompt_tokens), ("answer", answer_tokens)):
+        if tokens is not None and not 0 < tokens < math.inf:  # nan is neither
+            raise UserError(f"--{name}_tokens {tokens:g}: a number above 0 is wanted")
     data, experiment = Path(profile.get("data_dir", "")), Path(profile.get("experiment_dir", ""))
-    limit = (profile.get("generate_sft_data") or {}).get("max_new_tokens", 768)
+    limit = generation_of(profile).max_new_tokens
     # the later a file is made, the more it tells: clean rows, else prompts, else what is asked for
     cleaned = all(path.is_file() for path in clean_files(experiment / "sft").values())
     collected = all((data / f"{split}_dataset.jsonl").is_file() for split in ("train", "eval"))
@@ -72,7 +77,7 @@ def read_rows(profile: dict[str, Any], prompt_tokens: float | None = None, answe
     elif collected:
         rows = _prompts(data, tokenizer)
     else:
-        rows = _wanted(profile.get("download_datasets") or {})
+        rows = _wanted(prompts_of(profile))
     said = [f"{name} tokens as given" for name, own in (("prompt", prompt_tokens), ("answer", answer_tokens)) if own]
     return Rows(
         rows.train,
@@ -122,18 +127,20 @@ def _prompts(data: Path, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
     return Rows(len(train), len(evaluation), prompts, answers, f"rows of {data}; {counted}")
 
 
-def _wanted(section: dict[str, Any]) -> Rows:
+def _wanted(asked: Prompts) -> Rows:
     """What the section download_datasets asks for."""
-    if section.get("prompts_file"):
+    if asked.prompts_file:
         raise UserError(
             "how many rows prompts_file gives is known once scripts/download_datasets.py has read it; run that first"
         )
-    wanted = []  # source, training rows, evaluation rows
-    for source in ("gsm8k", "humaneval", "mbpp"):
-        wanted.append((source, section.get(f"{source}_train_rows", 0), section.get(f"{source}_eval_rows", 0)))
-    packs = section.get("domains") or []
-    # lists that do not match are the stage's to refuse
-    wanted += zip(packs, section.get("domain_train_rows") or [], section.get("domain_eval_rows") or [], strict=False)
+    # source, training rows, evaluation rows
+    wanted = [
+        ("gsm8k", asked.gsm8k_train_rows, asked.gsm8k_eval_rows),
+        ("humaneval", asked.humaneval_train_rows, asked.humaneval_eval_rows),
+        ("mbpp", 0, asked.mbpp_eval_rows),
+        # lists that do not match are the stage's to refuse
+        *zip(asked.domains, asked.domain_train_rows, asked.domain_eval_rows, strict=False),
+    ]
     train, evaluation = sum(rows for _, rows, _ in wanted), sum(rows for _, _, rows in wanted)
     if not train:
         raise UserError("the section download_datasets asks for no training rows; name a source and how many")

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from src.distillation.engines import EngineSettings
 from src.distillation.kd_config import KDConfig
 from src.distillation.teacher_cache import CacheTeacherConfig
 from src.planning.answering import Answering
@@ -15,9 +14,10 @@ from src.planning.caching import Caching
 from src.planning.hardware import Hardware
 from src.planning.rows import EVALUATED, Rows
 from src.planning.shapes import Shapes, read_shapes
+from src.planning.stages import Generation, evaluation_of, generation_of
 from src.planning.training import Training
 from src.utils.common import UserError
-from src.utils.config import SHARED, build_config
+from src.utils.config import build_config, stage_values
 
 # "Qwen/Qwen3-30B-A3B-Instruct-2507-FP8", "...-AWQ", "...-GPTQ-Int4": how a copy says that it is one
 QUANTISED = re.compile(r"(fp8|int8|w8a8)|(awq|gptq|int4|w4a16|nf4|4bit)", re.IGNORECASE)
@@ -68,8 +68,7 @@ def open_setup(profile: dict[str, Any], hardware: Hardware, rows: Rows) -> Setup
 def typed(setup: Setup, section: str, config_class: type, later: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
     """The section's config as its stage reads it, and those of the settings in `later` that the class does not have."""
     fields = {f.name for f in dataclasses.fields(config_class)}
-    values = {key: setup.profile[key] for key in SHARED if key in setup.profile and key in fields}
-    values |= setup.section(section)
+    values = stage_values(config_class, setup.profile, section)
     apart = {key: values.pop(key) for key in later if key in values and key not in fields}
     if "bf16" in fields and not setup.hardware.is_cpu:
         values.setdefault("bf16", True)  # its default asks the machine that plans
@@ -82,7 +81,7 @@ def trainings(setup: Setup) -> list[Training]:
     config, apart = typed(setup, "run_improved_kd", KDConfig, ("load_in_4bit",))
     launch = setup.profile.get("launch") or {}
     # a process a GPU: more than are planned for cannot be
-    processes = 1 if setup.hardware.is_cpu else min(launch.get("processes", 1), setup.hardware.count)
+    processes = 1 if setup.hardware.is_cpu else min(launch.get("processes") or 1, setup.hardware.count)
     online = config.teacher_signal == "online"
     work = Training(
         arm="kd",
@@ -121,10 +120,6 @@ def caching(setup: Setup) -> Caching | None:
     return Caching(setup.teacher, config, devices, bool(apart.get("cpu_offload")) and not setup.hardware.is_cpu)
 
 
-def _setting(section: Mapping[str, Any], name: str) -> Any:
-    return section.get(name, getattr(EngineSettings(), name))
-
-
 def read_serve(said: Any, where: str) -> dict[str, Any] | None:
     """What is said of a server, as a mapping or as JSON of one; None where nothing is.
 
@@ -142,17 +137,17 @@ def read_serve(said: Any, where: str) -> dict[str, Any] | None:
     return said
 
 
-def _serve(setup: Setup, section: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """What a section, or the profile for all, says of a server that the stage starts; None where transformers answers.
+def _serve(setup: Setup, config: Generation, name: str) -> dict[str, Any] | None:
+    """What a stage's settings say of a server that it starts; None where transformers answers.
 
     Raises:
         UserError: it is no mapping.
     """
-    said = read_serve(section.get("serve", setup.profile.get("serve")), f"{name}.serve")
-    if said is None and section.get("engine") == "openai":
+    said = read_serve(config.serve, f"{name}.serve")
+    if said is None and config.engine == "openai":
         setup.notes.append(f"{name} asks a server that runs elsewhere; it is planned as if it ran on these GPUs")
     # {}: all defaults
-    if said is None and section.get("engine") in ("vllm", "openai"):
+    if said is None and config.engine in ("vllm", "openai"):
         return {}
     return said
 
@@ -170,18 +165,18 @@ def weight_bytes(name: str) -> float:
     return 1.0 if found[1] else FOUR_BITS_AND_SCALES
 
 
-def _answering(setup: Setup, section: dict[str, Any], what: str, model: Shapes, answers: int,
+def _answering(setup: Setup, config: Generation, what: str, model: Shapes, answers: int,
                devices_name: str, name: str) -> Answering:  # fmt: skip
-    serve = _serve(setup, section, name)
+    serve = _serve(setup, config, name)
     # 1. who answers: transformers, the server that the stage starts, or one elsewhere
     served = serve is not None and not setup.hardware.is_cpu
     serve = serve or {}
     # an FP8 or 4-bit copy answers in the teacher's place; students have none
     stands_in = str(serve.get("model", "")) if model is setup.teacher else ""
     # 2. on what: the server's own settings stand over the stage's (`engines.stage_serve`, `serving.teacher_server`)
-    serve_key = f"{name}.serve" if "serve" in section else "serve"
-    devices_key, wanted = f"{name}.{devices_name}", section.get(devices_name)
-    budget_key, budget = f"{name}.gpu_memory_gb", section.get("gpu_memory_gb")
+    serve_key = f"{name}.serve" if "serve" in setup.section(name) else "serve"
+    devices_key, wanted = f"{name}.{devices_name}", getattr(config, devices_name)
+    budget_key, budget = f"{name}.gpu_memory_gb", config.gpu_memory_gb
     if serve.get("devices"):
         devices_key, wanted = f"{serve_key}.devices", serve["devices"]
     if serve.get("gpu_memory_gb"):
@@ -191,11 +186,11 @@ def _answering(setup: Setup, section: dict[str, Any], what: str, model: Shapes, 
         what=what,
         model=model,
         answers=answers,
-        new_tokens=section.get("max_new_tokens", 768),
+        new_tokens=config.max_new_tokens,
         devices=devices,
-        budget_gb=float(budget or EngineSettings().gpu_memory_gb),
+        budget_gb=float(budget),
         served=served,
-        rows=_setting(section, "batch_size"),
+        rows=config.batch_size,
         weight_bytes=weight_bytes(stands_in),
         parallel=_parallel(serve, len(devices)),
         devices_key=devices_key,
@@ -217,25 +212,24 @@ def _parallel(serve: Mapping[str, Any], gpus: int) -> tuple[int, int, int] | Non
 
 def generation(setup: Setup) -> Answering:
     """The teacher's answers to all prompts."""
-    section = setup.section("generate_sft_data")
-    answers = setup.rows.all * section.get("num_samples", 1)
-    return _answering(setup, section, "teacher", setup.teacher, answers, "teacher_devices", "generate_sft_data")
+    config = generation_of(setup.profile)
+    answers = setup.rows.all * config.num_samples
+    return _answering(setup, config, "teacher", setup.teacher, answers, "teacher_devices", "generate_sft_data")
 
 
 def evaluation(setup: Setup) -> list[tuple[str, Answering]]:
     """Every arm's answers to the evaluation's prompts, over all temperatures and presets."""
-    section = setup.section("evaluate_distillation")
-    rows = min(setup.rows.evaluation, EVALUATED[section.get("mode", "full")])
+    config = evaluation_of(setup.profile)
+    rows = min(setup.rows.evaluation, EVALUATED[config.mode])
     # greedy decoding is one cell, whatever the preset; see evaluation.answers.cells
-    temperatures, presets = section.get("temperatures", [0.1, 0.7, 1.2]), section.get("presets", ["recommended"])
-    cells = sum(len(presets) if temperature else 1 for temperature in temperatures)
-    answers = rows * cells * section.get("num_samples", 1)
+    cells = sum(len(config.presets) if temperature else 1 for temperature in config.temperatures)
+    answers = rows * cells * config.num_samples
     found = []
-    for arm in section.get("arms", ["base", "sft", "kd", "teacher"]):
+    for arm in config.arms:
         role, key = ("teacher", "teacher_devices") if arm == "teacher" else ("student", "student_devices")
         model = setup.teacher if role == "teacher" else setup.student
-        own = section
-        if role == "teacher" and section.get("teacher_base_url"):  # a server that runs elsewhere, whatever serve says
-            own = section | {"serve": None, "engine": "openai"}
+        own = config
+        if role == "teacher" and config.teacher_base_url:  # a server that runs elsewhere, whatever serve says
+            own = dataclasses.replace(config, serve="", engine="openai")
         found.append((role, _answering(setup, own, arm, model, answers, key, "evaluate_distillation")))
     return found

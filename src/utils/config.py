@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -302,8 +302,12 @@ def read_merged(path: str | Path, hardware: str | None = None) -> dict[str, Any]
 
 
 def read_profile(path: str | Path, section: str, config_class: type, hardware: str | None = None) -> dict[str, Any]:
-    """One stage's values from a profile: its section over the shared keys above it. See `read_merged`."""
-    profile = read_merged(path, hardware)
+    """One stage's values from a profile's file. See `read_merged` and `stage_values`."""
+    return stage_values(config_class, read_merged(path, hardware), section)
+
+
+def stage_values(config_class: type, profile: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """One stage's values from a merged profile: its section over the shared keys above it."""
     own = profile.get(section) or {}
     names = _names(config_class)
     said = {names.get(name) for name in own}
@@ -373,6 +377,12 @@ def build_config(config_class: type[Config], values: dict[str, Any] | None = Non
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r} (--help lists the settings)")
     return config
+
+
+def read_section(config_class: type[Config], profile: Mapping[str, Any], section: str) -> Config:
+    """The settings of a stage that a class has, from a merged profile; the others are the stage's to read."""
+    names, values = _names(config_class), stage_values(config_class, profile, section)
+    return build_config(config_class, {name: values[name] for name in values if name in names}, where=section)
 
 
 def to_yaml(values: dict[str, Any]) -> str:

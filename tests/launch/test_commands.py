@@ -45,6 +45,22 @@ def test_rounds_read_with_the_teacher_itself():
     assert online.reads.count("owner/teacher") == 1
 
 
+def test_models_by_the_other_names_that_a_section_may_give_them():
+    values = {"teacher_model_name_or_path": "above/teacher", "model_name_or_path": "above/student",
+              "run_improved_kd": {"teacher_model": "own/teacher", "student_name_or_path": "own/student",
+                                  "teacher_signal": "online"}}  # fmt: skip
+    reads = paths_of("distil", values).reads
+    assert {"own/teacher", "own/student"} <= set(reads)
+    assert not any(place.startswith("above/") for place in reads)
+
+
+def test_sources_of_prompts_as_the_stage_reads_them():
+    section = {"gsm8k_train_rows": 5, "gsm8k_path": None, "domains": "maths"}
+    assert paths_of("download_datasets", {"download_datasets": section}).reads == (
+        "openai/gsm8k", "data/domains/maths.yaml",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("stage", "section", "words"), [
     # it asks for as many log-probabilities as are kept
     ("cache_teacher", {"engine": "openai", "signal": "topk", "temperatures": [1.0], "top_k": 50}, "--max-logprobs 50"),

@@ -251,6 +251,21 @@ def planned_answers(profile, hardware):
     return [generation(setup), *(work for _, work in evaluation(setup))]
 
 
+@pytest.mark.parametrize("section", [
+    {"temperature": 0.7, "arms": "kd"}, {"temperatures": [0.7], "arms": ["kd"], "num_samples": None, "mode": None},
+])  # fmt: skip
+def test_answers_are_counted_as_their_stage_reads_its_section(profile, section):
+    """A setting by its other name, one value for a list, null for what is not said."""
+    profile |= {"evaluate_distillation": section, "generate_sft_data": {"num_samples": None, "max_new_tokens": None}}
+    teacher, student = planned_answers(profile, gpus(1, 40))
+    assert (teacher.answers, teacher.new_tokens, student.what, student.answers) == (420, 768, "kd", 20)
+
+
+def test_a_section_may_name_the_student_again_by_another_name(profile):
+    profile["run_improved_kd"]["student_name_or_path"] = profile["model_name_or_path"]
+    assert len(trainings(open_setup(profile, gpus(1, 40), Rows(400, 20, 90, 300, "")))) == 2
+
+
 @pytest.mark.parametrize("above", [True, False])
 def test_what_serve_says_stands_over_what_the_stage_says(profile, above):
     """As it does where the server is started: the teacher's, and the students' too."""

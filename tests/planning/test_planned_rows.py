@@ -23,6 +23,15 @@ def test_rows_that_a_profile_asks_for(tmp_path):
     assert "usual for their source" in rows.source
 
 
+def test_rows_are_read_as_the_stage_reads_them(tmp_path):
+    """null leaves the default, one pack needs no list."""
+    wanted = {"gsm8k_train_rows": None, "gsm8k_eval_rows": 2, "domains": "aiops", "domain_train_rows": 7,
+              "domain_eval_rows": 5}  # fmt: skip
+    rows = read_rows(profile_of(tmp_path, download_datasets=wanted, generate_sft_data={"max_new_tokens": None}))
+    assert (rows.train, rows.evaluation) == (7, 7)
+    assert (rows.prompt_tokens, rows.answer_tokens) == ASSUMED["aiops"]
+
+
 def test_lengths_as_given_and_never_beyond_the_limit(tmp_path):
     profile = profile_of(tmp_path, download_datasets={"gsm8k_train_rows": 3}, generate_sft_data={"max_new_tokens": 128})
     assert read_rows(profile).answer_tokens == 128

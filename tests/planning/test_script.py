@@ -70,6 +70,9 @@ def test_the_shipped_embedded_profile_on_this_machine(run):
         (["--gpu", "8x40"], "unrecognized arguments: --gpu"),
         (["--gpus", "1x40", "--detect"], "not allowed with argument"),
         (["--hardware", "nothing-like-it"], "no such overlay"),
+        (["--prompt_tokens", "-5"], "--prompt_tokens -5: a number above 0 is wanted"),
+        (["--prompt_tokens", "0"], "--prompt_tokens 0: a number above 0 is wanted"),
+        (["--answer_tokens", "nan"], "--answer_tokens nan: a number above 0 is wanted"),
     ],
 )
 def test_a_mistake_is_one_line(run, profile, arguments, said):

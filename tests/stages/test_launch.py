@@ -402,3 +402,33 @@ def test_the_shell_script_passes_everything_on():
     for script in ("run_pipeline.sh", "run_kd_inference_test.sh"):
         help_text = subprocess.run(["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
         assert "--hardware NAME" in help_text
+        assert "Paths count from the repository's folder" in help_text
+
+
+def stub(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_a_virtual_environment_without_pip_is_made_again(tmp_path):
+    """A kill leaves one that has a python and no pip."""
+    made = tmp_path / "venv"
+    stub(made / "bin" / "python")
+    stub(tmp_path / "python3", f'echo "$@" >> {tmp_path}/asked; touch {made}/bin/pip; chmod +x {made}/bin/pip')
+    environment = os.environ | {"VENV": str(made), "PYTHON": str(tmp_path / "python3")}
+    for _ in range(2):
+        subprocess.run(["bash", "-c", "source scripts/venv.sh; ensure_venv"], cwd=ROOT, env=environment, check=True)
+    assert [line for line in (tmp_path / "asked").read_text().splitlines() if "venv" in line] == [f"-m venv {made}"]
+
+
+@pytest.mark.parametrize(("said", "cores", "workers"), [("16", 2, 16), ("", 32, 8), ("", 2, 2)])
+def test_how_many_processes_test(tmp_path, said, cores, workers):
+    for name in ("python", "pip", "ruff", "chromedriver"):
+        stub(tmp_path / "bin" / name, "echo $@")
+    stub(tmp_path / "bin" / "nproc", f"echo {cores}")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    environment = os.environ | {"VENV": str(tmp_path), "PATH": path, "KD_TEST_WORKERS": said}
+    done = subprocess.run(["bash", "run_tests.sh", "--quick"], cwd=ROOT, env=environment, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    assert done.stdout.splitlines()[-1].startswith(f"-m pytest -n {workers} ")

@@ -8,7 +8,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from src.utils.common import read_json, read_jsonl, write_json, write_jsonl
+from src.utils.common import UserError, read_json, read_jsonl, write_json, write_jsonl
 from tests.reading import as_set, content
 
 ROW_FIELDS = {
@@ -70,6 +70,17 @@ def test_changed_settings_are_refused_by_the_field(succeeds, fails, profile, tmp
     assert content(tmp_path / "data") == before
     succeeds("download_datasets", "--config", path, "--humaneval_train_rows", "5", "--overwrite")
     assert len(read_jsonl(tmp_path / "data" / "train_dataset.jsonl")) == 19
+
+
+@pytest.mark.parametrize("arguments", [("--humaneval_path", "no/such.jsonl"), ("--humaneval_train_rows", "9")])
+def test_what_is_refused_leaves_what_is_there(succeeds, fails, profile, tmp_path, arguments):
+    """A source that cannot be had, or has too few rows: `--overwrite` deletes nothing until all is chosen."""
+    path = profile()
+    succeeds("download_datasets", "--config", path)
+    before = content(tmp_path / "data")
+    fails("download_datasets", "--config", path, "--overwrite", *arguments)
+    assert content(tmp_path / "data") == before
+    assert "nothing to do" in succeeds("download_datasets", "--config", path)
 
 
 @pytest.mark.parametrize(("settings", "words"), [
@@ -177,12 +188,64 @@ def test_one_revision_for_all_is_gone(succeeds, fails, profile, tmp_path):
     ({"humaneval_path": "no/such.jsonl", "humaneval_train_rows": 1}, "no/such.jsonl: no such file"),
     ({"domains": ["maths"], "domain_train_rows": [3]}, "must have one entry a pack each"),
     ({"domains": ["math"], "domain_train_rows": [3], "domain_eval_rows": [3]}, "math: no such file in data/domains; "),
+    ({"domains": ["maths"] * 2, "domain_train_rows": [3] * 2, "domain_eval_rows": [3] * 2}, "2 sources are named math"),
+    ({"prompts_eval_file": "held.jsonl"}, "name a prompts_file too"),
 ])  # fmt: skip
 def test_wrong_requests_for_prompts(fails, profile, humaneval_file, tmp_path, settings, words):
     assert words in fails(
         "download_datasets", "--config", profile(**{"humaneval_path": str(humaneval_file)} | settings)
     )
     assert not list((tmp_path / "data").glob("*_dataset.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "mbpp"])
+def test_your_prompts_named_as_another_source(fails, profile, tmp_path, name):
+    """By name alone one would stand in for the other."""
+    write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"How do I feed {i} hens?"} for i in range(40)])
+    questions = [{"question": f"How many legs have {i} dogs?", "answer": f"#### {4 * i}"} for i in range(3)]
+    write_jsonl(tmp_path / "train.jsonl", questions)
+    write_jsonl(tmp_path / "tasks.jsonl", [{"task_id": 11, "text": "Add.", "code": "x", "test_list": ["assert x"]}])
+    rows = {"gsm8k": {"gsm8k_train_rows": 3}, "mbpp": {"mbpp_eval_rows": 1}}[name]
+    line = fails("download_datasets", "--config", profile(
+        prompts_file=str(tmp_path / f"{name}.jsonl"), gsm8k_path=str(tmp_path / "train.jsonl"),
+        mbpp_path=str(tmp_path / "tasks.jsonl"), **rows,
+    ))  # fmt: skip
+    assert f"2 sources are named {name}; rename the prompts_file" in line
+
+
+def test_your_prompts_that_all_overlap(fails, profile, tmp_path):
+    for name, eggs in (("own", 3), ("held", 5)):
+        rows = [{"prompt": f"A farmer sells {eggs} eggs a day to each of {i} shops; how many a week?"} for i in (7, 8)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    line = fails("download_datasets", "--config", profile(
+        prompts_file=str(tmp_path / "own.jsonl"), prompts_eval_file=str(tmp_path / "held.jsonl"),
+    ))  # fmt: skip
+    assert "own: no train row is left, for all of them overlap evaluation rows" in line
+
+
+def test_training_rows_that_overlap_are_counted_where_too_few_are_left(scripts):
+    module = scripts["download_datasets"]
+    source = module.Source("pack", "MIT", {"train": [{"id": name} for name in "abc"]}, {"train": 3}, {})
+    with pytest.raises(UserError, match=r"2 can be had \(1 overlap evaluation rows\); .*another seed"):
+        module.choose(source, "train", 0, [], {"b"})
+
+
+@pytest.mark.parametrize(("task_ids", "words"), [
+    ([11, "MBPP/12"], "record 2 has task_id 'MBPP/12'; a number such as 11 is wanted"),
+    ([601, 10], "no record has a task_id from 11 to 510, MBPP's test split"),
+])  # fmt: skip
+def test_an_mbpp_file_without_the_test_split(fails, profile, tmp_path, task_ids, words):
+    path = tmp_path / "tasks.jsonl"
+    write_jsonl(path, [{"task_id": i, "text": "Add.", "code": "x", "test_list": ["assert x"]} for i in task_ids])
+    line = fails("download_datasets", "--config", profile(mbpp_path=str(path), mbpp_eval_rows=1))
+    assert f"file {path}" in line
+    assert words in line
+
+
+def test_a_mistyped_file_is_not_the_one_beside_it(fails, profile, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"question": "How many?", "answer": "#### 1"}])
+    line = fails("download_datasets", "--config", profile(gsm8k_path=str(tmp_path / "mine.jsonl"), gsm8k_train_rows=1))
+    assert "mine.jsonl: no such file" in line
 
 
 def test_a_grader_for_all_of_your_prompts(succeeds, fails, profile, tmp_path):

@@ -12,6 +12,8 @@ import yaml
 from src.distillation.kd import KDConfig
 from src.distillation.kd_config import Conduct
 from src.evaluation.evaluator import EvaluateConfig
+from src.launch.commands import ALIASES
+from src.planning.stages import Evaluation, Generation, Prompts
 from src.utils.common import UserError
 from src.utils.config import (
     OVERLAID,
@@ -258,6 +260,24 @@ def test_every_shipped_profile_and_overlay_fits_every_stage(config_classes, prof
         field = aliases.get(key, key) if name == "run_improved_kd" else key
         found = getattr(config, field)
         assert (json.loads(found) if isinstance(value, dict) else found) == value, key
+
+
+@pytest.mark.parametrize(("name", "planned"), [
+    ("download_datasets", Prompts), ("generate_sft_data", Generation), ("evaluate_distillation", Evaluation),
+])  # fmt: skip
+def test_a_plan_reads_the_settings_that_the_stage_has(config_classes, name, planned):
+    theirs = {field.name: field for field in dataclasses.fields(config_classes[name])}
+    for field in dataclasses.fields(planned):
+        own = theirs[field.name]
+        assert (field.type, field.metadata.get("aliases")) == (own.type, own.metadata.get("aliases")), field.name
+        assert getattr(planned(), field.name) == getattr(config_classes[name](), field.name), field.name
+
+
+def test_the_pipeline_knows_the_further_names_of_the_models(config_classes):
+    for config_class in config_classes.values():
+        for field in dataclasses.fields(config_class):
+            if field.name in ALIASES and "aliases" in field.metadata:
+                assert field.metadata["aliases"] == [f"--{ALIASES[field.name]}"]
 
 
 def test_the_reference_profile_has_the_missions_numbers(config_classes):
