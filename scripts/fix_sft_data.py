@@ -79,7 +79,7 @@ def main() -> None:
     folder = Path(config.experiment_dir) / "sft"
     with contextlib.ExitStack() as held:
         for split in ("train", "eval"):  # the locks under which the answers are written: they are not read meanwhile
-            held.enter_context(hold(folder, "fix_sft_data", split, f".*_{split}*.tmp"))
+            held.enter_context(hold(folder, "fix_sft_data", split, f"*_{split}*"))
         held.enter_context(hold(folder, "fix_sft_data"))  # of rejected.jsonl and stats.json, which are of both splits
         fix(config, folder)
 

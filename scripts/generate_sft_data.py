@@ -225,8 +225,8 @@ def main() -> None:
     folder = Path(config.experiment_dir) / "sft"
     with contextlib.ExitStack() as held:
         for split in dict.fromkeys(config.splits):  # each once
-            # a lock a split; what a kill left of it: ".generate_train.json.4711.tmp"
-            held.enter_context(hold(folder, "generate_sft_data", split, f".*_{split}*.tmp"))
+            # a lock a split, and its files: "generate_train.json", "sft_train_data.jsonl"
+            held.enter_context(hold(folder, "generate_sft_data", split, f"*_{split}*"))
         answer_prompts(config)
 
 

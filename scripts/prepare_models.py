@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import contextlib
+import glob
 import io
 import tempfile
 
@@ -202,7 +203,7 @@ def main() -> None:
     ):
         if wanted:  # the folder itself is replaced as a whole: the lock stands beside it
             target = Path(name)
-            with hold(target.parent, f"prepare_models ({role})", target.name, f".{target.name}.*.tmp"):
+            with hold(target.parent, f"prepare_models ({role})", target.name, glob.escape(target.name)):
                 make(config)
     # 2. made here or brought: both must have a tokenizer with a chat template, and shapes; no weights are loaded
     for role, name in (("teacher", config.teacher_model_name_or_path), ("student", config.model_name_or_path)):
