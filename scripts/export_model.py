@@ -8,10 +8,9 @@ Writes merged weights, tokenizer, generation_config.json and a model card. The f
 are compared with the adapter's before it gets its name: a folder that is there is complete. Safe to kill and run again.
 """
 
+import glob
 import json
-import os
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from src.distillation.export import (
     write_merged,
 )
 from src.distillation.sft import Sampling
+from src.distillation.starting import WEIGHTS
 from src.evaluation.answers import PRESETS
 from src.evaluation.arms import distilled_adapter, run_of_model
 from src.evaluation.verdict import headline_setting
@@ -123,13 +123,15 @@ def adapter_hashes(adapter: Path, settings: dict[str, Any]) -> dict[str, str]:
     """File name -> sha256 of the adapter, which must be the one that the run's numbers were measured of.
 
     Raises:
-        UserError: its weights are others than those measured, or its rank or alpha are not those of the run.
+        UserError: its weights are gone or others than those measured, or its rank or alpha are not those of the run.
     """
-    hashes = {name: sha256_file(adapter / name) for name in ("adapter_model.safetensors", "adapter_config.json")}
+    if not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{adapter}: no {WEIGHTS} there; bring the run's own file back, or train again")
+    hashes = {name: sha256_file(adapter / name) for name in (WEIGHTS, "adapter_config.json")}
     measured = read_json(adapter.parent / "kd_results.json").get("adapter_sha256")  # older runs did not record it
-    if measured is not None and hashes["adapter_model.safetensors"] != measured:
+    if measured is not None and hashes[WEIGHTS] != measured:
         raise UserError(
-            f"{adapter}: adapter_model.safetensors was changed after it was measured (kd_results.json has another "
+            f"{adapter}: {WEIGHTS} was changed after it was measured (kd_results.json has another "
             "sha256); bring the run's own file back, or train again"
         )
     found = read_json(adapter / "adapter_config.json")
@@ -228,8 +230,6 @@ def export(config: ExportModelConfig, origin: Origin, target: Path, converter: P
         logger.info("%s is complete; nothing to do", target)
         return
     require_room(origin.student.base, origin.student.dtype, target.parent, 2 if converter else 1)  # GGUF: all once more
-    # ".student.4711.old.tmp": if a kill leaves it, `hold` finds it as left over
-    aside = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
     sampling, said = chosen_sampling(origin.evaluation)
     # before the weights are merged: without these rows nothing could be checked
     heldout = read_jsonl(Path(config.experiment_dir) / "sft" / "sft_eval_data_clean.jsonl")
@@ -246,11 +246,6 @@ def export(config: ExportModelConfig, origin: Origin, target: Path, converter: P
             write_gguf(converter, made, target.name, origin.student.dtype)
         made_by = {name: value for name, value in provenance().items() if name != "command"}  # it names local paths
         finish_stage(made / MARKER, fingerprint, files=describe_files(made), check=vars(check), provenance=made_by)
-        if target.is_dir():  # aside in one step: a kill leaves all of the folder that is replaced, or nothing
-            target.rename(aside)
-    # the new folder has its name
-    if aside.is_dir():
-        shutil.rmtree(aside)
 
 
 def main() -> None:
@@ -260,7 +255,7 @@ def main() -> None:
     origin = find_origin(config)
     target = Path(config.output_dir or Path("outputs/export") / origin.run.name)
     # the folder is replaced as a whole: the lock stands beside it
-    with hold(target.parent, "export_model", target.name, f".{target.name}.*.tmp"):
+    with hold(target.parent, "export_model", target.name, glob.escape(target.name)):
         export(config, origin, target, converter)
     print(f"model folder {target}; its README.md says what it is, and how to ask it:")
     print(f"  {vllm_command(str(target), is_hybrid(load_tokenizer(str(target))))}")

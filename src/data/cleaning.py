@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from src.data.code_overlap import function_trees
@@ -458,3 +459,21 @@ def count(
         "by_reason": {reason: by_reason[reason] for reason in REASONS},
         "by_source": by_source,
     }
+
+
+def brought_clean(folder: Path) -> bool:
+    """Whether the clean rows in a folder sft/ were brought ready-made: the stage that makes them has left no marker.
+
+    Raises:
+        UserError: they were, but only one of the two files is there.
+    """
+    if (folder / "fix_sft_data.json").is_file():
+        return False
+    files = [folder / f"sft_{split}_data_clean.jsonl" for split in ("train", "eval")]
+    lacking = [path for path in files if not path.is_file()]
+    if len(lacking) == 1:
+        raise UserError(
+            f"{lacking[0]}: no such file, but the other clean file was brought ready-made; both are wanted: bring this "
+            "one too, or move the other away to have answers generated and cleaned"
+        )
+    return not lacking

@@ -294,6 +294,13 @@ def model_bytes(name: str, dtype: torch.dtype) -> float:
     return sum(parameter_bytes(loading_skeleton(name, dtype), dtype).values())
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a model folder's weights are in, or were to be in: those of its index, else one."""
+    index = folder / "model.safetensors.index.json"
+    names = read_json(index)["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    return [folder / name for name in sorted(set(names))]
+
+
 def model_fingerprint(name: str) -> str:
     """A short hash that tells one model from another: a hub commit, or sampled bytes of a local folder's files.
 

@@ -5,7 +5,6 @@ answers (answers.jsonl, the only step with models) -> grade (samples.jsonl) -> r
 """
 
 import contextlib
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ from src.utils.common import (
     write_jsonl,
 )
 from src.utils.config import read_profile, setting
-from src.utils.stages import hold
+from src.utils.stages import graders_sha256, hold
 
 SECTION = "evaluate_distillation"
 MADE = {  # by each step
@@ -284,16 +283,6 @@ def _chosen_rows(config: EvaluateConfig) -> list[Row]:
         logger.info("%s asks for %d prompts, %s has %d: all are used", config.mode, wanted, data, len(gradeable))
     # by source in turn, the smaller modes inside the larger
     return select_rows(gradeable, wanted)
-
-
-def graders_sha256() -> str:
-    """A hash of the code that judges an answer."""
-    digest = hashlib.sha256()
-    source = Path(__file__).resolve().parents[1]
-    # sources as text: a changed comment counts as a change, which costs no more than grading again
-    for path in [*sorted((source / "grading").glob("*.py")), source / "utils" / "answers.py"]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def grade_step(config: EvaluateConfig, folder: Path, again: bool = False) -> None:

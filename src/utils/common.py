@@ -269,13 +269,30 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
 
 
+# what `atomic_path` may leave behind: .data.jsonl.4711.tmp of data.jsonl, .student.4711.old.tmp of a replaced student
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+(?P<old>\.old)?\.tmp")
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` (file or folder) and rename it to `path` once the block has succeeded."""
+    """Yield a temporary name beside `path` (file or folder) and rename it to `path` once the block has succeeded.
+
+    A folder that is replaced is all there, under its own name or set aside, until the new one has the name. `hold` puts
+    back what a kill between the two renames leaves set aside.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # ".data.jsonl.4711.tmp": hidden, on the same file system, and known to `stages.hold` if it is left behind
+    # hidden, on the same file system, and known to `stages.hold` by `TEMPORARY` if they are left behind
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
         yield temporary
         # on the disk before it has its name: else a machine that goes down may leave the name with nothing behind it
@@ -285,13 +302,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
         # a folder cannot be renamed over one that holds something
         if temporary.is_dir() and path.exists():
-            shutil.rmtree(path)
+            os.replace(path, aside)
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        if aside.exists():
+            # replaced, it goes under the temporary name: what is set aside is whole, for it may be put back, as here
+            os.replace(aside, temporary if path.exists() else path)
+        delete(temporary)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -370,9 +387,10 @@ def stage_state(
     """Decide what a stage has to do, from the fingerprint an earlier run left in `marker`.
 
     Returns:
-        "done" if that run finished with the same fingerprint and its `outputs` are there; "resume" if it started with
-        the same one but did not finish; "fresh" if there is nothing, or `overwrite` is set (marker and outputs are
-        then deleted). The caller writes the marker with `start_stage` and `finish_stage`.
+        "done" if that run finished with the same fingerprint and its `outputs`, all files, are there; "resume" if it
+        started with the same one but did not finish; "fresh" if there is nothing, or `overwrite` is set: marker and
+        outputs are then deleted, so ask with it once nothing is left to refuse. The caller writes the marker with
+        `start_stage` and `finish_stage`.
 
     Raises:
         UserError: the fingerprint differs in a field (the text names it), or an output is there that no run has marked.
@@ -387,14 +405,10 @@ def stage_state(
         for output in () if overwrite else outputs:
             if output.exists():
                 raise UserError(f"{output} is there but was not made by this stage; move it away or pass --overwrite")
-        # the marker first: a kill in between leaves outputs without one, which are refused and not taken for finished
-        marker.unlink(missing_ok=True)
         if overwrite:
-            for output in outputs:
-                if output.is_dir():
-                    shutil.rmtree(output)
-                else:
-                    output.unlink(missing_ok=True)
+            # the marker last: outputs without one would pass for somebody else's, a marker without them is not "done"
+            for path in (*outputs, marker):
+                path.unlink(missing_ok=True)
         return "fresh"
     # 2. something was made: is it the same?
     stored = read_json(marker)

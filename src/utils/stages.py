@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import fnmatch
+import hashlib
 import json
 import os
 import shutil
@@ -11,11 +13,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from src.utils.common import UserError, logger, read_json, write_json
+from src.utils.common import TEMPORARY, UserError, delete, logger, read_json, write_json
 
 
 @contextlib.contextmanager
-def hold(folder: Path, stage: str, name: str = "stage", left_over: str = ".*.tmp") -> Iterator[None]:
+def hold(folder: Path, stage: str, name: str = "stage", writes: str = "*") -> Iterator[None]:
     """Keep other processes off a folder until the block ends; it is made if need be.
 
     The lock is the kernel's (flock, by filelock): that of a process that died is free again.
@@ -23,7 +25,8 @@ def hold(folder: Path, stage: str, name: str = "stage", left_over: str = ".*.tmp
     Args:
         stage: who holds it, for those who are refused.
         name: of the lock, where parts of a folder can be worked on side by side.
-        left_over: what killed processes may have left half-written in this part, see `atomic_path`; it is removed.
+        writes: pattern of the names that are written in this part. What killed processes left of them half-written is
+            removed, what they had set aside and not yet replaced is put back, see `atomic_path`.
 
     Raises:
         UserError: another process holds it; the text names its stage, number and host.
@@ -43,7 +46,7 @@ def hold(folder: Path, stage: str, name: str = "stage", left_over: str = ".*.tmp
             ) from None
         held.callback(holder.unlink, missing_ok=True)
         holder.write_text(json.dumps({"stage": stage, "pid": os.getpid(), "host": socket.gethostname()}))
-        _remove(folder, left_over)  # nobody writes here while the lock is held, so these are of the dead
+        _tidy(folder, writes)  # nobody writes here while the lock is held, so what is left over is of the dead
         yield
 
 
@@ -75,14 +78,18 @@ def _who_holds(holder: Path) -> str:
         return "another process"
 
 
-def _remove(folder: Path, left_over: str) -> None:
-    """Delete the temporary files and folders of writers that were killed: `.data.jsonl.4711.tmp` of `data.jsonl`."""
-    for path in folder.glob(left_over):
-        logger.info("%s: left half-written by a process that was killed; removed", path)
-        if path.is_dir():
-            shutil.rmtree(path)
+def _tidy(folder: Path, writes: str) -> None:
+    """Clear away what writers that were killed left of these names, and put back what has nothing in its place."""
+    for path in list(folder.iterdir()):
+        found = TEMPORARY.fullmatch(path.name)
+        if found is None or not fnmatch.fnmatchcase(found["name"], writes):
+            continue
+        if found["old"] and not (place := folder / found["name"]).exists():
+            logger.info("%s: set aside by a process that was killed before it had replaced it; put back", place)
+            path.rename(place)
         else:
-            path.unlink(missing_ok=True)
+            logger.info("%s: left half-written by a process that was killed; removed", path)
+            delete(path)
 
 
 def is_empty(folder: Path) -> bool:
@@ -116,3 +123,13 @@ def experiment_date(experiment_dir: str | Path) -> datetime.date:
         return datetime.date.fromisoformat(read_json(path)["date"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f'{path}: expected {{"date": "YYYY-MM-DD"}}; mend it, or delete it to take today') from None
+
+
+def graders_sha256() -> str:
+    """A hash of the code that judges an answer."""
+    digest = hashlib.sha256()
+    source = Path(__file__).resolve().parents[1]
+    # sources as text: a changed comment counts as a change, which costs no more than grading again
+    for path in [*sorted((source / "grading").glob("*.py")), source / "utils" / "answers.py"]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from src.distillation import engines, export
 from src.distillation.base import load_tokenizer
 from src.evaluation.evaluator import run_evaluation
+from src.utils import common
 from src.utils.common import read_json, write_json
 from src.utils.stages import hold
 from tests.distillation.test_export import CONVERTER, TURN_END
@@ -269,6 +270,13 @@ def test_which_run_is_exported(succeeds, fails, profile, target, trained, tiny_t
         assert "fine-tuned on the answers of" in (target / "README.md").read_text()
 
 
+def test_an_adapter_without_weights_is_refused_in_a_line(fails, profile, target, copied):  # noqa: F811
+    adapter = run_of(copied) / "final_model"
+    (adapter / "adapter_model.safetensors").unlink()
+    line = fails("export_model", *profile, "--model_path", adapter)
+    assert f"{adapter}: no adapter_model.safetensors there; bring the run's own file back" in line
+
+
 def test_an_unfinished_run_is_refused(fails, profile, copied):  # noqa: F811
     (run_of(copied) / "kd_results.json").unlink()
     line = fails("export_model", *profile, "--model_path", str(run_of(copied)))
@@ -276,20 +284,24 @@ def test_an_unfinished_run_is_refused(fails, profile, copied):  # noqa: F811
 
 
 def die_at(step: str, arguments: list[str]) -> None:
-    """Run the script up to the call of a step and die there, as by SIGKILL; `rename` is done first."""
+    """Run the script up to the call of a step and die there, as by SIGKILL; `set aside` is done first."""
     script = load_script("scripts/export_model.py")
 
     def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def rename(path: Path, other: Path) -> None:
-        os.rename(path, other)
-        die()
+    replace = os.replace
 
-    if step == "rename":
-        Path.rename = rename
+    def set_aside(path: Path, other: Path) -> None:
+        replace(path, other)
+        if str(other).endswith(".old.tmp"):
+            die()
+
+    if step == "set aside":
+        os.replace = set_aside
     elif step == "rmtree":
-        script.shutil = SimpleNamespace(rmtree=die)  # the script's alone: finalizers call the module's at any time
+        # the module's own: finalizers call shutil's at any time
+        common.shutil = SimpleNamespace(rmtree=die, disk_usage=shutil.disk_usage)
     else:
         setattr(script, step, die)
     sys.argv = ["scripts/export_model.py", *arguments]
@@ -298,11 +310,11 @@ def die_at(step: str, arguments: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "kept"), [
-    ("check_export", "float32"), ("card_of", "float32"), ("finish_stage", "float32"), ("rename", None),
+    ("check_export", "float32"), ("card_of", "float32"), ("finish_stage", "float32"), ("set aside", None),
     ("rmtree", "bfloat16"),
 ])  # fmt: skip
 def test_killed_at_any_step_and_run_again(succeeds, profile, target, exported, step, kept):  # noqa: F811
-    """The folder that is replaced stays whole, or is gone, or is the new one; the next run ends as one left alone."""
+    """The folder that is replaced stays whole, here or set aside, or is the new one; the next run ends as one alone."""
     shutil.copytree(exported["float32"], target)
     arguments = [*profile, "--overwrite"]
     context = multiprocessing.get_context("forkserver")  # torch's threads do not outlive a fork of this process
@@ -313,9 +325,9 @@ def test_killed_at_any_step_and_run_again(succeeds, profile, target, exported, s
     assert child.exitcode == -signal.SIGKILL
     assert any(name.startswith(".student.") and name.endswith(".tmp") for name in left(target.parent))
     assert target.exists() == (kept is not None)
-    if kept:
-        marker = read_json(target / "export.json")
-        assert (marker["fingerprint"]["dtype"], {*marker["files"], "export.json"}) == (kept, set(left(target)))
+    [there] = [target] if kept else target.parent.glob(".student.*.old.tmp")
+    marker = read_json(there / "export.json")
+    assert (marker["fingerprint"]["dtype"], {*marker["files"], "export.json"}) == (kept or "float32", set(left(there)))
     succeeds("export_model", *arguments)
     assert left(target.parent) == ["student"]
     found, whole = content(target), content(exported["bfloat16"])

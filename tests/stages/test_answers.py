@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ import yaml
 from src.data.cleaning import REASONS
 from src.distillation.base import model_fingerprint
 from src.distillation.server import answers as answers_at
-from src.utils.common import ROOT, read_json, read_jsonl, write_json, write_jsonl
+from src.utils.common import ROOT, UserError, read_json, read_jsonl, write_json, write_jsonl
 from tests.distillation.test_openai_engine import Body, FaultServer, completion
 from tests.distillation.test_server import alive
 from tests.reading import as_set, content
@@ -114,6 +115,53 @@ def test_a_killed_generation_goes_on_to_the_same_answers(answered, succeeds):
     assert read_json(marker)["finished"] is True
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise UserError("refused")
+
+
+@pytest.mark.parametrize("step", ["require_disk", "check_student", "started", "opened", None])
+def test_old_answers_stay_until_there_is_a_new_one(answered, fails, scripts, monkeypatch, step):
+    """Whatever refuses after --overwrite: the disk, the student, the server, the teacher; or a server that is gone."""
+    path, sft = answered
+    before = content(sft)
+    arguments = ["--config", path, "--temperature", "0.5", "--overwrite"]
+    if step is None:
+        pytest.importorskip("openai")
+        arguments += ["--engine", "openai", "--base_url", "http://127.0.0.1:9/v1", "--tries", "1"]
+    else:
+        monkeypatch.setattr(scripts["generate_sft_data"], step, refuse)
+    line = fails("generate_sft_data", *arguments)
+    assert ("in 1 tries" if step is None else "refused") in line
+    assert content(sft) == before
+
+
+def test_answers_that_lack_their_summary_alone_get_it_without_a_teacher(answered, succeeds, scripts, monkeypatch):
+    path, sft = answered
+    marker, before = sft / "generate_train.json", content(sft)
+    whole = read_json(marker)
+    write_json(marker, {"finished": False, "fingerprint": whole["fingerprint"]})
+    monkeypatch.setattr(scripts["generate_sft_data"], "opened", lambda *_: pytest.fail("a model was loaded"))
+    assert "train: 18 answers in" in succeeds("generate_sft_data", "--config", path)
+    made = read_json(marker)
+    assert made["last_session"] == {"seconds": 0.0, "tokens": 0, "tokens_per_second": None}
+    for facts in (whole, made):
+        del facts["last_session"], facts["provenance"]
+    assert made == whole
+    assert {n: d for n, d in content(sft).items() if n != marker.name} == {
+        n: d for n, d in before.items() if n != marker.name
+    }
+
+
+def test_the_disk_is_asked_for_the_missing_answers_alone(answered, succeeds, scripts, monkeypatch):
+    path, sft = answered
+    target, marker, asked = sft / "sft_train_data.jsonl", sft / "generate_train.json", []
+    target.write_bytes(b"".join(target.read_bytes().splitlines(keepends=True)[:5]))
+    write_json(marker, {"finished": False, "fingerprint": read_json(marker)["fingerprint"]})
+    monkeypatch.setattr(scripts["generate_sft_data"], "require_disk", lambda folder, needed, what: asked.append(needed))
+    succeeds("generate_sft_data", "--config", path)
+    assert asked == [(18 - 5) * (4 * 32 + 2000)]
+
+
 def test_a_deleted_answers_file_is_made_again(answered, succeeds):
     path, sft = answered
     whole = as_set(sft / "sft_eval_data.jsonl")
@@ -185,6 +233,45 @@ def test_ready_made_clean_rows_are_used_as_they_are(succeeds, profile, tmp_path,
     assert "kd: run folder" in succeeds("run_improved_kd", "--config", path)
 
 
+@pytest.mark.parametrize("stage", ["generate_sft_data", "fix_sft_data"])
+@pytest.mark.parametrize(("brought", "lacking"), [("train", "eval"), ("eval", "train")])
+def test_one_clean_file_alone_is_refused_by_both_stages(fails, profile, tmp_path, write_sft, clean_rows, stage,
+                                                        brought, lacking):  # fmt: skip
+    sft = write_sft(tmp_path / "experiment" / "tiny", clean_rows(20), clean_rows(4, start=50)) / "sft"
+    (sft / f"sft_{lacking}_data_clean.jsonl").unlink()
+    line = fails(stage, "--config", profile(), *(["--splits", brought] if stage == "generate_sft_data" else []))
+    assert f"sft_{lacking}_data_clean.jsonl: no such file, but the other clean file was brought" in line
+    assert "both are wanted: bring this one too, or move the other away" in line
+
+
+def test_clean_rows_that_others_would_judge_otherwise_stay_with_a_word(answered, succeeds, scripts, monkeypatch):
+    path, sft = answered
+    fix = scripts["fix_sft_data"]
+    shut = SimpleNamespace(executes=False, used_level="none", level="none")
+    monkeypatch.setattr(fix, "open_sandbox", lambda *_: shut)
+    succeeds("fix_sft_data", "--config", path)
+    before = content(sft)
+    said = succeeds("fix_sft_data", "--config", path)
+    assert "--overwrite" not in said
+    monkeypatch.setattr(fix, "open_sandbox", lambda *_: SimpleNamespace(executes=True))
+    assert "code answers were not executed, which this host can do; --overwrite" in succeeds(
+        "fix_sft_data", "--config", path
+    )
+    monkeypatch.setattr(fix, "graders_sha256", lambda: "mended")
+    assert "were judged by other graders than there are now; --overwrite" in succeeds("fix_sft_data", "--config", path)
+    assert content(sft) == before
+
+
+def test_clean_rows_stay_until_nothing_is_left_to_refuse(answered, succeeds, fails):
+    path, sft = answered
+    succeeds("fix_sft_data", "--config", path)
+    target = sft / "sft_eval_data.jsonl"
+    write_jsonl(target, [row | {"finish_reason": "length"} for row in read_jsonl(target)])
+    before = content(sft)
+    assert "answers are kept, 1 are needed" in fails("fix_sft_data", "--config", path, "--overwrite")
+    assert content(sft) == before
+
+
 def test_a_broken_line_of_answers_is_named(answered, fails):
     path, sft = answered
     target = sft / "sft_train_data.jsonl"
@@ -234,6 +321,8 @@ def test_no_answer_left_says_what_to_try(answered, fails):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--teacher_model", ""], "teacher_model_name_or_path is not set"),
     (["--num_samples", "0"], "num_samples must be at least 1"),
+    (["--splits"], "splits: none named; name train, eval or both"),
+    (["--splits", "train", "test"], "splits: train, test; name train, eval or both"),
     (["--batch_size", "-1"], "batch_size at least 0"),
     (["--engine", "sglang"], "engine 'sglang': there are transformers and openai"),
     (["--engine", "vllm"], "engine vllm is a server now, which the stage starts: say serve: {command: vllm}"),

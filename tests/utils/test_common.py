@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from src.utils import common
 from src.utils.common import (
+    ROOT,
     Progress,
     UserError,
     append_jsonl,
@@ -37,6 +39,7 @@ from src.utils.common import (
     write_jsonl,
     write_text,
 )
+from src.utils.stages import hold
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +269,71 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.fixture
+def model(tmp_path):
+    """A folder of two files, to be replaced."""
+    (tmp_path / "model").mkdir()
+    for name in ("config", "weights"):
+        (tmp_path / "model" / name).write_text("old")
+    return tmp_path / "model"
+
+
+def replace_model(target):
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        for name in ("config", "weights"):
+            (temporary / name).write_text("new")
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("step", ["fsync", "aside", "rename"])
+def test_a_folder_that_was_not_replaced_comes_back(model, monkeypatch, step):
+    """Ctrl-C before it is set aside, and on either side of the rename that would give the new one its name."""
+    replace = os.replace
+
+    def interrupted(source, place):
+        if step == "rename" and place == model and not str(source).endswith(".old.tmp"):
+            raise KeyboardInterrupt
+        replace(source, place)
+        if step == "aside" and place != model:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    def not_on_disk(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, *(("fsync", not_on_disk) if step == "fsync" else ("replace", interrupted)))
+    with pytest.raises(KeyboardInterrupt):
+        replace_model(model)
+    assert contents(model) == {"config": "old", "weights": "old"}
+    assert list(model.parent.iterdir()) == [model]
+
+
+@pytest.mark.parametrize("instant", range(5))
+def test_killed_at_any_instant_the_old_folder_or_the_new_is_found(model, instant):
+    """Five calls replace it: aside, its name, the old one's temporary name, and two files of that one go."""
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom tests.utils.test_common import replace_model\n"
+        "left = iter(range(int(sys.argv[2])))\n"
+        "def counted(call):\n"
+        "    def die_first(*args, **more):\n"
+        "        if next(left, None) is None:\n            os.kill(os.getpid(), 9)\n"
+        "        return call(*args, **more)\n"
+        "    return die_first\n"
+        "os.replace, os.unlink = counted(os.replace), counted(os.unlink)\n"
+        "replace_model(Path(sys.argv[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(model), str(instant)], cwd=ROOT)
+    assert done.returncode == -9
+    with hold(model.parent, "the next run", model.name, model.name):
+        word = "old" if instant < 2 else "new"
+        assert contents(model) == {"config": word, "weights": word}
+        assert {path for path in model.parent.iterdir() if path.suffix == ".tmp"} == set()
+
+
 @pytest.mark.parametrize("write", [lambda path, value: write_json(path, {"a": value}),
                                    lambda path, value: write_jsonl(path, [{"a": 1}, {"a": value}])])  # fmt: skip
 def test_a_number_json_has_no_word_for_is_never_written(tmp_path, write):
@@ -321,11 +389,10 @@ FINGERPRINT = {"seed": 1, "sizes": (3, 4)}  # a tuple is a list once it has been
 
 @pytest.fixture
 def stage(tmp_path):
-    """(marker, outputs) of a finished stage: a file and a folder."""
-    outputs = [tmp_path / "rows.jsonl", tmp_path / "model"]
-    outputs[0].write_text("rows")
-    outputs[1].mkdir()
-    (outputs[1] / "weights").write_text("weights")
+    """(marker, outputs) of a finished stage."""
+    outputs = [tmp_path / "rows.jsonl", tmp_path / "stats.json"]
+    for output in outputs:
+        output.write_text("{}")
     finish_stage(tmp_path / "stage.json", FINGERPRINT, seconds=3)
     return tmp_path / "stage.json", outputs
 
@@ -377,6 +444,23 @@ def test_overwrite_deletes_marker_and_outputs(stage):
     assert stage_state(marker, FINGERPRINT | {"seed": 2}, True, outputs) == "fresh"
     assert not any(path.exists() for path in (marker, *outputs))
     assert stage_state(marker, FINGERPRINT, True, outputs) == "fresh"
+
+
+@pytest.mark.parametrize("done", range(3))
+def test_a_kill_while_it_deletes_never_leaves_outputs_without_their_marker(stage, monkeypatch, done):
+    marker, outputs = stage
+    unlink, left = Path.unlink, iter(range(done))
+
+    def dying(path, missing_ok=False):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", dying)
+    with pytest.raises(KeyboardInterrupt):
+        stage_state(marker, FINGERPRINT, True, outputs)
+    monkeypatch.undo()
+    assert stage_state(marker, FINGERPRINT, False, outputs) == ("resume" if done else "done")
 
 
 def test_disk_space_is_asked_for_before_the_work(tmp_path, monkeypatch):

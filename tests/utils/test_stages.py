@@ -87,12 +87,22 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
         assert subprocess.run(command, cwd=ROOT, capture_output=True).stdout == b"made\n"
     (tmp_path / "notes.tmp").touch()  # a person's own
     assert len(list(tmp_path.iterdir())) == 3
-    with hold(tmp_path, "this_stage", "data", ".data.*.tmp"):
+    with hold(tmp_path, "this_stage", "data", "data.*"):
         assert not list(tmp_path.glob(".data.*.tmp"))
         assert len(list(tmp_path.glob(".model.*.tmp"))) == 1, "another part's may still be written"
     with hold(tmp_path, "this_stage"):
         assert not list(tmp_path.glob(".*.tmp"))
         assert (tmp_path / "notes.tmp").is_file()
+
+
+def test_what_a_neighbour_writes_is_left_alone(tmp_path):
+    """Of models `s` and `s.f32` side by side, each has a lock of its own."""
+    for name in (".s.f32.4711.tmp", ".s.f32.4711.old.tmp", ".s.4711.tmp", ".s.4711.old.tmp"):
+        (tmp_path / name).mkdir()
+    with hold(tmp_path, "this_stage", "s", "s"):
+        assert {path.name for path in tmp_path.glob("*s*") if path.is_dir()} == {
+            "s", ".s.f32.4711.tmp", ".s.f32.4711.old.tmp",
+        }  # fmt: skip
 
 
 def test_a_folder_with_nothing_but_its_lock_is_empty(tmp_path):
