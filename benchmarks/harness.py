@@ -220,8 +220,12 @@ def round_robin(contenders: dict[str, str], jobs: Callable[[str], dict[str, Any]
     return [best_of(results) for results in found.values()]
 
 
-def ratios(results: Sequence[Result], ours: Sequence[str], floor: float) -> dict[str, dict[str, float]]:
-    """For each of ours: `seconds` of another divided by ours, `memory` likewise, and our own time over the floor."""
+def ratios(results: Sequence[Result], ours: Sequence[str], floors: dict[str, float]) -> dict[str, dict[str, float]]:
+    """For each of ours: `seconds` of another divided by ours, `memory` likewise, and our own time over its own floor.
+
+    Args:
+        floors: seconds by name; where a floor could not be measured it is missing here too.
+    """
     present = {result["name"]: result for result in results if "absent" not in result}
     found = {}
     for name in ours:
@@ -229,7 +233,8 @@ def ratios(results: Sequence[Result], ours: Sequence[str], floor: float) -> dict
             own = present[name]
             # not ours against ours
             others = {other: result for other, result in present.items() if other not in ours}
-            found[name] = {"over_floor": own["seconds"] / floor} | {
+            over_floor = {"over_floor": own["seconds"] / floors[name]} if name in floors else {}
+            found[name] = over_floor | {
                 # 1e-9: a peak above what was there may be 0
                 f"{what}_of_{other}": result[key] / max(own[key], 1e-9)
                 for other, result in others.items()

@@ -170,7 +170,7 @@ def parent(arguments: argparse.Namespace) -> None:
     # 4. the record, and two tables
     report = {
         "results": results, "floor_seconds": bottom["hidden"]["seconds"], "floor": bottom,
-        "ratios": harness.ratios(results, tuple(OURS), bottom["hidden"]["seconds"]),
+        "ratios": harness.ratios(results, tuple(OURS), dict.fromkeys(OURS, bottom["hidden"]["seconds"])),
         "shapes": {key: value for key, value in job.items() if key not in ("data", "probe")},
     }  # fmt: skip
     harness.print_table(
