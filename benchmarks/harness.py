@@ -45,10 +45,14 @@ def rivals_python() -> str:
         own = next((RIVALS / "lib").glob("python*/site-packages"))
         # lines of a .pth file go behind the folder that it lies in, so that the peers' own packages are found first
         (own / "running.pth").write_text("\n".join(packages), encoding="utf-8")
-        for package in RIVAL_PACKAGES:  # one by one: what cannot be had is reported as absent by its contenders
-            subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", package], check=False)
-        # last: an environment that was not finished has no stamp
-        stamp.write_text(wanted, encoding="utf-8")
+        # one by one: what cannot be had is reported as absent by its contenders
+        install = [python, "-m", "pip", "install", "--quiet", "--no-deps"]
+        missing = [package for package in RIVAL_PACKAGES if subprocess.run([*install, package], check=False).returncode]
+        # an environment that was not finished, or lacks a peer, has no stamp: it may have been the network
+        if missing:
+            print(f"{RIVALS.name} lacks {', '.join(missing)}; the next run makes it anew", file=sys.stderr)
+        else:
+            stamp.write_text(wanted, encoding="utf-8")
     return str(python)
 
 
@@ -94,6 +98,15 @@ def peak_mb() -> float:
 
         return torch.cuda.max_memory_allocated() / 2**20
     return _status("VmHWM")
+
+
+def now() -> float:
+    """A clock, in seconds; on a GPU what is queued comes to its end first, for it belongs to what went before."""
+    if device() == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def best_seconds(call: Callable[[], Any], runs: int = 2) -> float:
@@ -147,7 +160,18 @@ def relative_error(found: Any, wanted: Any) -> float:
 
 
 def run_worker(python: str, name: str, job: dict[str, Any], minutes: float = 15) -> Result:
-    """One contender once; what it could not do is its result: `{"name": ..., "absent": reason}`."""
+    """One contender once; what it could not do is its result: `{"name": ..., "absent": reason}`.
+
+    Here and for every worker the console is told where the machine was not quiet.
+    """
+    result = _ask_worker(python, name, job, minutes)
+    if result.get("busy_elsewhere", 0) > NOISE:
+        share = f"others used {result['busy_elsewhere']:.0%} of the machine"
+        print(f"{name}: NOT QUIET: {share}", file=sys.stderr, flush=True)
+    return result
+
+
+def _ask_worker(python: str, name: str, job: dict[str, Any], minutes: float) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         # 1. what the contender is told, as a file
         task = Path(folder) / "job.json"
@@ -169,7 +193,7 @@ def run_worker(python: str, name: str, job: dict[str, Any], minutes: float = 15)
 
 
 def best_of(results: Sequence[Result]) -> Result:
-    """Several runs of one contender as one: the fastest run's numbers, and the largest peak."""
+    """Several runs of one contender as one: the fastest run's numbers, the largest peak, and why a round failed."""
     present = [result for result in results if "absent" not in result]
     if not present:
         return results[0]
@@ -177,7 +201,8 @@ def best_of(results: Sequence[Result]) -> Result:
     best["seconds_of_runs"] = [result["seconds"] for result in present]
     if best.get("peak_mb") is not None:
         best["peak_mb"] = max(result["peak_mb"] for result in present)
-    return best
+    failed = [result["absent"] for result in results if "absent" in result]
+    return best | ({"failed_rounds": failed} if failed else {})
 
 
 def round_robin(contenders: dict[str, str], jobs: Callable[[str], dict[str, Any]], repeats: int) -> list[Result]:
@@ -191,14 +216,16 @@ def round_robin(contenders: dict[str, str], jobs: Callable[[str], dict[str, Any]
             found[name].append(run_worker(python, name, jobs(name)))
             last = found[name][-1]
             said = f"absent: {last['absent']}" if "absent" in last else f"{last['seconds']:.3f} s"
-            if last.get("busy_elsewhere", 0) > NOISE:
-                said += f"; NOT QUIET: others used {last['busy_elsewhere']:.0%} of the machine"
             print(f"round {turn + 1} of {repeats}: {name}: {said}", file=sys.stderr, flush=True)
     return [best_of(results) for results in found.values()]
 
 
-def ratios(results: Sequence[Result], ours: Sequence[str], floor: float) -> dict[str, dict[str, float]]:
-    """For each of ours: `seconds` of another divided by ours, `memory` likewise, and our own time over the floor."""
+def ratios(results: Sequence[Result], ours: Sequence[str], floors: dict[str, float]) -> dict[str, dict[str, float]]:
+    """For each of ours: `seconds` of another divided by ours, `memory` likewise, and our own time over its own floor.
+
+    Args:
+        floors: seconds by name; where a floor could not be measured it is missing here too.
+    """
     present = {result["name"]: result for result in results if "absent" not in result}
     found = {}
     for name in ours:
@@ -206,7 +233,8 @@ def ratios(results: Sequence[Result], ours: Sequence[str], floor: float) -> dict
             own = present[name]
             # not ours against ours
             others = {other: result for other, result in present.items() if other not in ours}
-            found[name] = {"over_floor": own["seconds"] / floor} | {
+            over_floor = {"over_floor": own["seconds"] / floors[name]} if name in floors else {}
+            found[name] = over_floor | {
                 # 1e-9: a peak above what was there may be 0
                 f"{what}_of_{other}": result[key] / max(own[key], 1e-9)
                 for other, result in others.items()
@@ -259,16 +287,36 @@ def print_table(results: Sequence[Result], columns: dict[str, str]) -> None:
         cells = [
             "-" if result.get(key) is None else format(result[key], style) for key, style in columns.items()
         ]  # fmt: skip
+        name = result["name"]
+        if "failed_rounds" in result:
+            name += f" ({len(result['failed_rounds'])} of its rounds failed)"
         # why it is absent stands in the first cell, the others stay empty
-        table.add_row(result["name"], *([f"absent: {result['absent']}", *cells[1:]] if "absent" in result else cells))
+        table.add_row(name, *([f"absent: {result['absent']}", *cells[1:]] if "absent" in result else cells))
     Console(width=160).print(table)
 
 
-def main(parser: argparse.ArgumentParser, parent: Callable[..., None], worker: Callable[[str, dict], Result]) -> None:
-    """Play the parent or the worker, whichever the command line asks for."""
+def _rounds(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"at least one round is needed, got {number}")
+    return number
+
+
+def main(
+    parser: argparse.ArgumentParser,
+    parent: Callable[..., None],
+    worker: Callable[[str, dict], Result],
+    in_rounds: bool = True,
+) -> None:
+    """Play the parent or the worker, whichever the command line asks for.
+
+    Args:
+        in_rounds: the parent measures `--repeats` times; without it the flag is unknown.
+    """
     parser.add_argument("--output", type=Path, help="the JSON record to write")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, which measure nothing: is it all in order?")
-    parser.add_argument("--repeats", type=int, default=2, metavar="K", help="rounds; the best of them counts (2)")
+    if in_rounds:
+        parser.add_argument("--repeats", type=_rounds, default=2, metavar="K", help="rounds; the best counts (2)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,12 +1,13 @@
 """What a training step is made of: our own time by part, and the time its matrix products alone would take."""
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate import Accelerator
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from benchmarks import harness
@@ -18,10 +19,9 @@ from src.distillation.base import compute_dtype, load_model_config, meta_model
 def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
     """Seconds a step in each part of our trainer, after `skip` steps; `rest` is batches, clipping and the log.
 
-    The objective's forward forms the gradient of the hidden states too, so `backward` is that of the student's body.
+    The objective's forward forms the gradient of the hidden states too, so `backward` is that of the student's body. On
+    a GPU every part waits for what it has queued; a step that waits once, at its end, takes less than they add up to.
     """
-    from accelerate import Accelerator
-
     # spent: up to now; kept: up to the end of the last step; ends: of every step
     spent: Counter[str] = Counter()
     kept: Counter[str] = Counter()
@@ -29,20 +29,20 @@ def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
-            start = time.perf_counter()
+            start = harness.now()
             try:
                 return function(*arguments, **keywords)
             finally:
-                spent[part] += time.perf_counter() - start
+                spent[part] += harness.now() - start
 
         return call
 
     # the start is taken off and the end added: what is left is the time between the two
     def before_update(*_: Any) -> None:
-        spent["optimizer"] -= time.perf_counter()
+        spent["optimizer"] -= harness.now()
 
     def after_update(*_: Any) -> None:
-        ends.append(time.perf_counter())
+        ends.append(harness.now())
         spent["optimizer"] += ends[-1]
         # the steps before were to warm up
         if len(ends) == skip:
@@ -50,27 +50,18 @@ def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
         kept.clear()
         kept.update(spent)  # what comes after the last step, held-out rows, is no part of one
 
-    # 1. the trainer's own functions, each with a clock around it
-    places = {}
-    for owner, name, part in (
-        (training, "_beliefs", "teacher"), (training, "response_hidden", "student_forward"),
-        (training, "kd_loss", "loss"), (Accelerator, "backward", "backward"),
-    ):  # fmt: skip
-        places[owner, name] = timed(part, getattr(owner, name))
-    originals = {place: getattr(*place) for place in places}
-    # 2. the update has no function of ours: torch's hooks, for all optimisers
-    hooks = [register_optimizer_step_pre_hook(before_update), register_optimizer_step_post_hook(after_update)]
-    for place, replacement in places.items():
-        setattr(*place, replacement)
-    try:
+    with contextlib.ExitStack() as stack:
+        # 1. the trainer's own functions, each with a clock around it until all is done
+        for owner, name, part in (
+            (training, "_beliefs", "teacher"), (training, "response_hidden", "student_forward"),
+            (training, "kd_loss", "loss"), (Accelerator, "backward", "backward"),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        # 2. the update has no function of ours: torch's hooks, for all optimisers
+        stack.callback(register_optimizer_step_pre_hook(before_update).remove)
+        stack.callback(register_optimizer_step_post_hook(after_update).remove)
         yield kept
-    # 3. everything as it was, whatever happened
-    finally:
-        for place, original in originals.items():
-            setattr(*place, original)
-        for hook in hooks:
-            hook.remove()
-    # 4. means over the timed steps; the rest is what no part has
+    # 3. means over the timed steps; the rest is what no part has
     steps = len(ends) - skip
     for part in kept:
         kept[part] /= steps
@@ -78,6 +69,36 @@ def parts_of_a_step(skip: int) -> Iterator[Counter[str]]:
 
 
 Product = tuple[int, int, int, int]  # products at once, and [m, k] @ [k, n]
+
+
+def products_of(weight: torch.Tensor, tokens: int, per_token: int, lora_r: int, backward: bool) -> Counter[Product]:
+    """The products of one weight: y [tokens, n] = x [tokens, k] W^T, of an adapter beside it, and their gradients.
+
+    Args:
+        weight: `[n, k]`; or experts, `[experts, n, k]`, of which a token visits `per_token`, all of them equally often.
+        lora_r: rank of the adapter, 0 for none.
+    """
+    found: Counter[Product] = Counter()
+    *stacked, n, k = weight.shape
+    batch = 1
+    if stacked:
+        # 2 tokens that visit 8 each reach 16 experts at most, with a token each
+        batch = min(*stacked, tokens * per_token)
+        tokens = round(tokens * per_token / batch)
+    found[batch, tokens, k, n] += 1
+    # x A^T, and times B^T
+    if lora_r:
+        found[1, tokens, k, lora_r] += 1
+        found[1, tokens, lora_r, n] += 1
+    # the gradient of x; W is frozen and has none
+    if backward:
+        found[batch, tokens, n, k] += 1
+    if backward and lora_r:
+        found[1, tokens, n, lora_r] += 1  # through B, its gradient; through A, its gradient
+        found[1, n, tokens, lora_r] += 1
+        found[1, tokens, lora_r, k] += 1
+        found[1, lora_r, tokens, k] += 1
+    return found
 
 
 def body_products(name: str, tokens: int, length: int, lora_r: int, backward: bool) -> Counter[Product]:
@@ -89,22 +110,15 @@ def body_products(name: str, tokens: int, length: int, lora_r: int, backward: bo
     model, config = meta_model(name), load_model_config(name)
     found: Counter[Product] = Counter()
     for module in model.get_decoder().modules():
-        if not isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Embedding):  # looked up, not multiplied
             continue
-        # [n, k]: y [tokens, n] = x [tokens, k] W^T
-        n, k = module.weight.shape
-        found[1, tokens, k, n] += 1
-        # x A^T, and times B^T
-        if lora_r:
-            found[1, tokens, k, lora_r] += 1
-            found[1, tokens, lora_r, n] += 1
-        # the gradient of x; W is frozen and has none
-        if backward:
-            found[1, tokens, n, k] += 1
-            found[1, tokens, n, lora_r] += 1  # through B, its gradient; through A, its gradient
-            found[1, n, tokens, lora_r] += 1
-            found[1, tokens, lora_r, k] += 1
-            found[1, lora_r, tokens, k] += 1
+        # a mixture's router and experts are parameters of modules of their own, which get no adapter
+        rank = lora_r if isinstance(module, torch.nn.Linear) else 0
+        for weight in module.parameters(recurse=False):
+            # norms and biases multiply nothing
+            if weight.dim() > 1:
+                per_token = config.num_experts_per_tok if weight.dim() == 3 else 1
+                found += products_of(weight, tokens, per_token, rank, backward)
     # attention: a product a head and row, [length, width] each
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     width = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -8,6 +8,7 @@ forward KL on some rows, held against a teacher in fp32 and the objective in fp6
 """
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
 from benchmarks.kd_reference import project, reference
 from benchmarks.train_job import add_flags, cache_config, encoded, make_caches, make_job, train_ours
-from src.distillation.base import compute_dtype, head_weight, load_model, response_hidden
-from src.distillation.batching import Pair, TrainingData
+from src.distillation.base import compute_dtype, head_weight, load_model, load_tokenizer, response_hidden
+from src.distillation.batching import Pair, TrainingData, load_training_data
 from src.distillation.kd import KDConfig
 from src.distillation.losses import TopK, kd_loss
 from src.distillation.packing import batch_of
@@ -33,7 +35,7 @@ from src.utils.config import build_config
 
 SIGNALS = ("online", "hidden", "topk")
 TEMPERATURES = (1.0, 2.5)
-LOOKED_AT = 16  # rows on which loss and gradient are compared
+LOOKED_AT = 16  # rows on which loss and gradient are compared, at least: of 40 every 2nd, 20
 
 
 def teacher_of(job: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -77,7 +79,34 @@ def make_references(job: dict[str, Any]) -> dict[str, Any]:
     # alpha 1: the divergence alone
     truth = {t: reference(*logits, states[2], states[1], t, 1.0) for t in TEMPERATURES}
     torch.save({"states": states, "truth": truth, "rows": rows}, job["reference"])
-    return {"seconds": 0.0}
+    return {"seconds": 0.0, "rows": len(rows)}
+
+
+def bytes_by_kind(folder: Path, index: dict[str, Any]) -> dict[str, float]:
+    """Bytes of a response position in the files of each kind: a top-k cache keeps the rows that measure as hidden
+    states."""
+    # kind -> bytes, and positions
+    found: dict[str, list[int]] = {}
+    for name, facts in index["shards"].items():
+        with safe_open(folder / name, "pt") as file:
+            kind = "hidden" if "hidden" in file.keys() else "topk"  # noqa: SIM118 - a file, which is no mapping
+            positions = file.get_slice("hidden" if kind == "hidden" else "ids").get_shape()[0]
+        sums = found.setdefault(kind, [0, 0])
+        sums[0] += facts["bytes"]
+        sums[1] += positions
+    return {kind: size / positions for kind, (size, positions) in found.items()}
+
+
+def steps_of_a_run(config: KDConfig) -> int:
+    """Optimisation steps of the profile's own run, over all of its clean rows, as the trainer counts them."""
+    if config.max_steps > 0:
+        return config.max_steps
+    tokenizers = (load_tokenizer(name) for name in (config.model_name_or_path, config.teacher_model_name_or_path))
+    data = load_training_data(
+        Path(config.experiment_dir) / "sft", *tokenizers, config.max_length, config.validation_fraction,
+        config.rows_per_step,
+    )  # fmt: skip
+    return math.ceil(len(data.train) // config.rows_per_step * config.num_train_epochs)
 
 
 def make(name: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +115,9 @@ def make(name: str, job: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     index = make_cache(cache_config(job, job[name], signal=name))
     keep = ("bytes_per_token", "tokens_per_second", "share_outside_top_k", "tokens")
-    kept = {key: index[key] for key in keep}
-    return {"seconds": time.perf_counter() - start, "peak_mb": harness.peak_mb() - resident, **kept}
+    seconds, peak = time.perf_counter() - start, harness.peak_mb() - resident
+    kinds = bytes_by_kind(Path(job[name]) / "teacher_cache", index)
+    return {"seconds": seconds, "peak_mb": peak, "bytes_by_kind": kinds, **{key: index[key] for key in keep}}
 
 
 def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +168,34 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     return result | {key: result["accuracy"][0][key] for key in ("loss", "grad_rel_error")}
 
 
+def paid(results: list[harness.Result], making: float, steps: int) -> dict[str, float]:
+    """What reading hidden states spares a run of so many steps, and after how many runs their making has paid."""
+    online, hidden = (next(r for r in results if r["name"] == name) for name in ("online", "hidden"))
+    saved = steps * (online["seconds"] - hidden["seconds"]) + online["opening_seconds"] - hidden["opening_seconds"]
+    return {"online_over_hidden_seconds": online["seconds"] / hidden["seconds"], "seconds_saved_a_run": saved,
+            "steps_a_run": steps, "runs_until_it_has_paid": making / saved}  # fmt: skip
+
+
+def print_findings(report: dict[str, Any]) -> None:
+    # accuracy is a list; the table wants columns
+    for result in report["results"]:
+        for each in result.get("accuracy", []):
+            at = f"{each['temperature']:g}"
+            result |= {f"loss_at_{at}": each["loss"], f"error_at_{at}": each["grad_rel_error"]}
+    columns = {"seconds": ".4f", "opening_seconds": ".2f", "peak_mb": ".0f"}
+    for t in TEMPERATURES:
+        columns |= {f"loss_at_{t:g}": ".4f", f"error_at_{t:g}": ".2e"}
+    harness.print_table(report["results"], columns)
+    for name, found in report["made"].items():
+        kept = ", ".join(f"{size:.0f} bytes a position kept as {kind}" for kind, size in found["bytes_by_kind"].items())
+        print(f"{name}: {found['seconds']:.1f} s to make with the teacher's loading, {found['tokens_per_second']:.0f} "
+              f"tokens/s, {kept}")  # fmt: skip
+    shares = ", ".join(f"{s:.1%} at T = {t}" for t, s in report["made"]["hidden"]["share_outside_top_k"].items())
+    print(f"teacher outside its top 64: {shares}")
+    apart = report["curves"]["largest_relative_difference"]
+    print(f"loss curves, hidden against online: {apart:.1e} apart at most; {report.get('ratios')}")
+
+
 def parent(arguments: argparse.Namespace) -> None:
     before = harness.machine()
     with tempfile.TemporaryDirectory() as name:
@@ -161,37 +219,16 @@ def parent(arguments: argparse.Namespace) -> None:
     # 3. both runs take the same rows in the same order, so that their losses can differ by the beliefs alone
     curves = {signal: did[f"curve:{signal}"]["losses"] for signal in ("hidden", "online")}
     apart = max(abs(a - b) / abs(b) for a, b in zip(*curves.values(), strict=True))
-    by_name = {result["name"]: result for result in results}
     made = {kind: did[f"make:{kind}"] for kind in ("hidden", "topk")}
     report: dict[str, Any] = {
         "results": results, "made": made, "curves": curves | {"largest_relative_difference": apart},
-        "floor_seconds": None, "shapes": {key: job[key] for key in ("profile", "steps", "rows", "tokens", "answers")},
+        "floor_seconds": None, "shapes": {key: job[key] for key in ("profile", "steps", "rows", "tokens", "answers")}
+        | {"rows_looked_at": did["reference"]["rows"]},
     }  # fmt: skip
     # 4. what reading spares a run, and after how many runs making has paid
     if not any("absent" in result for result in results):
-        steps = config.max_steps if config.max_steps > 0 else job["steps"] * config.num_train_epochs
-        saved = {key: by_name["online"][key] - by_name["hidden"][key] for key in ("seconds", "opening_seconds")}
-        report["ratios"] = {
-            "online_over_hidden_seconds": by_name["online"]["seconds"] / by_name["hidden"]["seconds"],
-            "seconds_saved_a_run": saved["seconds"] * steps + saved["opening_seconds"],
-            "steps_a_run": steps,
-        }
-        report["ratios"]["runs_until_it_has_paid"] = made["hidden"]["seconds"] / report["ratios"]["seconds_saved_a_run"]
-    # 5. accuracy is a list; the table wants columns
-    for result in results:
-        for each in result.get("accuracy", []):
-            at = f"{each['temperature']:g}"
-            result |= {f"loss_at_{at}": each["loss"], f"error_at_{at}": each["grad_rel_error"]}
-    columns = {"seconds": ".4f", "opening_seconds": ".2f", "peak_mb": ".0f"}
-    for t in TEMPERATURES:
-        columns |= {f"loss_at_{t:g}": ".4f", f"error_at_{t:g}": ".2e"}
-    harness.print_table(results, columns)
-    for kind, found in made.items():
-        print(f"{kind}: {found['seconds']:.1f} s to make with the teacher's loading, {found['tokens_per_second']:.0f} "
-              f"tokens/s, {found['bytes_per_token']:.0f} bytes per response token")  # fmt: skip
-    shares = ", ".join(f"{s:.1%} at T = {t}" for t, s in made["hidden"]["share_outside_top_k"].items())
-    print(f"teacher outside its top 64: {shares}")
-    print(f"loss curves, hidden against online: {apart:.1e} apart at most; {report.get('ratios')}")
+        report["ratios"] = paid(results, made["hidden"]["seconds"], steps_of_a_run(config))
+    print_findings(report)
     harness.write_report(arguments.output, report, before)
 
 

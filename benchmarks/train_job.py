@@ -15,8 +15,15 @@ from src.distillation.base import encode_row, end_of_turn_id, load_model_config,
 from src.distillation.batching import Cutting, StepOrder, waste
 from src.distillation.kd import CPU_TOKENS, SECTION, KDConfig, run_kd_pipeline
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
-from src.utils.common import UserError, read_jsonl, write_jsonl
+from src.utils.common import UserError, read_json, read_jsonl, write_jsonl
 from src.utils.config import build_config, read_profile
+
+# What every contender can do, whatever the profile asks of ours: the forward KL at T to all of the teacher's
+# distribution, the student's projections in full precision, on the given rows from fresh adapters.
+ALIKE = {
+    "divergence": "forward_kl", "teacher_temperature": None, "teacher_top_k": 0, "teacher_top_p": 1.0,
+    "on_policy_rounds": 0, "init_from": None, "load_in_4bit": False,
+}  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,10 +110,12 @@ def choose_rows(profile: dict[str, Any], count: int, folder: Path) -> list[Any]:
 
 
 def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What every contender is told; `data` holds the rows of all steps, `probe` those of a single one."""
-    profile = read_profile(
-        arguments.config, SECTION, KDConfig, hardware="none"
-    )  # this machine's passes, whatever it is
+    """What every contender is told; `data` holds the rows of all steps, `probe` those of a single one.
+
+    Of the profile's objective T and alpha are kept, see `ALIKE`.
+    """
+    # this machine's passes, whatever it is
+    profile = read_profile(arguments.config, SECTION, KDConfig, hardware="none") | ALIKE
     # 1. the profile, with the folders that the command line names
     if arguments.random_weights:
         arguments.model, arguments.teacher = arguments.random_weights
@@ -129,16 +138,16 @@ def make_job(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "profile": profile | {"overwrite": True}, "steps": steps, "epochs": 2, "max_grad_norm": config.max_grad_norm,
         "rows": len(rows), "tokens": sum(map(len, rows)), "answers": sum(len(row.response_ids) for row in rows),
-        "shared": shared(config, rows),
+        "shared": shared(config, rows, config.tokens_per_batch),
         "lora_r": config.lora_r, "data": str(folder / "data"), "probe": str(folder / "probe"),
         "random_weights": bool(arguments.random_weights),
     }  # fmt: skip
 
 
-def shared(config: KDConfig, rows: list[Any]) -> float:
-    """The share of the rows' tokens that our packs run with another row's."""
-    tokens = CPU_TOKENS if config.tokens_per_batch is None else config.tokens_per_batch
-    cutting = Cutting(tokens, config.gradient_accumulation_steps, 1, config.packing)
+def shared(config: KDConfig, rows: list[Any], tokens: int | None) -> float:
+    """The share of the rows' tokens that our packs run with another row's, in passes of so many tokens (None: as on a
+    CPU)."""
+    cutting = Cutting(CPU_TOKENS if tokens is None else tokens, config.gradient_accumulation_steps, 1, config.packing)
     # [2]: the share that shared beginnings spare
     return waste(rows, StepOrder(len(rows), config.rows_per_step, config.data_seed), cutting)[2]
 
@@ -177,3 +186,9 @@ def train_ours(job: dict[str, Any], folder: Path, signal: str, alpha: float, **s
     )
     # rows of the log without a loss are validations
     return [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row]
+
+
+def tokens_of_a_pass(folder: Path) -> int:
+    """Most tokens in a pass of the newest run of ours in this folder, which a GPU's run has measured."""
+    # run_<nanoseconds>, all of 19 digits
+    return read_json(max(folder.glob("run_*")) / "kd_config.json")["took_effect"]["tokens_per_batch"]

@@ -21,6 +21,7 @@ def models(config: KDConfig) -> tuple[Any, Any]:
 
 
 def trl_gkd(name: str, job: dict[str, Any], folder: Path) -> list[float]:
+    """At T = 1 whatever it is told: `temperature` is of its answers, its loss does not read it."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -36,7 +37,7 @@ def trl_gkd(name: str, job: dict[str, Any], folder: Path) -> list[float]:
     ]  # fmt: skip
     # what both sides set alike
     keep = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
-            "warmup_steps", "weight_decay", "seed", "max_length", "temperature", "bf16")  # fmt: skip
+            "warmup_steps", "weight_decay", "seed", "max_length", "bf16")  # fmt: skip
     arguments = GKDConfig(
         # lmbda 0: no answers of the student's own; beta 0: the forward KL
         output_dir=str(folder / name), lmbda=0.0, beta=0.0, gradient_checkpointing=name == "trl_gkd_default",

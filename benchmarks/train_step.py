@@ -6,14 +6,14 @@
         --random_weights Qwen/Qwen3-8B Qwen/Qwen3-30B-A3B-Instruct-2507    # on one GPU; only configurations are read
 
 Every contender takes the same rows twice, the profile's number to a step: the first time to warm up, the second under
-the clock. Its gradient on one step's rows is held against full logits in fp32 from the same adapters.
+the clock. Its gradient on one step's rows is held against full logits in fp32 from the same adapters. Of the profile's
+objective T and alpha are kept; all take the forward KL to the whole distribution of the teacher at T.
 """
 
 import argparse
 import contextlib
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
 from benchmarks.step_parts import parts_of_a_step, step_floor
-from benchmarks.train_job import add_flags, encoded, make_caches, make_job, train_ours, use_random_weights
+from benchmarks.train_job import (
+    add_flags,
+    encoded,
+    make_caches,
+    make_job,
+    shared,
+    tokens_of_a_pass,
+    train_ours,
+    use_random_weights,
+)
 from benchmarks.train_peers import models, plain_torch, summed_loss, trl_gkd, trl_sft
 from src.distillation.kd import KDConfig
 from src.distillation.lora import add_lora
@@ -41,7 +50,7 @@ SETTINGS = {
     "ours_as_batch_size": {"tokens_per_batch": 0},
 }
 ON_GPU = ("ours_checkpointed", "ours_as_batch_size", "trl_sft_liger")  # beside the others there, and not on a CPU
-GKD_NOTE = "alpha = 1: it has no cross-entropy; padded batches in random order"
+GKD_NOTE = "alpha = 1 and T = 1: it has no cross-entropy, its loss no temperature; padded batches in random order"
 NOTES = {
     "ours_hidden_compiled": "the loss and the layers compiled, which the warm-up pays for",
     "ours_checkpointed": "activations are computed again in the backward pass",
@@ -56,8 +65,17 @@ NOTES = {
 
 def alpha_of(name: str, job: dict[str, Any]) -> float:
     return {"ours_sft": 0.0, "trl_sft_liger": 0.0, "trl_gkd": 1.0, "trl_gkd_default": 1.0}.get(
-        name, job["profile"]["alpha"]
+        name, build_config(KDConfig, job["profile"]).alpha
     )
+
+
+def temperature_of(name: str, job: dict[str, Any]) -> float:
+    return 1.0 if name.startswith("trl_gkd") else build_config(KDConfig, job["profile"]).temperature
+
+
+def floor_of(name: str, job: dict[str, Any]) -> str:
+    """Which of `step_floor`'s ways to train a contender of ours takes."""
+    return OURS[name] if alpha_of(name, job) else "sft"
 
 
 def ours(name: str, job: dict[str, Any], folder: Path) -> list[float]:
@@ -95,8 +113,8 @@ def gradient_error(name: str, job: dict[str, Any], folder: Path) -> float:
     tokens = sum(len(pair.response_ids) for pair in pairs)
     # a row at a time: nothing is padded, and the gradients add up
     for pair in pairs:
-        (summed_loss(model, teacher, [pair], tokenizer, config.temperature, alpha_of(name, job)) / tokens
-         ).backward()  # fmt: skip
+        found_loss = summed_loss(model, teacher, [pair], tokenizer, temperature_of(name, job), alpha_of(name, job))
+        (found_loss / tokens).backward()
     # all parameters as one vector, found and wanted
     flat = [torch.cat([g.flatten() for g in grads]) for grads in ([g for _, g in found], [p.grad for p in parameters])]
     return harness.relative_error(*flat)
@@ -114,14 +132,11 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     if what == "gradient":
         return {"seconds": 0.0, "grad_rel_error": gradient_error(name, job, Path(job["probe"]))}
     # the start, and the end of every step
-    ends: list[float] = [time.perf_counter()]
+    ends: list[float] = [harness.now()]
     peaks: list[float] = []
 
     def end_of_step(*_: Any) -> None:
-        # what the step has queued is part of it
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
+        ends.append(harness.now())
         peaks.append(harness.peak_mb())
 
     hook = register_optimizer_step_post_hook(end_of_step)
@@ -133,11 +148,46 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{name} took {len(ends) - 1} steps, not {2 * job['steps']}")
     # the second epoch alone
     seconds = (ends[-1] - ends[job["steps"]]) / job["steps"]
-    # the first epoch and what came before it, less an epoch of warm steps
-    warm_up = ends[job["steps"]] - ends[0] - seconds * job["steps"]
-    return {"seconds": seconds, "tokens_per_second": job["tokens"] / job["steps"] / seconds, "peak_mb": peaks[-1],
-            "loss": sum(losses[-job["steps"] :]) / job["steps"], "alpha": alpha_of(name, job),
-            "loading_and_warm_up_seconds": warm_up, "note": NOTES.get(name), "parts": parts}  # fmt: skip
+    result = {"seconds": seconds, "tokens_per_second": job["tokens"] / job["steps"] / seconds, "peak_mb": peaks[-1],
+              "loss": sum(losses[-job["steps"] :]) / job["steps"], "alpha": alpha_of(name, job),
+              "temperature": temperature_of(name, job), "seconds_to_first_update": ends[1] - ends[0],
+              "note": NOTES.get(name), "parts": parts}  # fmt: skip
+    return result | ({"tokens_per_batch": tokens_of_a_pass(Path(job["data"]))} if name in OURS else {})
+
+
+def as_run(job: dict[str, Any], results: list[harness.Result]) -> dict[str, Any]:
+    """The job with the tokens that the first of ours has really run together: on a GPU its passes are measured."""
+    ran = [result["tokens_per_batch"] for result in results if "tokens_per_batch" in result]
+    if not ran:
+        return job
+    _, rows, _ = encoded(job, Path(job["data"]))
+    return job | {"shared": shared(build_config(KDConfig, job["profile"]), rows, ran[0])}
+
+
+def look_apart(
+    results: list[harness.Result], pythons: dict[str, str], job: dict[str, Any], floor: harness.Result
+) -> list[harness.Result]:
+    """Put into the results what is found apart from the clock, and how near each of ours is to its floor; returns what
+    could not be found."""
+    absent = [floor] if "absent" in floor else []
+    for result in results:
+        if "absent" in result:
+            continue
+        name, wanted = result["name"], {}
+        if not job["random_weights"]:  # whose fp32 copies would fit nowhere
+            wanted["gradient"] = "grad_rel_error"
+        if name in OURS:
+            wanted["parts"] = "parts"
+        for what, key in wanted.items():
+            found = harness.run_worker(pythons[name], f"{name}:{what}", job)
+            result[key] = found.get(key)
+            if "absent" in found:
+                absent.append(found)
+        if name in OURS and "absent" not in floor:
+            result["share_of_matmul_rate"] = floor["floor"][floor_of(name, job)]["seconds"] / result["seconds"]
+    for each in absent:
+        print(f"{each['name']}: absent: {each['absent']}", file=sys.stderr)
+    return absent
 
 
 def parent(arguments: argparse.Namespace) -> None:
@@ -152,31 +202,24 @@ def parent(arguments: argparse.Namespace) -> None:
         made = harness.run_worker(sys.executable, "caches", job)
         if "absent" in made:
             raise UserError(f"the teacher cache failed: {made['absent']}")
-        # 2. the products alone, then all contenders in turn
-        bottom = harness.run_worker(sys.executable, "floor", job)["floor"]
+        # 2. all contenders in turn, then the products alone, of what ours have run
         results = harness.round_robin(pythons, lambda _: job, arguments.repeats)
+        job = as_run(job, results)
+        floor = harness.run_worker(sys.executable, "floor", job)
         # 3. apart from the clock: the gradient's error, and what our steps are made of
-        for result in results:
-            if "absent" in result:
-                continue
-            name = result["name"]
-            if not job["random_weights"]:  # whose fp32 copies would fit nowhere
-                found = harness.run_worker(pythons[name], f"{name}:gradient", job)
-                result["grad_rel_error"] = found.get("grad_rel_error")
-            if name in OURS:
-                result["parts"] = harness.run_worker(sys.executable, f"{name}:parts", job).get("parts")
-                kind = name.split("_")[1]
-                result["share_of_matmul_rate"] = bottom[kind]["seconds"] / result["seconds"]
+        absent = look_apart(results, pythons, job, floor)
     # 4. the record, and two tables
+    bottom = floor.get("floor")
+    floors = {name: bottom[floor_of(name, job)]["seconds"] for name in OURS} if bottom else {}
     report = {
-        "results": results, "floor_seconds": bottom["hidden"]["seconds"], "floor": bottom,
-        "ratios": harness.ratios(results, tuple(OURS), bottom["hidden"]["seconds"]),
+        "results": results, "absent": absent, "floor_seconds": bottom and bottom["hidden"]["seconds"], "floor": bottom,
+        "ratios": harness.ratios(results, tuple(OURS), floors),
         "shapes": {key: value for key, value in job.items() if key not in ("data", "probe")},
     }  # fmt: skip
     harness.print_table(
         results,
         {"seconds": ".2f", "tokens_per_second": ".0f", "peak_mb": ".0f", "loss": ".4f", "grad_rel_error": ".2e",
-         "share_of_matmul_rate": ".0%", "loading_and_warm_up_seconds": ".1f"},
+         "share_of_matmul_rate": ".0%", "seconds_to_first_update": ".1f"},
     )  # fmt: skip
     harness.print_table(
         [{"name": r["name"], **r["parts"]} for r in results if r.get("parts")],

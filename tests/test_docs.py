@@ -270,6 +270,8 @@ def test_the_test_that_runs_a_command_exists(place: str) -> None:
         ("scripts/run_improved_kd.py", ["--config", "configs/none.yaml"], "no such profile"),
         ("scripts/run_improved_kd.py", ["--config", "configs/embedded.yaml", "--alpha", "2"], "alpha must be"),
         ("benchmarks/kd_loss.py", ["--dtype", "int8"], "invalid choice"),
+        ("benchmarks/kd_loss.py", ["--repeats", "0"], "at least one round"),
+        ("benchmarks/plan.py", ["--repeats", "3"], "unrecognized arguments: --repeats"),  # it measures once
     ],
 )
 def test_a_wrong_command_is_noticed(parse, capsys, script: str, arguments: list[str], words: str) -> None:
