@@ -341,9 +341,11 @@ def test_what_the_pages_say_of_the_results_is_so():
             for cell in recipe_report.CELLS:
                 test = points(arm, "sft", cell)
                 assert test["value"] < 0 or test["corrected_p"] > recipe_report.ALPHA
-    softmax = points("kd_T1", "kd_sampled", "greedy")
-    assert softmax["value"] < 0
-    assert softmax["corrected_p"] <= recipe_report.ALPHA
+    for cell in recipe_report.CELLS:  # the target: 8 points either way, not after correction
+        target = points("kd_sampled", "kd_T1", cell)
+        assert round(100 * target["value"]) == 8
+        assert target["low"] > 0
+        assert target["corrected_p"] > recipe_report.ALPHA
     for cell in recipe_report.CELLS:  # as sampled is as right as SFT
         assert points("kd_sampled", "sft", cell)["low"] < 0 < points("kd_sampled", "sft", cell)["high"]
     reference = {cell: points("kd_T2.5", "sft", cell) for cell in recipe_report.CELLS}
@@ -357,14 +359,38 @@ def test_what_the_pages_say_of_the_results_is_so():
         assert (
             points("on_policy_after", "kd_after", cell)["low"] < 0 < points("on_policy_after", "kd_after", cell)["high"]
         )
-    own = {(each["arm"], each["against"]): each["own_reverse_kl"] for each in results["differences"]}
+    own, own_a_token = (
+        {(each["arm"], each["against"]): each[name] for each in results["differences"]}
+        for name in ("own_reverse_kl", "own_reverse_kl_a_token")
+    )
     assert own["on_policy_after", "kd_after"]["low"] < 0 < own["on_policy_after", "kd_after"]["high"]
-    for arm in ("on_policy_after", "kd_after"):
-        assert own[arm, "kd_T1"]["high"] < 0
-        assert own[arm, "kd_T1"]["corrected_p"] <= recipe_report.ALPHA
     assert 1.8 < kl["on_policy_after"] / kl["kd_begun"] < 2.2
     right = {name: arms[name]["accuracy"]["greedy"]["both"]["mean"] for name in arms}
     assert abs(right["on_policy_after"] - right["kd_begun"]) < 0.02 < right["kd_after"] - right["kd_begun"]
+    for cell in recipe_report.CELLS:  # from scratch
+        test = points("on_policy_half", "sft", cell)
+        assert test["value"] < 0 < test["high"]
+    a_token = {name: round(facts["own_samples"]["reverse_kl_a_token"], 2) for name, facts in arms.items()}
+    assert [a_token[name] for name in ("soft_begun", "on_policy_soft", "soft_after")] == [0.91, 0.66, 0.90]
+    # less a token than its control and than KD, more an answer, fewer right; by a quarter, and two fifths longer
+    fall = own_a_token["on_policy_soft", "soft_after"]
+    assert 0.2 < -fall["value"] / a_token["soft_after"] < 0.3
+    fewer = [points("on_policy_soft", "soft_after", cell) for cell in recipe_report.CELLS]
+    assert [round(-100 * test["value"]) for test in fewer] == [22, 18]
+    more = own["on_policy_soft", "soft_after"]
+    assert more["low"] > 0
+    for test in (fall, own_a_token["on_policy_soft", "kd_T1"], more, *fewer, own_a_token["kd_T2.5", "sft"]):
+        assert test["corrected_p"] <= recipe_report.ALPHA
+    assert own_a_token["on_policy_soft", "kd_T1"]["high"] < 0
+    assert own_a_token["kd_T2.5", "sft"]["high"] < 0
+    tokens = {name: facts["own_samples"]["tokens"] for name, facts in arms.items()}
+    assert 1.35 < tokens["on_policy_soft"] / tokens["soft_begun"] < 1.45
+    teacher = next(facts for facts in results["models"] if facts["name"] == "teacher")["own_samples"]["tokens"]
+    learned = arms["sft"]["cost"]["teacher_tokens_written"] / (STEPS * 8)  # a row: steps of 8
+    assert 1.8 < teacher / learned < 2.2
+    for cell in recipe_report.CELLS:
+        assert points("jsd", "sft", cell)["low"] < 0 < points("jsd", "sft", cell)["high"]
+    assert 0.65 < kl["jsd"] / kl["sft"] < 0.8
     loops = next(facts for facts in results["candidates"] if facts["name"] == "reverse_kl_sampled")
     assert loops["mean_accuracy"] == 0
 
