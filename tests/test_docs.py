@@ -120,6 +120,10 @@ RUN_BY = {
         "tests/test_recipes.py::test_runs_are_made_once_and_the_report_says_what_they_answered",
     "python benchmarks/recipes.py table": RECIPES,
     "python benchmarks/recipes.py report": RECIPES,
+    "python benchmarks/teacher_goes_on.py outputs/recipes/train/on_policy_after_seed_1 "
+    "outputs/recipes/train/on_policy_after_seed_2 outputs/recipes/train/on_policy_after_seed_3 "
+    "--output benchmarks/results/teacher_goes_on.json":
+        "tests/test_teacher_goes_on.py::test_the_script_asks_both_models",
     "python benchmarks/plan.py --hardware none --output benchmarks/results/plan.json":
         f"{BENCHMARKS}::test_plan_measures_every_stage_as_the_overlay_says",
 }  # fmt: skip
