@@ -159,20 +159,21 @@ def servers_of(stage: str, values: dict[str, Any]) -> list[PlannedServer]:
     """The servers of a stage, one after the other."""
     teacher = said(values, stage, "teacher_model_name_or_path", "")
     student, student_devices = said(values, stage, "model_name_or_path", ""), said(values, stage, "student_devices")
-    # adapters are not trained yet: their names and rank are what a command line wants of them
     runs = Path(said(values, stage, "experiment_dir", "outputs/experiment/default")).parent
-    rank = room_for_rank(said(values, "distil", "lora_r", KDConfig.lora_r))
+    # 1. those of the teacher alone
     if stage == "cache_teacher":
         config = read_section(CacheTeacherConfig, values, STAGES[stage])
         return [teacher_server(config.started_server, teacher, config.teacher_devices)]
+    if stage == "generate_sft_data":
+        return planned_servers(read_section(EngineSettings, values, STAGES[stage]), teacher)
+    # 2. those of adapters, which are not trained yet: their names and rank are what a command line wants of them
+    rank = room_for_rank(said(values, "distil", "lora_r", KDConfig.lora_r))
     if stage == "distil":
         # of the first round the adapter that it starts from, if there is one; of the others a checkpoint's
         adapters = {STUDENT: f"{runs}/gpu_optimized_kd_{TIME}/checkpoint-STEP"}
         serve = own_serve(read_section(KDConfig, values, STAGES[stage]))
         return [students_server(serve, student, adapters, device_list(student_devices), rank)]
     settings = read_section(EngineSettings, values, STAGES[stage])
-    if stage == "generate_sft_data":
-        return planned_servers(settings, teacher)
     adapters = {"sft": f"{runs}/sft_control_{TIME}/final_model", "kd": f"{runs}/gpu_optimized_kd_{TIME}/final_model"}
     return planned_servers(
         settings, teacher, base=student, adapters=adapters, student_devices=device_list(student_devices), rank=rank

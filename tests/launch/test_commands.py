@@ -64,6 +64,8 @@ def test_sources_of_prompts_as_the_stage_reads_them():
 @pytest.mark.parametrize(("stage", "section", "words"), [
     # it asks for as many log-probabilities as are kept
     ("cache_teacher", {"engine": "openai", "signal": "topk", "temperatures": [1.0], "top_k": 50}, "--max-logprobs 50"),
+    # without adapters, whose rank may be above what vLLM takes
+    ("generate_sft_data", {}, "--port 8000"),
     ("cache_teacher", {}, None),  # `serve` is said to all stages, the teacher's weights are read here
     ("distil", {"on_policy_rounds": 2, "on_policy_serve": {"command": "vllm"}, "lora_r": 20},
      "--enable-lora --max-lora-rank 32 --lora-modules student=outputs/runs/gpu_optimized_kd_<time>"),
@@ -76,6 +78,7 @@ def test_the_servers_of_caching_and_of_rounds(tiny_models, stage, section, words
         "model_name_or_path": tiny_models.student,
         "experiment_dir": "outputs/runs/rows",
         "serve": {"command": "vllm"},
+        "run_improved_kd": {"lora_r": 1000},
         STAGES[stage]: section,
     }
     servers = [note for note in notes_of(stage, values) if "server" in note]
