@@ -93,7 +93,14 @@ ARMS = [
     Arm("on_policy_all", "on-policy, f = 1", on_policy(1.0, **ON_POLICY)),
     Arm("kd_begun", "half of the steps of KD", OFF_POLICY, STEPS // 2),
     Arm("on_policy_after", "KD, then on-policy", on_policy(1.0, STEPS // 2, **ON_POLICY), STEPS // 2, "kd_begun"),
-    # the control of the arm before: the same objective on the teacher's answers, a second warm-up and schedule
+    Arm(
+        "on_policy_mixed",
+        "KD, then on-policy, f = 0.5",
+        on_policy(0.5, STEPS // 2, **ON_POLICY),
+        STEPS // 2,
+        "kd_begun",
+    ),
+    # the control of both: the same objective on the teacher's answers, a second warm-up and schedule
     Arm("kd_after", "KD, then KD", ON_POLICY, STEPS // 2, "kd_begun"),
     # the same three towards the whole softmax, with the divergence that on-policy rounds are to lower (MiniLLM's)
     Arm("soft_begun", "half of the steps of KD, T = 1", SOFT, STEPS // 2),

@@ -33,6 +33,7 @@ from benchmarks.recipe_report import CHINESE, Phase, brought_up_to_date, make_re
 from src.distillation.base import EncodedRow, encode_row, end_of_turn_id, load_model, load_tokenizer, model_fingerprint
 from src.distillation.batching import clean_hashes, consecutive, is_validation
 from src.distillation.engines import EngineSettings, make_engine, opened
+from src.distillation.filters import cut_to_candidates
 from src.distillation.kd import SECTION, KDConfig, run_kd_pipeline
 from src.distillation.lora import merge_adapter
 from src.distillation.losses import chunk_tokens, divergence, product
@@ -264,28 +265,43 @@ def logits_of(reader: Reader, hidden_NH: Tensor) -> Tensor:
     return reader.logit_map(product(hidden_NH, reader.head_on(hidden_NH.device).T)[:, : reader.vocab_size])
 
 
+def hidden_of(reader: Reader, rows: Sequence[EncodedRow]) -> Tensor:
+    """Final hidden states `[N, H]` at the response positions of all rows, one row after the other."""
+    return torch.cat([reader.hidden(batch) for batch in consecutive(rows, READ_TOKENS, len)])
+
+
 @torch.no_grad()
+def divergences(
+    student: Reader, teacher: Reader, student_NH: Tensor, teacher_NG: Tensor, counts: Sequence[int], config: KDConfig
+) -> list[float]:
+    """D(teacher, student) as a run with these settings has it, without its T^2, summed over the tokens of each row.
+
+    Args:
+        student_NH, teacher_NG: `hidden_of` of the same rows.
+        counts: response tokens of each row.
+    """
+    own_T = config.teacher_temperature or config.temperature
+    sums = []
+    # logits of a chunk of tokens at a time, as in the loss
+    size = chunk_tokens(student.vocab_size)
+    for student_CH, teacher_CG in zip(student_NH.split(size), teacher_NG.split(size), strict=True):
+        target = cut_to_candidates(logits_of(teacher, teacher_CG), own_T, config.teacher_top_k, config.teacher_top_p)
+        log_p = torch.log_softmax(target / own_T, -1)
+        log_q = torch.log_softmax(logits_of(student, student_CH) / config.temperature, -1)
+        sums.append(divergence(log_p, log_q, config.divergence, config.beta))
+    # [N] -> a piece a row, summed in fp64
+    return [part.sum().item() for part in torch.cat(sums).double().split(list(counts))]
+
+
 def reverse_kl(student: Reader, teacher: Reader, rows: Sequence[EncodedRow]) -> list[float]:
     """KL(student || teacher) at T = 1, summed over the tokens of each row.
 
     On the student's own samples its mean over rows estimates the KL of the two distributions over whole answers, up to
     the cut, by the chain rule (what MiniLLM minimises: Gu et al. 2024, equation 1).
     """
-    sums: list[float] = []
-    # logits of a chunk of tokens at a time, as in the loss
-    size = chunk_tokens(student.vocab_size)
-    for batch in consecutive(rows, READ_TOKENS, len):
-        # [N, H] and [N, G] of the rows' response tokens, in chunks of the same tokens
-        states = [reader.hidden(batch).split(size) for reader in (student, teacher)]
-        parts = []
-        for student_NH, teacher_NH in zip(*states, strict=True):
-            log_q = torch.log_softmax(logits_of(student, student_NH), -1)
-            log_p = torch.log_softmax(logits_of(teacher, teacher_NH), -1)
-            parts.append(divergence(log_p, log_q, "reverse_kl"))
-        # [N] -> a piece a row, summed in fp64
-        counts = [len(row.response_ids) for row in batch]
-        sums += [part.sum().item() for part in torch.cat(parts).double().split(counts)]
-    return sums
+    counts = [len(row.response_ids) for row in rows]
+    states = hidden_of(student, rows), hidden_of(teacher, rows)
+    return divergences(student, teacher, *states, counts, KDConfig(temperature=1.0, divergence="reverse_kl"))
 
 
 def own_samples(answers: Sequence[dict[str, Any]], model: str, adapter: str, teacher: str) -> dict[str, Any]:

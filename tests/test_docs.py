@@ -124,6 +124,8 @@ RUN_BY = {
     "outputs/recipes/train/on_policy_after_seed_2 outputs/recipes/train/on_policy_after_seed_3 "
     "--output benchmarks/results/teacher_goes_on.json":
         "tests/test_teacher_goes_on.py::test_the_script_asks_both_models",
+    "python benchmarks/whose_text.py --output benchmarks/results/whose_text.json":
+        "tests/test_recipes.py::test_a_change_on_own_text_is_what_is_learnt_and_where_the_text_goes",
     "python benchmarks/plan.py --hardware none --output benchmarks/results/plan.json":
         f"{BENCHMARKS}::test_plan_measures_every_stage_as_the_overlay_says",
 }  # fmt: skip

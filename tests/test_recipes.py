@@ -3,6 +3,7 @@ says what the records say."""
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import recipe_report, recipes
+from benchmarks import recipe_report, recipes, whose_text
 from benchmarks.recipe_arms import ARMS, CANDIDATES, CHOOSING_STEPS, STEPS, Arm, on_policy
 from benchmarks.recipe_report import Phase
 from src.distillation.base import encode_row, end_of_turn_id, load_model, load_tokenizer
 from src.distillation.batching import is_validation
 from src.distillation.kd import KDConfig
+from src.distillation.losses import plain_kd_loss
 from src.distillation.sft import Sampling
 from src.distillation.teacher import model_reader
 from src.distillation.teacher_cache import CacheTeacherConfig, make_cache
@@ -213,6 +215,71 @@ def test_reverse_kl_is_that_of_full_logits(tiny_models, clean_rows):
             logs = [model(ids).logits[0, :, :261].double().log_softmax(-1) for model in models]
         log_q, log_p = (log[len(row.prompt_ids) - 1 : -1] for log in logs)
         assert value == pytest.approx((log_q.exp() * (log_q - log_p)).sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": 1.0, "divergence": "reverse_kl"},
+    {"temperature": 2.5, "divergence": "jsd", "teacher_temperature": 0.2, "teacher_top_k": 20, "teacher_top_p": 0.9},
+])  # fmt: skip
+def test_a_divergence_of_rows_is_the_one_that_a_run_lowers(settings, tiny_models, clean_rows):
+    """And its sums are those of the reference loss, row by row."""
+    tokenizer = load_tokenizer(tiny_models.student)
+    rows = [encode_row(tokenizer, row, end_of_turn_id(tokenizer)) for row in clean_rows(5)]
+    models = [load_model(name, torch.float32) for name in (tiny_models.student, tiny_models.teacher)]
+    readers = [model_reader(model, tokenizer.pad_token_id, packing=False).cut(261) for model in models]
+    states, counts = [recipes.hidden_of(reader, rows) for reader in readers], [len(row.response_ids) for row in rows]
+    found = recipes.divergences(*readers, *states, counts, KDConfig(**settings))
+    for row, value in zip(rows, found, strict=True):
+        ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+        with torch.no_grad():
+            logits = [model(ids).logits[0, len(row.prompt_ids) - 1 : -1, :261] for model in models]
+        wanted = plain_kd_loss(*logits, torch.tensor(row.response_ids), alpha=1.0, kind=settings["divergence"],
+                               **{name: value for name, value in settings.items() if name != "divergence"})  # fmt: skip
+        assert value == pytest.approx(wanted.kd.item(), rel=1e-4)
+
+
+def test_a_change_on_own_text_is_what_is_learnt_and_where_the_text_goes(experiment, monkeypatch, capsys):
+    """The two parts add up; nothing is read twice, and what was read is used as it stands."""
+    recipes.work(asked(experiment, "table"))
+    output, store = experiment / "whose_text.json", experiment / "out" / "whose_text.jsonl"
+    command = ["whose_text.py", "--recipes", str(experiment / "out"), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    whose_text.main()
+    [facts] = read_json(output)["arms"]
+    assert (facts["arm"], facts["begun"], facts["on_policy"]) == ("after", "begun", True)
+    change = facts["after_on_its_text"] - facts["before_on_its_text"]
+    assert facts["change"]["value"] == pytest.approx(change)
+    assert facts["learnt"]["value"] + facts["moved"]["value"] == pytest.approx(change)
+    assert "after " in capsys.readouterr().out
+    # 2 seeds, 4 readings each; cut in the middle of the last line by a kill, the last one is made again alone
+    rows = read_jsonl(store)
+    assert len(rows) == 8
+    before = {(row["student"], row["text"], row["seed"]): sum(row["sums"]) / sum(row["tokens"]) for row in rows}
+    wanted = np.mean([before["after", "begun", seed] for seed in (1, 2)])
+    assert facts["after_on_befores_text"] == pytest.approx(wanted)
+    whole = store.read_bytes()
+    store.write_bytes(whole[:-20])
+    whose_text.main()
+    assert store.read_bytes() == whole
+    # a reading that is there is believed
+    rows[0]["sums"] = [value + 1 for value in rows[0]["sums"]]
+    write_jsonl(store, rows)
+    whose_text.main()
+    assert read_json(output)["arms"][0]["before_on_its_text"] > facts["before_on_its_text"]
+    # of other weights it is not
+    write_jsonl(store, [row | {"made_of": row["made_of"] | {"weights": "other"}} for row in rows])
+    whose_text.main()
+    assert len(read_jsonl(store)) == 16
+    next((experiment / "out" / "records" / "table").glob("after_seed_2.json")).unlink()
+    with pytest.raises(UserError, match=r"after_seed_2\.json: not there yet; run `recipes\.py table` first"):
+        whose_text.main()
+
+
+def test_all_that_go_on_from_an_arm_have_one_objective():
+    for group in whose_text.groups():
+        objectives = [{name: arm.settings.get(name) for name in whose_text.OBJECTIVE} for arm in group.later]
+        assert objectives == [objectives[0]] * len(objectives)
+        assert {"on_policy_rounds" in arm.settings for arm in group.later} == {True, False}  # a control in each
 
 
 def record(arm: str, seed: int, right: list[int], own: list[float]) -> dict:

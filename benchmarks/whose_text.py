@@ -1,0 +1,242 @@
+"""Why a divergence on own answers falls: does the student agree more with its teacher, or does it write other text?
+
+    python benchmarks/whose_text.py --output benchmarks/results/whose_text.json   # after `recipes.py table`
+
+After on-policy rounds the divergence a token on the student's own answers is lower (docs/recipes.md). Two things can
+make it so: on the same text the student is nearer to its teacher, or its text has moved to where the two are near
+anyway. So the student that the rounds began with, and the one after them, read each other's answers as well:
+
+    D(after, its text) - D(before, its text) = learnt + moved
+    learnt   after less before on the same text, averaged over both texts
+    moved    after's text less before's, read by the same student, averaged over both students
+
+(Kitagawa 1955, a difference of rates and of composition). The same for the control, which had as many steps on the
+teacher's text. D is the divergence that the rounds lower, towards their target, in nats a token; the text is what
+`recipes.py table` has drawn at T = 1 for evaluation prompts, which nobody has learned from.
+
+Each reading is kept in RECIPES/whose_text.jsonl, so that a killed comparison goes on.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from benchmarks import recipes
+from benchmarks.recipe_arms import Arm
+from benchmarks.recipe_report import linearised
+from benchmarks.recipes import Job
+from src.distillation.base import EncodedRow, load_model, load_tokenizer, model_fingerprint
+from src.distillation.kd import KDConfig
+from src.distillation.lora import merge_adapter
+from src.distillation.teacher import Reader, model_reader
+from src.evaluation.statistics import crossed
+from src.grading.rows import family_of
+from src.utils.common import (
+    ROOT,
+    UserError,
+    append_jsonl,
+    logger,
+    provenance,
+    read_jsonl,
+    repair_jsonl_tail,
+    run_cli,
+    sha256_file,
+    write_json,
+)
+from src.utils.config import build_config
+
+OBJECTIVE = ("divergence", "beta", "temperature", "teacher_temperature", "teacher_top_k", "teacher_top_p")
+
+
+@dataclass(frozen=True)
+class Group:
+    """An arm, and those that go on from it: on-policy rounds and their control, all with one objective."""
+
+    begun: Arm
+    later: list[Arm]
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [self.begun, *self.later]
+
+    def readings(self) -> list[tuple[Arm, Arm]]:
+        """Who reads whose text: everybody their own, and each later arm and the beginning each other's."""
+        pairs = [(self.begun, self.begun)]
+        for arm in self.later:
+            pairs += [(self.begun, arm), (arm, self.begun), (arm, arm)]
+        return pairs
+
+
+def groups() -> list[Group]:
+    found = []
+    for begun in recipes.ARMS:
+        later = [arm for arm in recipes.ARMS if arm.after == begun.name]
+        if later:
+            found.append(Group(begun, later))
+    return found
+
+
+# --- what is read
+
+
+class Models:
+    """The teacher and one seed's students, each loaded when it is asked for."""
+
+    def __init__(self, profile: dict[str, Any]) -> None:
+        self.profile = profile
+        self.tokenizer = load_tokenizer(profile["model_name_or_path"])
+        self.students: dict[str, Reader] = {}  # by the folder of their run
+
+    @functools.cached_property
+    def teacher(self) -> Reader:
+        return self._reader(load_model(self.profile["teacher_model_name_or_path"], torch.float32))
+
+    def student(self, run: Path) -> Reader:
+        if str(run) not in self.students:
+            bare = load_model(self.profile["model_name_or_path"], torch.float32)
+            self.students[str(run)] = self._reader(merge_adapter(bare, str(run / "final_model")))
+        return self.students[str(run)]
+
+    def _reader(self, model: torch.nn.Module) -> Reader:
+        # tokens that exist; stored rows beyond them are padding
+        size = max(self.tokenizer.get_vocab().values()) + 1
+        return model_reader(model, self.tokenizer.pad_token_id, packing=False).cut(size)
+
+
+def own_text(job: Job, models: Models) -> list[EncodedRow]:
+    drawn = [given for given in read_jsonl(job.answers) if given["sampling"] == asdict(recipes.OWN)]
+    return recipes.encoded(drawn, models.tokenizer)
+
+
+def read_all(folder: Path, group: Group, jobs: dict[tuple[str, int], Job], seed: int) -> list[dict[str, Any]]:
+    """Every reading of a group with one seed; those that are there already are not made again."""
+    profile = jobs[group.begun.name, seed].profile
+    config = build_config(KDConfig, profile | group.later[0].settings)
+    objective = {name: getattr(config, name) for name in OBJECTIVE}
+    teacher = model_fingerprint(profile["teacher_model_name_or_path"])
+    # 1. what there is, as far as a kill has left it whole
+    path = folder / "whose_text.jsonl"
+    path.touch()
+    repair_jsonl_tail(path)
+    stored = read_jsonl(path) if path.stat().st_size else []
+    models, found = Models(profile), []
+    teacher_read: dict[str, torch.Tensor] = {}  # whose text -> the teacher's states of it
+    for student, text in group.readings():
+        reader_job, text_job = jobs[student.name, seed], jobs[text.name, seed]
+        run = reader_job.run_of(student.name)
+        # 2. a reading is of weights, text and an objective, whatever they are called
+        made_of = {
+            "weights": sha256_file(run / "final_model" / "adapter_model.safetensors"),
+            "text": sha256_file(text_job.answers),
+            "teacher": teacher,
+            "objective": objective,
+        }
+        names = {"student": student.name, "text": text.name, "seed": seed}
+        known = next((row for row in stored if row["made_of"] == made_of), None)
+        if known is None:
+            # 3. the states of both, then their divergence, summed over the tokens of each answer
+            logger.info("%s reads the text of %s, seed %d", student.name, text.name, seed)
+            rows = own_text(text_job, models)
+            if text.name not in teacher_read:
+                teacher_read[text.name] = recipes.hidden_of(models.teacher, rows)
+            reader, counts = models.student(run), [len(row.response_ids) for row in rows]
+            states = recipes.hidden_of(reader, rows), teacher_read[text.name]
+            sums = recipes.divergences(reader, models.teacher, *states, counts, config)
+            known = {"made_of": made_of, "ids": [row.id for row in rows], "tokens": counts, "sums": sums}
+            append_jsonl(path, [names | known])
+        found.append(known | names)
+    return found
+
+
+# --- what comes of it
+
+
+def a_token(readings: Sequence[dict[str, Any]], ids: Sequence[str], student: str, text: str) -> np.ndarray:
+    """`[seeds, answers]` whose mean is the divergence a token (see `linearised`)."""
+    sums, tokens = [], []
+    for row in readings:
+        if (row["student"], row["text"]) == (student, text):
+            by_id = {key: (s, n) for key, s, n in zip(row["ids"], row["sums"], row["tokens"], strict=True)}
+            sums.append([by_id[key][0] for key in ids])
+            tokens.append([by_id[key][1] for key in ids])
+    return linearised(np.array(sums, float), np.array(tokens, float))
+
+
+def split_change(readings: Sequence[dict[str, Any]], group: Group, families: dict[str, str]) -> list[dict[str, Any]]:
+    """Of each later arm: the four divergences a token, and the change in its two parts, with intervals."""
+    # answers that every reading has: one that was cut before it said a word is not read
+    ids = sorted(set.intersection(*(set(row["ids"]) for row in readings)))
+    family = [families[key] for key in ids]
+    found = []
+    for arm in group.later:
+        # who reads whose text
+        table = {
+            (student, text): a_token(readings, ids, student, text)
+            for student in (group.begun.name, arm.name)
+            for text in (group.begun.name, arm.name)
+        }
+        before_before, before_after, after_before, after_after = table.values()
+        learnt = (after_before - before_before + after_after - before_after) / 2
+        moved = (before_after - before_before + after_after - after_before) / 2
+        found.append(
+            {
+                "arm": arm.name,
+                "begun": group.begun.name,
+                "on_policy": "on_policy_rounds" in arm.settings,
+                "objective": readings[0]["made_of"]["objective"],
+                "answers": len(ids),
+                "before_on_its_text": float(before_before.mean()),
+                "before_on_afters_text": float(before_after.mean()),
+                "after_on_befores_text": float(after_before.mean()),
+                "after_on_its_text": float(after_after.mean()),
+                "change": asdict(crossed(after_after - before_before, family)),
+                "learnt": asdict(crossed(learnt, family)),
+                "moved": asdict(crossed(moved, family)),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", default="outputs/recipes", help="what recipes.py has written (outputs/recipes)")
+    parser.add_argument("--output", required=True, help="the results' file")
+    arguments = parser.parse_args()
+    folder, output = Path(arguments.recipes).resolve(), Path(arguments.output).resolve()
+    os.chdir(ROOT)  # the profile's folders are below it
+    # 1. all arms that are read must have been measured
+    jobs = {(job.arm.name, job.seed): job for job in recipes.jobs_of("table", folder) if job.arm}
+    for group in groups():
+        for arm in group.arms:
+            for seed in recipes.SEEDS:
+                if not recipes.is_made(jobs[arm.name, seed]):
+                    raise UserError(f"{jobs[arm.name, seed].record}: not there yet; run `recipes.py table` first")
+    prompts = recipes.asked_rows("table", jobs[recipes.ARMS[0].name, recipes.SEEDS[0]].profile)
+    families = {row["id"]: family_of(row) for row in prompts}
+    # 2. everybody reads
+    results = []
+    for group in groups():
+        readings = []
+        for seed in recipes.SEEDS:
+            readings += read_all(folder, group, jobs, seed)
+        results += split_change(readings, group, families)
+    # 3. what came of it
+    for facts in results:
+        parts = (f"{name} {facts[name]['value']:+.3f} ({facts[name]['low']:+.3f} to {facts[name]['high']:+.3f})"
+                 for name in ("change", "learnt", "moved"))  # fmt: skip
+        print(f"{facts['arm']:16} {facts['before_on_its_text']:.3f} -> {facts['after_on_its_text']:.3f}:", *parts)
+    write_json(output, {"seeds": list(recipes.SEEDS), "arms": results, "provenance": provenance()})
+
+
+if __name__ == "__main__":
+    run_cli(main)
