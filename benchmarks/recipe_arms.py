@@ -86,6 +86,8 @@ ARMS = [
     Arm("kd_T2.5", "KD, T = 2.5", {"temperature": 2.5, "alpha": 0.8}),
     Arm("kd_T1", "KD, T = 1", SOFT),
     Arm("kd_sampled", "KD, T = 1, as sampled", OFF_POLICY),
+    # what differs from "KD, T = 1" in the target alone, where the arm before differs in alpha as well
+    Arm("kd_sampled_alpha0.8", "KD, T = 1, as sampled, alpha = 0.8", SOFT | SAMPLED),
     Arm("kd_T2.5_sampled", "KD, T = 2.5, as sampled", OFF_POLICY | {"temperature": 2.5}),
     Arm("reverse_kl", "reverse KL", SOFT | {"divergence": "reverse_kl"}),
     Arm("jsd", "JSD", SOFT | {"divergence": "jsd"}),
