@@ -80,32 +80,60 @@ CANDIDATES = candidates()
 OFF_POLICY = SOFT | SAMPLED | {"alpha": 0.5}
 ON_POLICY = SOFT | SAMPLED | {"divergence": "jsd"}
 MINILLM = SOFT | {"divergence": "reverse_kl"}
+# Of an arm that goes on from another: the teacher's rows in another order than before, for a run's own begins anew and
+# would have the same rows a second time; and the divergence alone, as on the student's own answers, which have no
+# cross-entropy.
+GOING_ON = {"data_seed": 1000, "alpha": 1.0}
+HALF = STEPS // 2
 
 ARMS = [
     Arm("sft", "SFT (alpha = 0)", {"alpha": 0.0}),
     Arm("kd_T2.5", "KD, T = 2.5", {"temperature": 2.5, "alpha": 0.8}),
     Arm("kd_T1", "KD, T = 1", SOFT),
     Arm("kd_sampled", "KD, T = 1, as sampled", OFF_POLICY),
-    # what differs from "KD, T = 1" in the target alone, where the arm before differs in alpha as well
     Arm("kd_sampled_alpha0.8", "KD, T = 1, as sampled, alpha = 0.8", SOFT | SAMPLED),
     Arm("kd_T2.5_sampled", "KD, T = 2.5, as sampled", OFF_POLICY | {"temperature": 2.5}),
     Arm("reverse_kl", "reverse KL", SOFT | {"divergence": "reverse_kl"}),
     Arm("jsd", "JSD", SOFT | {"divergence": "jsd"}),
     Arm("on_policy_half", "on-policy, f = 0.5", on_policy(0.5, **ON_POLICY)),
     Arm("on_policy_all", "on-policy, f = 1", on_policy(1.0, **ON_POLICY)),
-    Arm("kd_begun", "half of the steps of KD", OFF_POLICY, STEPS // 2),
-    Arm("on_policy_after", "KD, then on-policy", on_policy(1.0, STEPS // 2, **ON_POLICY), STEPS // 2, "kd_begun"),
-    Arm(
-        "on_policy_mixed",
-        "KD, then on-policy, f = 0.5",
-        on_policy(0.5, STEPS // 2, **ON_POLICY),
-        STEPS // 2,
-        "kd_begun",
-    ),
-    # the control of both: the same objective on the teacher's answers, a second warm-up and schedule
-    Arm("kd_after", "KD, then KD", ON_POLICY, STEPS // 2, "kd_begun"),
-    # the same three towards the whole softmax, with the divergence that on-policy rounds are to lower (MiniLLM's)
-    Arm("soft_begun", "half of the steps of KD, T = 1", SOFT, STEPS // 2),
-    Arm("on_policy_soft", "KD, T = 1, then on-policy", on_policy(1.0, STEPS // 2, **MINILLM), STEPS // 2, "soft_begun"),
-    Arm("soft_after", "KD, T = 1, then reverse KL", MINILLM, STEPS // 2, "soft_begun"),
+    Arm("kd_begun", "half of the steps of KD", OFF_POLICY, HALF),
+    Arm("on_policy_after", "KD, then on-policy", on_policy(1.0, HALF, **ON_POLICY), HALF, "kd_begun"),
+    Arm("on_policy_mixed", "KD, then half on-policy", on_policy(0.5, HALF, **ON_POLICY) | GOING_ON, HALF, "kd_begun"),
+    # the control of both: the same divergence and target on the teacher's answers, a second warm-up and schedule
+    Arm("kd_after", "KD, then JSD", ON_POLICY | GOING_ON, HALF, "kd_begun"),
+    # the same towards the whole softmax, with the divergence that on-policy rounds are to lower (MiniLLM's)
+    Arm("soft_begun", "half of the steps of KD, T = 1", SOFT, HALF),
+    Arm("on_policy_soft", "KD, T = 1, then on-policy", on_policy(1.0, HALF, **MINILLM), HALF, "soft_begun"),
+    Arm("soft_after", "KD, T = 1, then reverse KL", MINILLM | GOING_ON, HALF, "soft_begun"),
+]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms that differ in one thing, or in few.
+
+    differ: in what.
+    """
+
+    arm: str
+    against: str
+    differ: str
+
+
+# What is asked of the table beside how each arm differs from SFT; everything that it tests stands here.
+PAIRS = [
+    Pair("kd_sampled_alpha0.8", "kd_T1", "target"),
+    Pair("kd_sampled", "kd_sampled_alpha0.8", "alpha"),
+    Pair("kd_T2.5", "kd_T1", "T"),
+    Pair("reverse_kl", "kd_T1", "divergence"),
+    Pair("jsd", "kd_T1", "divergence"),
+    Pair("on_policy_half", "kd_sampled_alpha0.8", "whose text, divergence"),
+    Pair("on_policy_all", "kd_sampled_alpha0.8", "whose text, divergence, no CE"),
+    Pair("on_policy_after", "kd_after", "whose text"),
+    Pair("on_policy_mixed", "kd_after", "whose text"),
+    Pair("on_policy_soft", "soft_after", "whose text"),
+    Pair("on_policy_after", "kd_sampled", "second half: whose text, divergence, no CE"),
+    Pair("on_policy_mixed", "kd_sampled", "second half: whose text, divergence, no CE"),
+    Pair("on_policy_soft", "kd_T1", "second half: whose text, divergence, no CE"),
 ]

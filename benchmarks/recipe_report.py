@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.recipe_arms import ARMS, CANDIDATES, SEEDS
+from benchmarks.recipe_arms import ARMS, CANDIDATES, PAIRS, SEEDS, Pair
 from src.evaluation.statistics import ALPHA, crossed, difference, holm
 from src.utils.common import UserError, provenance
 
 CELLS = ("greedy", "T=0.7")
 MEASURES = ("kl_to_teacher", "nll", "top1_agreement")
-AGAINST = ("sft", "kd_T1", "kd_sampled")  # what every arm is compared with, of two of these the later with the earlier
 POOLED = "both"  # domains
 # README.zh-CN.md: what its tables say for an English word, the longer before those that they hold
 CHINESE = {
@@ -109,32 +108,27 @@ def linearised(sums_SP: np.ndarray, tokens_SP: np.ndarray) -> np.ndarray:
     return ratio_S1 + (sums_SP - ratio_S1 * tokens_SP) / tokens_SP.mean(1, keepdims=True)
 
 
-def compared_with(name: str) -> list[str]:
-    """`AGAINST`; and for on-policy rounds that go on from an arm, what goes on from it without them: their control."""
-    arm = next(arm for arm in ARMS if arm.name == name)
-    # a pair is tested once: both ways round it would be in two families of tests, and could have two verdicts
-    others = list(AGAINST[: AGAINST.index(name)] if name in AGAINST else AGAINST)
-    # an arm's control has the same beginning and as many steps, without own answers
-    if arm.after and "on_policy_rounds" in arm.settings:
-        for other in ARMS:
-            if other.after == arm.after and "on_policy_rounds" not in other.settings:
-                others.append(other.name)
-    return others
+def pairs() -> list[Pair]:
+    """What is compared: every arm with SFT, and what the table was made to ask. Each pair once, one way round."""
+    return [Pair(arm.name, "sft", "recipe") for arm in ARMS if arm.name != "sft"] + PAIRS
 
 
-def add_corrections(differences: Sequence[dict[str, Any]]) -> None:
-    """Holm's correction, `corrected_p`, among all arms that are compared with the same one: of their accuracies over
-    both domains and both ways of sampling, and of either reverse KL by itself. What lies below is not tested."""
-    for other in dict.fromkeys(found["against"] for found in differences):
-        # all arms against one other are a family of tests; accuracy and either reverse KL are families of their own
-        own = [found for found in differences if found["against"] == other]
-        # two tests an arm, greedy and T = 0.7
-        tests = [[found["accuracy"][cell][POOLED] for found in own for cell in CELLS]]
-        tests += [[found[name] for found in own] for name in ("own_reverse_kl", "own_reverse_kl_a_token")]
-        for family in tests:
-            # in place: the same dictionaries stand in `differences`
-            for test, p in zip(family, holm([test["p"] for test in family]), strict=True):
-                test["corrected_p"] = p
+def add_corrections(differences: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Holm's correction, `corrected_p`, over all pairs: of their accuracies over both domains, greedy and at T = 0.7
+    together, and of either reverse KL by itself. What lies below is not tested.
+
+    Returns:
+        Measure -> how many tests were corrected for.
+    """
+    # two tests a pair, greedy and T = 0.7
+    tests = {"accuracy": [found["accuracy"][cell][POOLED] for found in differences for cell in CELLS]}
+    for name in ("own_reverse_kl", "own_reverse_kl_a_token"):
+        tests[name] = [found[name] for found in differences]
+    for family in tests.values():
+        # in place: the same dictionaries stand in `differences`
+        for test, p in zip(family, holm([test["p"] for test in family]), strict=True):
+            test["corrected_p"] = p
+    return {name: len(family) for name, family in tests.items()}
 
 
 def accuracies(records: Sequence[Record], phase: Phase) -> dict[str, Any]:
@@ -214,16 +208,14 @@ def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
     arms = {name: records for name, records in arms.items() if records}
     if not arms:
         raise UserError("no arm has a record of every seed yet; run `table` first")
-    # 2. every arm against those that it is compared with, as far as they are there
+    # 2. the pairs, as far as both are there
     differences = []
-    for name, records in arms.items():
-        for other in compared_with(name):
-            if other not in arms:
-                continue
-            cells = {cell: accuracy_difference(records, arms[other], cell, table) for cell in CELLS}
-            own = own_differences(records, arms[other], table)
-            differences.append({"arm": name, "against": other, "accuracy": cells, **own})
-    add_corrections(differences)
+    for pair in pairs():
+        if pair.arm in arms and pair.against in arms:
+            both = arms[pair.arm], arms[pair.against]
+            cells = {cell: accuracy_difference(*both, cell, table) for cell in CELLS}
+            differences.append({**asdict(pair), "accuracy": cells, **own_differences(*both, table)})
+    tests = add_corrections(differences)
     # 3. what the tables are made of
     about = {arm.name: arm.about for arm in ARMS} | ABOUT_MODELS
     models = {record["name"]: [record] for record in table.records if record["name"] in ABOUT_MODELS}
@@ -240,6 +232,7 @@ def make_results(choosing: Phase, table: Phase) -> dict[str, Any]:
         ],
         "arms": [{"about": about[name]} | facts_of(name, records, table) for name, records in arms.items()],
         "differences": differences,
+        "tests": tests,
         "commits": sorted({made["git_commit"] for made in used}),
         "changed_files": any(made["git_dirty"] for made in used),
         "provenance": provenance(),
@@ -300,9 +293,9 @@ def accuracy_table(results: dict[str, Any]) -> list[str]:
 def difference_table(results: dict[str, Any]) -> list[str]:
     about = {facts["name"]: facts["about"] for facts in results["arms"]}
     names = ("greedy, points", "T = 0.7, points", "reverse KL, nats an answer", "a token")
-    lines = heading("recipe", "against", *names)
+    lines = heading("recipe", "against", "differ in", *names)
     for found in results["differences"]:
-        cells = [about[found["arm"]], about[found["against"]]]
+        cells = [about[found["arm"]], about[found["against"]], found["differ"]]
         cells += [signed(found["accuracy"][cell][POOLED], 100, 1) for cell in CELLS]
         cells += [signed(found["own_reverse_kl"], 1, 2), signed(found["own_reverse_kl_a_token"], 1, 3)]
         lines.append(row(cells))

@@ -196,6 +196,9 @@ def train(job: Job) -> dict[str, Any]:
     settings = job.profile | job.arm.settings
     # a tenth of the steps warms up, as in the profile
     settings |= {"seed": job.seed, "max_steps": job.arm.steps, "warmup_steps": job.arm.steps // 10}
+    # an arm's own order of the rows differs from seed to seed too
+    if "data_seed" in settings:
+        settings["data_seed"] += job.seed
     # nothing is measured on the way; a checkpoint half way, for a killed run
     settings |= {"eval_steps": 0, "save_steps": max(10, job.arm.steps // 2)}
     if job.arm.after:
@@ -246,8 +249,12 @@ def answer(job: Job, model: str, adapter: str) -> list[dict[str, Any]]:
 
 
 def encoded(answers: Sequence[dict[str, Any]], tokenizer: Any) -> list[EncodedRow]:
-    """Sampled answers as the models read them; one that was cut ends where it was cut, see `rounds.read_own_pairs`."""
-    rows, end = [], end_of_turn_id(tokenizer)
+    """Sampled answers as the models read them; one that was cut ends where it was cut, see `rounds.read_own_pairs`.
+
+    By the ids that were sampled where the answers have them (`keep_ids`), else by their text, which may be cut into
+    other tokens than were sampled.
+    """
+    rows, end, size = [], end_of_turn_id(tokenizer), shared_size(tokenizer)
     # in one order, whichever batch an answer came in
     for given in sorted(answers, key=lambda row: row["id"]):
         text = given["response"]
@@ -255,9 +262,18 @@ def encoded(answers: Sequence[dict[str, Any]], tokenizer: Any) -> list[EncodedRo
             text = text.rstrip("\ufffd")  # a part of a character
         messages = [{"role": "user", "content": given["prompt"]}, {"role": "assistant", "content": text}]
         row = {"id": given["id"], "messages": messages, "finish_reason": given["finish_reason"]}
+        ids = given.get("token_ids")
+        # a token of the padding of a model's logits is none of the tokenizer's
+        if ids is not None and max(ids, default=0) < size:
+            row["response_ids"] = ids
         rows.append(encode_row(tokenizer, row, end, own_answer=True))
     # one that was cut before it said a word has no token to measure
     return [row for row in rows if row.response_ids]
+
+
+def shared_size(tokenizer: Any) -> int:
+    """How many tokens exist; what a model stores beyond them is padding."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def logits_of(reader: Reader, hidden_NH: Tensor) -> Tensor:
@@ -305,7 +321,7 @@ def reverse_kl(student: Reader, teacher: Reader, rows: Sequence[EncodedRow]) -> 
 
 
 def own_samples(answers: Sequence[dict[str, Any]], model: str, adapter: str, teacher: str) -> dict[str, Any]:
-    """Tokens and reverse KL of a model's own answers at T = 1."""
+    """Tokens and reverse KL of a model's own answers at T = 1, by their text."""
     tokenizer = load_tokenizer(model)
     # of all answers those that were drawn at T = 1 without filters
     rows = encoded([given for given in answers if given["sampling"] == asdict(OWN)], tokenizer)
@@ -313,8 +329,7 @@ def own_samples(answers: Sequence[dict[str, Any]], model: str, adapter: str, tea
     if adapter:
         student = merge_adapter(student, adapter)
     models = (student, load_model(teacher, torch.float32))
-    # tokens that exist; stored rows beyond them are padding
-    size = max(tokenizer.get_vocab().values()) + 1
+    size = shared_size(tokenizer)
     readers = [model_reader(loaded, tokenizer.pad_token_id, packing=False).cut(size) for loaded in models]
     return {
         "ids": [row.id for row in rows],

@@ -11,10 +11,11 @@ anyway. So the student that the rounds began with, and the one after them, read 
     moved    after's text less before's, read by the same student, averaged over both students
 
 (Kitagawa 1955, a difference of rates and of composition). The same for the control, which had as many steps on the
-teacher's text. D is the divergence that the rounds lower, towards their target, in nats a token; the text is what
-`recipes.py table` has drawn at T = 1 for evaluation prompts, which nobody has learned from.
+teacher's text. D is the divergence that the rounds lower, towards their target, in nats a token; the text is drawn at T
+= 1, with the seeds of `recipes.py table`, for evaluation prompts, which nobody has learned from. It is read by the ids
+that were sampled: the table's own reverse KL is of the text, which may be cut into other tokens.
 
-Each reading is kept in RECIPES/whose_text.jsonl, so that a killed comparison goes on.
+What is drawn and each reading are kept in RECIPES/whose_text/, so that a killed comparison goes on.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from benchmarks import recipes
 from benchmarks.recipe_arms import Arm
 from benchmarks.recipe_report import linearised
 from benchmarks.recipes import Job
-from src.distillation.base import EncodedRow, load_model, load_tokenizer, model_fingerprint
+from src.distillation.base import load_model, load_tokenizer, model_fingerprint
+from src.distillation.engines import EngineSettings, make_engine, opened
 from src.distillation.kd import KDConfig
 from src.distillation.lora import merge_adapter
 from src.distillation.teacher import Reader, model_reader
@@ -52,6 +54,7 @@ from src.utils.common import (
     run_cli,
     sha256_file,
     write_json,
+    write_jsonl,
 )
 from src.utils.config import build_config
 
@@ -60,7 +63,7 @@ OBJECTIVE = ("divergence", "beta", "temperature", "teacher_temperature", "teache
 
 @dataclass(frozen=True)
 class Group:
-    """An arm, and those that go on from it: on-policy rounds and their control, all with one objective."""
+    """An arm, and those that go on from it: on-policy rounds and their control, all with one divergence and target."""
 
     begun: Arm
     later: list[Arm]
@@ -108,14 +111,21 @@ class Models:
         return self.students[str(run)]
 
     def _reader(self, model: torch.nn.Module) -> Reader:
-        # tokens that exist; stored rows beyond them are padding
-        size = max(self.tokenizer.get_vocab().values()) + 1
+        size = recipes.shared_size(self.tokenizer)
         return model_reader(model, self.tokenizer.pad_token_id, packing=False).cut(size)
 
 
-def own_text(job: Job, models: Models) -> list[EncodedRow]:
-    drawn = [given for given in read_jsonl(job.answers) if given["sampling"] == asdict(recipes.OWN)]
-    return recipes.encoded(drawn, models.tokenizer)
+def draw(job: Job, path: Path) -> None:
+    """The arm's answers at T = 1, with the ids that were sampled."""
+    logger.info("%s answers", job.name)
+    requests = [request for request in recipes.requests_of(job) if request.sampling == recipes.OWN]
+    adapter = str(job.run_of(job.arm.name) / "final_model")
+    settings = EngineSettings(batch_size=recipes.BATCH)
+    drawn: list[dict[str, Any]] = []
+    with opened(make_engine(settings, job.profile["model_name_or_path"], (), adapter=adapter, keep_ids=True)) as answer:
+        for part in answer(requests, frozenset()):
+            drawn += part
+    write_jsonl(path, drawn)  # all or nothing: it takes less than a minute
 
 
 def read_all(folder: Path, group: Group, jobs: dict[tuple[str, int], Job], seed: int) -> list[dict[str, Any]]:
@@ -125,31 +135,39 @@ def read_all(folder: Path, group: Group, jobs: dict[tuple[str, int], Job], seed:
     objective = {name: getattr(config, name) for name in OBJECTIVE}
     teacher = model_fingerprint(profile["teacher_model_name_or_path"])
     # 1. what there is, as far as a kill has left it whole
-    path = folder / "whose_text.jsonl"
+    path = folder / "whose_text" / "readings.jsonl"
+    path.parent.mkdir(exist_ok=True)
     path.touch()
     repair_jsonl_tail(path)
     stored = read_jsonl(path) if path.stat().st_size else []
     models, found = Models(profile), []
+    # 2. what everybody writes; a file's name has the hash of the weights
+    weights, texts = {}, {}
+    for arm in group.arms:
+        job = jobs[arm.name, seed]
+        weights[arm.name] = sha256_file(job.run_of(arm.name) / "final_model" / "adapter_model.safetensors")
+        texts[arm.name] = path.parent / f"{job.name}_{weights[arm.name][:12]}.jsonl"
+        if not texts[arm.name].is_file():
+            draw(job, texts[arm.name])
     teacher_read: dict[str, torch.Tensor] = {}  # whose text -> the teacher's states of it
     for student, text in group.readings():
-        reader_job, text_job = jobs[student.name, seed], jobs[text.name, seed]
-        run = reader_job.run_of(student.name)
-        # 2. a reading is of weights, text and an objective, whatever they are called
+        # 3. a reading is of weights, text and an objective, whatever they are called
         made_of = {
-            "weights": sha256_file(run / "final_model" / "adapter_model.safetensors"),
-            "text": sha256_file(text_job.answers),
+            "weights": weights[student.name],
+            "text": sha256_file(texts[text.name]),
             "teacher": teacher,
             "objective": objective,
         }
         names = {"student": student.name, "text": text.name, "seed": seed}
         known = next((row for row in stored if row["made_of"] == made_of), None)
         if known is None:
-            # 3. the states of both, then their divergence, summed over the tokens of each answer
+            # 4. the states of both, then their divergence, summed over the tokens of each answer
             logger.info("%s reads the text of %s, seed %d", student.name, text.name, seed)
-            rows = own_text(text_job, models)
+            rows = recipes.encoded(read_jsonl(texts[text.name]), models.tokenizer)
             if text.name not in teacher_read:
                 teacher_read[text.name] = recipes.hidden_of(models.teacher, rows)
-            reader, counts = models.student(run), [len(row.response_ids) for row in rows]
+            reader = models.student(jobs[student.name, seed].run_of(student.name))
+            counts = [len(row.response_ids) for row in rows]
             states = recipes.hidden_of(reader, rows), teacher_read[text.name]
             sums = recipes.divergences(reader, models.teacher, *states, counts, config)
             known = {"made_of": made_of, "ids": [row.id for row in rows], "tokens": counts, "sums": sums}
@@ -161,47 +179,66 @@ def read_all(folder: Path, group: Group, jobs: dict[tuple[str, int], Job], seed:
 # --- what comes of it
 
 
-def a_token(readings: Sequence[dict[str, Any]], ids: Sequence[str], student: str, text: str) -> np.ndarray:
-    """`[seeds, answers]` whose mean is the divergence a token (see `linearised`)."""
-    sums, tokens = [], []
-    for row in readings:
-        if (row["student"], row["text"]) == (student, text):
-            by_id = {key: (s, n) for key, s, n in zip(row["ids"], row["sums"], row["tokens"], strict=True)}
-            sums.append([by_id[key][0] for key in ids])
-            tokens.append([by_id[key][1] for key in ids])
-    return linearised(np.array(sums, float), np.array(tokens, float))
+@dataclass(frozen=True)
+class Table:
+    """All readings of a group, as `[seeds, answers]`.
+
+    ids: the answers that every reading has: one that was cut before it said a word is not read.
+    """
+
+    readings: Sequence[dict[str, Any]]
+    ids: Sequence[str]
+
+    def of(self, key: str, student: str, text: str) -> np.ndarray:
+        """`key`: "sums" or "tokens" of the answers."""
+        rows = []
+        for reading in self.readings:
+            if (reading["student"], reading["text"]) == (student, text):
+                by_id = dict(zip(reading["ids"], reading[key], strict=True))
+                rows.append([by_id[row_id] for row_id in self.ids])
+        return np.array(rows, float)
+
+    def a_token(self, student: str, text: str) -> np.ndarray:
+        """Its mean is the divergence a token (see `linearised`)."""
+        return linearised(self.of("sums", student, text), self.of("tokens", student, text))
 
 
 def split_change(readings: Sequence[dict[str, Any]], group: Group, families: dict[str, str]) -> list[dict[str, Any]]:
-    """Of each later arm: the four divergences a token, and the change in its two parts, with intervals."""
-    # answers that every reading has: one that was cut before it said a word is not read
-    ids = sorted(set.intersection(*(set(row["ids"]) for row in readings)))
-    family = [families[key] for key in ids]
+    """Of each later arm: the four divergences a token, the change in its two parts, and what it is beside the control,
+    with intervals."""
+    table = Table(readings, sorted(set.intersection(*(set(row["ids"]) for row in readings))))
+    family = [families[row_id] for row_id in table.ids]
+    begun = group.begun.name
+    [control] = [arm.name for arm in group.later if "on_policy_rounds" not in arm.settings]
     found = []
     for arm in group.later:
-        # who reads whose text
-        table = {
-            (student, text): a_token(readings, ids, student, text)
-            for student in (group.begun.name, arm.name)
-            for text in (group.begun.name, arm.name)
+        name = arm.name
+        before_before, before_after = table.a_token(begun, begun), table.a_token(begun, name)
+        after_before, after_after = table.a_token(name, begun), table.a_token(name, name)
+        differences = {
+            "change": after_after - before_before,
+            "learnt": (after_before - before_before + after_after - before_after) / 2,
+            "moved": (before_after - before_before + after_after - after_before) / 2,
         }
-        before_before, before_after, after_before, after_after = table.values()
-        learnt = (after_before - before_before + after_after - before_after) / 2
-        moved = (before_after - before_before + after_after - after_before) / 2
+        if name != control:
+            differences["less_control_a_token"] = after_after - table.a_token(control, control)
+            differences["less_control_an_answer"] = table.of("sums", name, name) - table.of("sums", control, control)
         found.append(
             {
-                "arm": arm.name,
-                "begun": group.begun.name,
-                "on_policy": "on_policy_rounds" in arm.settings,
+                "arm": name,
+                "begun": begun,
+                "control": control,
                 "objective": readings[0]["made_of"]["objective"],
-                "answers": len(ids),
-                "before_on_its_text": float(before_before.mean()),
-                "before_on_afters_text": float(before_after.mean()),
-                "after_on_befores_text": float(after_before.mean()),
-                "after_on_its_text": float(after_after.mean()),
-                "change": asdict(crossed(after_after - before_before, family)),
-                "learnt": asdict(crossed(learnt, family)),
-                "moved": asdict(crossed(moved, family)),
+                "answers": len(table.ids),
+                "tokens": {
+                    "before": table.of("tokens", begun, begun).mean(),
+                    "after": table.of("tokens", name, name).mean(),
+                },
+                "before_on_its_text": before_before.mean(),
+                "before_on_afters_text": before_after.mean(),
+                "after_on_befores_text": after_before.mean(),
+                "after_on_its_text": after_after.mean(),
+                **{key: asdict(crossed(values_SP, family)) for key, values_SP in differences.items()},
             }
         )
     return found

@@ -84,6 +84,7 @@ def experiment(tmp_path, tiny_models, monkeypatch):
         Arm("sft", "SFT", {"alpha": 0.0}, 2),
         Arm("begun", "begun", {"temperature": 1.0}, 2),
         Arm("after", "after", on_policy(1.0, 10, temperature=1.0), 2, "begun"),
+        Arm("control", "control", {"temperature": 1.0, "data_seed": 1000}, 2, "begun"),
     ]
     candidate = Arm("candidate_sft", "sft", {"alpha": 0.0}, 1)
     monkeypatch.setattr(recipes, "ARMS", arms)
@@ -96,7 +97,6 @@ def experiment(tmp_path, tiny_models, monkeypatch):
         monkeypatch.setattr(module, "SEEDS", (1, 2))
     monkeypatch.setattr(recipe_report, "ARMS", arms)
     monkeypatch.setattr(recipe_report, "CANDIDATES", [candidate])
-    monkeypatch.setattr(recipe_report, "AGAINST", ("sft",))
     return tmp_path
 
 
@@ -124,7 +124,11 @@ def test_runs_are_made_once_and_the_report_says_what_they_answered(experiment, m
         recipes.work(asked(experiment, phase))
     records = sorted((experiment / "out" / "records" / "table").glob("*.json"))
     names = {path.stem for path in records}
-    assert names == {"base", "teacher", *(f"{arm}_seed_{seed}" for arm in ("sft", "begun", "after") for seed in (1, 2))}
+    assert names == {
+        "base",
+        "teacher",
+        *(f"{arm}_seed_{seed}" for arm in ("sft", "begun", "after", "control") for seed in (1, 2)),
+    }
     written = [path.stat().st_mtime_ns for path in records]
     recipes.work(asked(experiment, "table"))
     assert [path.stat().st_mtime_ns for path in records] == written  # nothing was made twice
@@ -143,7 +147,7 @@ def test_runs_are_made_once_and_the_report_says_what_they_answered(experiment, m
     recipes.report(asked(experiment, "report"))
     results = read_json(experiment / "out" / "recipes.json")
     assert results["prompts"] == {"both": 12, "aiops": 6, "maths": 6}
-    assert [facts["name"] for facts in results["arms"]] == ["sft", "begun", "after"]
+    assert [facts["name"] for facts in results["arms"]] == ["sft", "begun", "after", "control"]
     rows = read_jsonl(experiment / "data" / "eval_dataset.jsonl")
     for facts in [*results["models"], *results["arms"]]:
         for seed, mean in zip(facts["seeds"], facts["accuracy"]["greedy"]["both"]["by_seed"], strict=True):
@@ -178,7 +182,9 @@ def test_answers_of_other_weights_are_thrown_away(experiment, tiny_models):
 
 
 def test_what_cannot_be_made_is_said(experiment):
-    with pytest.raises(UserError, match="--only kd: no such arm in table; there are sft, begun, after, base, teacher"):
+    with pytest.raises(
+        UserError, match="--only kd: no such arm in table; there are sft, begun, after, control, base, teacher"
+    ):
         recipes.work(asked(experiment, "table", "kd"))
     with pytest.raises(UserError, match="after_seed_1 goes on from begun, which is not trained; add it to --only"):
         recipes.work(asked(experiment, "table", "after"))
@@ -241,19 +247,21 @@ def test_a_divergence_of_rows_is_the_one_that_a_run_lowers(settings, tiny_models
 def test_a_change_on_own_text_is_what_is_learnt_and_where_the_text_goes(experiment, monkeypatch, capsys):
     """The two parts add up; nothing is read twice, and what was read is used as it stands."""
     recipes.work(asked(experiment, "table"))
-    output, store = experiment / "whose_text.json", experiment / "out" / "whose_text.jsonl"
+    output, store = experiment / "whose_text.json", experiment / "out" / "whose_text" / "readings.jsonl"
     command = ["whose_text.py", "--recipes", str(experiment / "out"), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", command)
     whose_text.main()
-    [facts] = read_json(output)["arms"]
-    assert (facts["arm"], facts["begun"], facts["on_policy"]) == ("after", "begun", True)
+    facts, control = read_json(output)["arms"]
+    assert (facts["arm"], facts["begun"], facts["control"], control["arm"]) == ("after", "begun", "control", "control")
+    less = facts["after_on_its_text"] - control["after_on_its_text"]
+    assert facts["less_control_a_token"]["value"] == pytest.approx(less)
     change = facts["after_on_its_text"] - facts["before_on_its_text"]
     assert facts["change"]["value"] == pytest.approx(change)
     assert facts["learnt"]["value"] + facts["moved"]["value"] == pytest.approx(change)
     assert "after " in capsys.readouterr().out
-    # 2 seeds, 4 readings each; cut in the middle of the last line by a kill, the last one is made again alone
+    # 2 seeds, 7 readings each; cut in the middle of the last line by a kill, the last one is made again alone
     rows = read_jsonl(store)
-    assert len(rows) == 8
+    assert len(rows) == 14
     before = {(row["student"], row["text"], row["seed"]): sum(row["sums"]) / sum(row["tokens"]) for row in rows}
     wanted = np.mean([before["after", "begun", seed] for seed in (1, 2)])
     assert facts["after_on_befores_text"] == pytest.approx(wanted)
@@ -269,7 +277,16 @@ def test_a_change_on_own_text_is_what_is_learnt_and_where_the_text_goes(experime
     # of other weights it is not
     write_jsonl(store, [row | {"made_of": row["made_of"] | {"weights": "other"}} for row in rows])
     whose_text.main()
-    assert len(read_jsonl(store)) == 16
+    assert len(read_jsonl(store)) == 28
+    # by the ids that were sampled, whatever their text would be cut into
+    [path] = store.parent.glob("after_seed_2_*.jsonl")
+    drawn = {row["id"]: row for row in read_jsonl(path)}
+    [read] = [row for row in rows if (row["student"], row["text"], row["seed"]) == ("begun", "after", 2)]
+    counted = dict(zip(read["ids"], read["tokens"], strict=True))
+    # a token that only the padding of the logits has sends an answer back to its text
+    by_ids = [row_id for row_id in read["ids"] if max(drawn[row_id]["token_ids"], default=0) < 261]
+    assert by_ids
+    assert [counted[row_id] for row_id in by_ids] == [drawn[row_id]["num_tokens"] for row_id in by_ids]
     next((experiment / "out" / "records" / "table").glob("after_seed_2.json")).unlink()
     with pytest.raises(UserError, match=r"after_seed_2\.json: not there yet; run `recipes\.py table` first"):
         whose_text.main()
@@ -307,13 +324,19 @@ def test_differences_are_paired_by_prompt_and_seed_and_corrected():
     phase = Phase(prompts, records[::-1])  # in no order
     results = recipe_report.make_results(Phase(prompts, []), phase)
     found = {d["arm"]: d for d in results["differences"] if d["against"] == "sft"}
+    assert [(d["arm"], d["against"], d["differ"]) for d in results["differences"]] == [
+        ("kd_T1", "sft", "recipe"), ("jsd", "sft", "recipe"), ("jsd", "kd_T1", "divergence"),
+    ]  # fmt: skip
+    assert results["tests"] == {"accuracy": 6, "own_reverse_kl": 3, "own_reverse_kl_a_token": 3}
     families = [prompt["family"] for prompt in prompts]
     gaps = (right[1] - right[0]).astype(float)
-    holms = holm([crossed((right[arm] - right[0]).astype(float), families).p for arm in (1, 1, 2, 2)])
+    compared = ((1, 0), (2, 0), (2, 1))  # all pairs are one family of tests, here alike greedily and at T = 0.7
+    p_values = [crossed((right[a] - right[b]).astype(float), families).p for a, b in compared for _ in range(2)]
+    holms = holm(p_values)
     wanted = asdict(crossed(gaps, families)) | {"corrected_p": holms[0]}
     assert found["kd_T1"]["accuracy"]["greedy"]["both"] == wanted
     assert found["kd_T1"]["accuracy"]["T=0.7"]["a"] == asdict(crossed(gaps[:, ::2], families[::2]))
-    own_p = holm([crossed(own[arm] - own[0], families[:4]).p for arm in (1, 2)])
+    own_p = holm([crossed(own[a] - own[b], families[:4]).p for a, b in compared])
     wanted = asdict(crossed(own[2] - own[0], families[:4])) | {"corrected_p": own_p[1]}
     assert found["jsd"]["own_reverse_kl"] == wanted
     assert ("sft", "kd_T1") not in {(d["arm"], d["against"]) for d in results["differences"]}  # one verdict a pair
