@@ -51,7 +51,16 @@ from src.distillation.kd_config import SECTION, KDConfig
 from src.distillation.lora import add_lora
 from src.distillation.losses import compiler_works
 from src.distillation.packing import ATTENTION, check_packing
-from src.distillation.rounds import check_rounds, open_round, plan_round, read_prompts, rounds_cost, rounds_of
+from src.distillation.rounds import (
+    Prompts,
+    Round,
+    check_rounds,
+    open_round,
+    plan_round,
+    read_prompts,
+    rounds_cost,
+    rounds_of,
+)
 from src.distillation.run_card import model_card, teachers_own
 from src.distillation.run_folder import (
     claim_folder,
@@ -141,9 +150,11 @@ def run_kd_pipeline(config: KDConfig | dict[str, Any] | str | Path) -> dict[str,
             config.validation_fraction,
             config.rows_per_step,
         )
+        schedule = _schedule(config, data)
+        # last: a folder without it has not begun, and a setting that was refused above may be put right
         if accelerator.is_main_process:
             _write_kd_config(folder, config, fingerprint, data)
-        return _run(config, accelerator, data, tokenizers, folder) | paths
+        return _run(config, accelerator, data, tokenizers, folder, schedule) | paths
 
 
 def read_config(config: KDConfig | dict[str, Any] | str | Path) -> KDConfig:
@@ -364,12 +375,37 @@ class Part:
     is_first: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """How many steps a run has, the rounds that they are cut into, and what is asked in these."""
+
+    steps: int
+    rounds: list[Round]
+    prompts: Prompts | None
+
+
+def _schedule(config: KDConfig, data: TrainingData) -> _Schedule:
+    """
+    Raises:
+        UserError: there are fewer steps than rounds, or too few prompts leave room for an answer.
+    """
+    order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
+    rounds = rounds_of(config, steps)
+    return _Schedule(steps, rounds, read_prompts(config, data) if rounds else None)
+
+
 def _run(
-    config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path
+    config: KDConfig,
+    accelerator: Accelerator,
+    data: TrainingData,
+    tokenizers: Tokenizers,
+    folder: Path,
+    schedule: _Schedule,
 ) -> dict[str, Any]:
     """Train in `folder`, save the model, measure it once; what kd_results.json then holds."""
     results: dict[str, Any] = {}
-    for part in _parts(config, accelerator, data, tokenizers, folder):
+    for part in _parts(config, accelerator, data, tokenizers, folder, schedule):
         # a part but the last gives nothing
         results = _run_part(config, accelerator, data, tokenizers, folder, part)
         accelerator.free_memory()  # for the engine that answers next, and for the teacher
@@ -377,14 +413,16 @@ def _run(
 
 
 def _parts(
-    config: KDConfig, accelerator: Accelerator, data: TrainingData, tokenizers: Tokenizers, folder: Path
+    config: KDConfig,
+    accelerator: Accelerator,
+    data: TrainingData,
+    tokenizers: Tokenizers,
+    folder: Path,
+    schedule: _Schedule,
 ) -> Iterator[Part]:
     """What is left of the run: all of it at once, or a round after the other, each answered when its turn comes."""
-    # 1. how many steps, and the rounds that they are cut into
-    order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
-    rounds, cache = rounds_of(config, steps), None
-    prompts = read_prompts(config, data) if rounds else None
+    # 1. the teacher's beliefs of its own answers
+    steps, cache = schedule.steps, None
     if config.teacher_signal != "online":
         temperature = config.teacher_temperature or config.temperature
         cache = open_cache(Path(config.experiment_dir) / "teacher_cache", config.teacher_signal, temperature, data)
@@ -396,13 +434,13 @@ def _parts(
         if (folder / "final_model").is_dir():
             taken = steps  # there is nothing to train, only the held-out rows are to be read
         end, own = steps, None
-        following = [part for part in rounds if taken < part.end]
+        following = [part for part in schedule.rounds if taken < part.end]
         if following:
             # the first round that is not over; a checkpoint may lie within it
             part, adapter = following[0], checkpoint
             if adapter is None and (start := find_start(config)):  # else the student before training answers
                 adapter = start.folder
-            plan = plan_round(config, part, prompts, data, folder, adapter, taken)
+            plan = plan_round(config, part, schedule.prompts, data, folder, adapter, taken)
             own, end = open_round(config, accelerator, tokenizers, plan), part.end
         yield Part(checkpoint, end, steps, cache, own, is_first)
         is_first = False

@@ -356,7 +356,6 @@ def _fingerprint(
         # another checkpoint is another student, whose answers are others
         "adapter": sha256_file(adapter / "adapter_model.safetensors") if adapter else None,
         "engine": serve.program if serve else "transformers",
-        "batch_size": None if serve else config.on_policy_batch_size,  # it changes how sums are rounded
         "server_arguments": answering(serve) if serve else {},
     }
 
@@ -383,7 +382,11 @@ def _begin(plan: RoundPlan) -> None:
     if not plan.has_begun:
         # nothing was learnt from it yet, so answers of another adapter or other settings can go
         for path in (complete, begun):
-            if path.is_file() and read_json(path).get("fingerprint") != plan.fingerprint:
+            if not path.is_file():
+                continue
+            made_with = read_json(path).get("fingerprint") or {}
+            # answers of other batches are rounded otherwise, no more; rounds of the version before counted it
+            if {name: value for name, value in made_with.items() if name != "batch_size"} != plan.fingerprint:
                 logger.info("%s: made with another adapter or other settings; it is made again", folder)
                 clear(folder, last=path.name)  # the file that gives it away goes last: a kill in between is seen again
         # asked again: the folder may just have been cleared
@@ -572,7 +575,8 @@ def _write_clean(folder: Path, requests: list[Request], answers: list[dict[str, 
 
 
 def read_own_pairs(folder: Path, tokenizers: Tokenizers, max_length: int) -> list[Pair]:
-    """A round's rows as both models read them, without those that are too long or were cut before they said a thing."""
+    """A round's rows as both models read them, without those that are too long, were cut before they said a thing, or
+    have other tokens for the teacher than for the student."""
     end = shared_end_of_turn(tokenizers.student, tokenizers.teacher)
     path = clean_files(folder / "sft")["train"]
     # no row at all is possible here, `read_clean` calls it a mistake
@@ -581,7 +585,9 @@ def read_own_pairs(folder: Path, tokenizers: Tokenizers, max_length: int) -> lis
     for row in rows:
         student = encode_row(tokenizers.student, row, end, own_answer=True)
         teacher = encode_row(tokenizers.teacher, row, end, own_answer=True)
-        if student.response_ids and max(len(student), len(teacher)) <= max_length:
+        # read as text, an answer that begins with a line break may join another prompt's end in another way
+        is_alike = student.response_ids == teacher.response_ids
+        if student.response_ids and is_alike and max(len(student), len(teacher)) <= max_length:
             pairs.append(Pair(student, teacher, own=True))  # `own`: the divergence alone, no cross-entropy
     return pairs
 
@@ -623,7 +629,8 @@ def round_facts(
     ended, truncated, empty: of all answers; an empty one may be either.
     encoded_otherwise: rows that have another number of tokens than were sampled: their ids were not told, or not all of
         them are tokens, so that the text is what is learned from.
-    left_out: answers that are not learned from: too long, refused by a server, or cut before they said a thing.
+    left_out: answers that are not learned from: too long, refused by a server, cut before they said a thing, or read as
+        other tokens by the teacher.
     """
     reasons = Counter(row["finish_reason"] for row in answers)
     sampled = {(row["id"], row["sample_index"]): row["num_tokens"] for row in answers}

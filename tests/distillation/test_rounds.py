@@ -1,6 +1,7 @@
 """On-policy rounds: what a step learns from, that nothing is lost with a kill, and that idle settings do nothing."""
 
 import contextlib
+import dataclasses
 import re
 import shutil
 import time
@@ -369,6 +370,42 @@ def test_what_was_sampled_is_learned_from_and_not_how_its_text_is_spelt(tmp_path
     write_jsonl(path, [row | {"response_ids": ["67"]} for row in read_jsonl(path)])
     with pytest.raises(UserError, match="response_ids must be a list of token ids"):
         rounds.read_own_pairs(tmp_path, Tokenizers(tokenizer, tokenizer), max_length=80)
+
+
+def test_an_answer_with_other_tokens_for_the_teacher_is_left_out(tmp_path, make_tokenizer, monkeypatch):
+    """Behind another prompt a line break at its start may be part of another token; one such answer ends no run."""
+    rows = [{"id": i, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+             "finish_reason": "stop"} for i in ("joined", "plain")]  # fmt: skip
+    write_jsonl(tmp_path / "sft" / "sft_train_data_clean.jsonl", rows)
+    student, teacher = make_tokenizer(), make_tokenizer()
+    encode = rounds.encode_row
+
+    def joins(tokenizer, row, *arguments, **keywords):
+        encoded = encode(tokenizer, row, *arguments, **keywords)
+        if tokenizer is student or row["id"] == "plain":
+            return encoded
+        return dataclasses.replace(encoded, response_ids=(7, *encoded.response_ids))
+
+    monkeypatch.setattr(rounds, "encode_row", joins)
+    pairs = rounds.read_own_pairs(tmp_path, Tokenizers(student, teacher), max_length=80)
+    assert [pair.student.id for pair in pairs] == ["plain"]
+
+
+def test_a_smaller_batch_keeps_the_answers_that_are_there(settings, tmp_path, monkeypatch, caplog):
+    """It is what somebody passes whose memory was short; and what was refused may be put right in the same folder."""
+    caplog.set_level("INFO")
+    target = settings | {"teacher_signal": "online", "output_dir": str(tmp_path / "run")}
+    refused(target | {"on_policy_rounds": 7}, "on_policy_rounds = 7, but the run has 6 steps")
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "append_jsonl", kill_after(1, rounds.append_jsonl))
+        with pytest.raises(Killed):
+            run_kd_pipeline(target)
+    path = tmp_path / "run" / "rounds" / "round_01" / "sft" / "sft_train_data.jsonl"
+    there = path.read_bytes()
+    assert there
+    run_kd_pipeline(target | {"on_policy_batch_size": 3})
+    assert path.read_bytes().startswith(there)
+    assert "made again" not in caplog.text
 
 
 def test_a_round_has_the_ids_that_the_student_drew(whole, tiny_teacher):
