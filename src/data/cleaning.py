@@ -191,8 +191,12 @@ def drop_overlapping(train_rows: list[Row], eval_rows: list[Row]) -> tuple[list[
     template = {gram for gram, number in short_counts.items() if number > BOILERPLATE}
     sharing = shared_ngrams(train_rows, eval_rows, template)
     masked = {masked_question(row) for row in eval_rows} - {""}
-    names = {name for row in eval_rows if row["grader"] == "python_tests" for name in function_names(row)}
-    trees = {tree for row in eval_rows for tree in function_trees(row)}
+    names: set[str] = set()
+    trees: set[str] = set()
+    for row in eval_rows:
+        trees.update(function_trees(row))
+        if row["grader"] == "python_tests":
+            names.update(function_names(row))
     # 2. the first of these that a training row has, too
     kept, dropped = [], []
     for row in train_rows:
@@ -340,7 +344,9 @@ def _choose(candidates: list[dict[str, Any]], select: str) -> tuple[list[dict[st
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in candidates:
         groups[row["id"]].append(row)
-    best = {(row["id"], row["sample_index"]) for group in groups.values() for row in chosen(group, select)}
+    best = set()
+    for group in groups.values():
+        best.update((row["id"], row["sample_index"]) for row in chosen(group, select))
     kept, rejected = [], []
     for row in candidates:
         if (row["id"], row["sample_index"]) in best:

@@ -547,9 +547,12 @@ def render_rows(pack: Pack, split: str, count: int, seed: int, domain: str | Non
 
 def names_of(pack: Pack) -> set[str]:
     """The names a pack fills in: what its lists hold that is short and has no slot of its own."""
-    entries = [entry for splits in pack.lists.values() for split in SPLITS for entry in splits[split]]
-    # a mapping brings the texts of all its fields
-    texts = [str(text) for entry in entries for text in (entry.values() if isinstance(entry, dict) else [entry])]
+    texts: list[str] = []
+    for splits in pack.lists.values():
+        for split in SPLITS:
+            for entry in splits[split]:
+                # a mapping brings the texts of all its fields
+                texts += map(str, entry.values() if isinstance(entry, dict) else [entry])
     return {text for text in texts if "{" not in text and len(words_of(text)) <= NAME_WORDS}
 
 

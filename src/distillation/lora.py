@@ -163,12 +163,17 @@ def add_lora(
     Raises:
         UserError: the model has no module of one of those names.
     """
+
     # 1. names: "q_proj" fits "model.layers.0.self_attn.q_proj", not "my_q_proj"
-    missing = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n, _ in model.named_modules())]
+    def fits(name: str, target: str) -> bool:
+        return name == target or name.endswith(f".{target}")
+
+    names = [name for name, _ in model.named_modules()]
+    missing = [target for target in targets if not any(fits(name, target) for name in names)]
     if missing:
         raise UserError(f"lora_target_modules: the student has no module named {', '.join(missing)}")
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    if any(head == t or head.endswith(f".{t}") for t in targets):
+    if any(fits(head, target) for target in targets):
         raise UserError(f"lora_target_modules: {head} is the output layer, whose adapter the loss would not see")
     # 2. the adapters
     config = LoraConfig(

@@ -180,10 +180,10 @@ class _SeededSampler(LogitsProcessor):
     def __init__(self, samplings: Sequence[Sampling], uniforms_BL: Tensor, prompt_length: int, model: str) -> None:
         self.uniforms_BL, self.prompt_length, self.model = uniforms_BL, prompt_length, model
         # one (settings, [B] mask) for each kind of settings in the batch, for `candidates` filters a whole batch alike
-        self.groups = [
-            (sampling, torch.tensor([own == sampling for own in samplings], device=uniforms_BL.device))
-            for sampling in dict.fromkeys(samplings)  # each once, in a fixed order
-        ]
+        self.groups: list[tuple[Sampling, Tensor]] = []
+        for sampling in dict.fromkeys(samplings):  # each once, in a fixed order
+            rows_B = torch.tensor([own == sampling for own in samplings], device=uniforms_BL.device)
+            self.groups.append((sampling, rows_B))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # the maximum of a row is NaN where any of its logits is

@@ -449,10 +449,11 @@ def _index(
     config: CacheTeacherConfig, folder: Path, shards: list[_Shard], written: dict[str, dict[str, Any]], source: _Source
 ) -> dict[str, Any]:
     """What index.json says beside what the cache was made of."""
-    # read off the files, those of earlier sessions too: [share summed over positions of each file], [positions of each]
-    measured = [[_tensor(folder / s.file, name) for s in shards] for name in ("outside", "looked_at")]
+    # read off the files, those of earlier sessions too
+    summed = sum(_tensor(folder / shard.file, "outside") for shard in shards)
+    positions = sum(_tensor(folder / shard.file, "looked_at") for shard in shards)
     # [temperatures]: mean over the positions that were looked at
-    outside = sum(measured[0]) / sum(measured[1])
+    outside = summed / positions
     # in the order of the files, whichever session wrote them
     written = {shard.file: written[shard.file] for shard in shards}
     tokens = sum(len(row.response_ids) for shard in shards for row in shard.rows)

@@ -305,7 +305,11 @@ def _places(entries: Sequence[Entry]) -> str:
     for entry in entries:
         name = f"{entry['domain']} ({entry['preset']})" if len(presets) > 1 else entry["domain"]
         found.setdefault(name, set()).add(entry["temperature"])
-    return "; ".join(f"{name} at T = {', '.join(f'{t:g}' for t in sorted(at))}" for name, at in found.items())
+    parts = []
+    for name, at in found.items():
+        temperatures = ", ".join(f"{t:g}" for t in sorted(at))
+        parts.append(f"{name} at T = {temperatures}")
+    return "; ".join(parts)
 
 
 def is_idle(entry: Entry) -> bool:

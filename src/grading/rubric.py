@@ -85,8 +85,10 @@ def labelled_sections(text: str, names: list[str]) -> dict[str, str]:
     # "## 1. Root-cause: disk\n**Actions**: free it" -> "Root-cause", " disk\n", "Actions", " free it"
     parts = re.split(rf"(?im)^[ \t>*#\-0-9.)]*({labels})[ \t*]*[:：]", text)[1:]
     # label, body, label, body, ...
-    found = [(rubric_text(label), body) for label, body in zip(parts[::2], parts[1::2], strict=True)]
-    return {name: "\n".join(body for label, body in found if label == rubric_text(name)) for name in names}
+    bodies: dict[str, list[str]] = {}  # a label may come twice
+    for label, body in zip(parts[::2], parts[1::2], strict=True):
+        bodies.setdefault(rubric_text(label), []).append(body)
+    return {name: "\n".join(bodies.get(rubric_text(name), [])) for name in names}
 
 
 def is_rubric(arguments: dict[str, Any]) -> bool:

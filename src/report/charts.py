@@ -152,7 +152,10 @@ def _chart(chart: Chart, names: Sequence[str]) -> list[str]:
 
 
 def _found_ticks(chart: Chart) -> list[Tick]:
-    values = [value for curve in chart.curves for p in curve.points for value in (p.y, *(p.interval or ()))]
+    values: list[float] = []
+    for curve in chart.curves:
+        for point in curve.points:
+            values += [point.y, *(point.interval or ())]
     found = ticks(min(values), max(values), wanted=5)
     return [Tick(value, f"{value:.6g}") for value in found]
 

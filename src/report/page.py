@@ -202,11 +202,11 @@ def _against_temperature(graded: dict[str, Any]) -> list[Figure]:
         ("repetition", "repetition_interval", "repeated 4-grams", 0.1),
     ):
         for (domain, preset), arms in panels.items():
-            series = [
-                Series(arm, NAMES[arm], [Point(s["temperature"], s[measure], s[interval]) for s in scores])
-                for arm, scores in arms.items()
-                if all(s[measure] is not None for s in scores)  # not executed: no line
-            ]
+            series = []
+            for arm, scores in arms.items():
+                if all(score[measure] is not None for score in scores):  # not executed: no line
+                    points = [Point(score["temperature"], score[measure], score[interval]) for score in scores]
+                    series.append(Series(arm, NAMES[arm], points))
             if series:
                 label = f"{domain}: {title}"
                 plot = lines(series, _percent, label, at, "sampling temperature", (0, top))
@@ -222,10 +222,10 @@ def _by_position(held: dict[str, Any]) -> list[Figure]:
     at = [Tick(i, str(start)) for i, start in enumerate(found["start"])]
     figures = []
     for metric, text in (("top1_agreement", _percent), ("kl_to_teacher", _plain)):
-        series = [
-            Series(arm, NAMES[arm], [Point(i, v) for i, v in enumerate(values[metric])])
-            for arm, values in found["arms"].items()
-        ]
+        series = []
+        for arm, values in found["arms"].items():
+            points = [Point(index, value) for index, value in enumerate(values[metric])]
+            series.append(Series(arm, NAMES[arm], points))
         title, note = METRIC_NAMES[metric]
         plot = lines(series, text, f"{title} by position", at, "first response token of the bin", (0,))
         figures.append(Figure(title, note, plot))
@@ -247,7 +247,8 @@ def _curves(curves: dict[str, list[dict[str, float]]]) -> list[Figure]:
                 # every n-th, so that at most 400 are left
                 series.append(Series(arm, NAMES[arm], points[:: len(points) // MAX_POINTS + 1]))
         if series:
-            at = [Tick(step, f"{step:g}") for step in ticks(0, max(p.x for one in series for p in one.points))]
+            last = max(one.points[-1].x for one in series)  # points are in the order of their steps
+            at = [Tick(step, f"{step:g}") for step in ticks(0, last)]
             text, within = (_percent, ()) if "agreement" in name else (_plain, (0,))
             sparse = max(len(one.points) for one in series) <= 12  # marks on a few points, a line alone on many
             figures.append(Figure(title, note, lines(series, text, title, at, "optimisation step", within, sparse)))

@@ -125,8 +125,10 @@ def dots(
         within: values that the axis must hold at least.
         line_at: where to draw a line to compare with (0, or the teacher's value).
     """
-    values = [v for row in rows for v in (row.value, *(row.interval or ())) if v is not None]
-    values += [*within, *([] if line_at is None else [line_at])]  # the axis holds all that is drawn
+    # the axis holds all that is drawn
+    values = [*within] if line_at is None else [*within, line_at]
+    for row in rows:
+        values += [value for value in (row.value, *(row.interval or ())) if value is not None]
     scale = ticks(min(values), max(values))
     height = sum(ROW if row.arm else HEADING for row in rows) + AXIS
 
@@ -160,7 +162,10 @@ def lines(
         text, within: see `dots`.
         x_ticks: at least two.
     """
-    values = [v for one in series for p in one.points for v in (p.y, *(p.interval or ()))] + list(within)
+    values = [*within]
+    for one in series:
+        for point in one.points:
+            values += [point.y, *(point.interval or ())]
     scale = ticks(min(values), max(values))
     first, last = x_ticks[0].at, x_ticks[-1].at
     pad = 14 if marks else 0  # px at both ends, so that marks and whiskers stay inside
