@@ -202,6 +202,26 @@ def test_a_dry_run_ends_with_the_plan(succeeds, hardware):
     assert any(line.startswith("together: disk ") for line in plan)
 
 
+def test_the_profile_in_the_docs_can_be_run(succeeds, tmp_path):
+    """docs/own_domain.md: every setting is one, the prompts are found, the plan is made of them and fits."""
+    page = (ROOT / "docs" / "own_domain.md").read_text(encoding="utf-8")
+    # the first block, from ```yaml to ```
+    text = page[page.index("```yaml\n") + len("```yaml\n") :]
+    values = yaml.safe_load(text[: text.index("```")])
+    prompts = tmp_path / "mine.csv"
+    prompts.write_text("prompt,reference\n" + "".join(f"What is {i} + {i}?,{2 * i}\n" for i in range(400)))
+    values["download_datasets"]["prompts_file"] = str(prompts)
+    values["data_dir"] = str(tmp_path / "data")
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    # a tenth, by the hash of the question
+    assert "366 training and 34 evaluation rows" in succeeds("download_datasets", "--config", str(path))
+    printed = succeeds("run_stages", "--profile", str(path), "--hardware", "1x80", "--dry_run")
+    assert stages_of(printed.splitlines()) == ALL
+    plan = printed[printed.index("plan for ") :].splitlines()
+    assert sum(line.strip() == "fits" for line in plan) == 6
+
+
 def test_no_overlay_leaves_anything_of_another():
     """All state the same keys, so that one laid over what another has left is as if it stood alone."""
     said = {}
