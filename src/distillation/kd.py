@@ -391,6 +391,14 @@ def _schedule(config: KDConfig, data: TrainingData) -> _Schedule:
     """
     order = StepOrder(len(data.train), config.rows_per_step, config.data_seed)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(order.steps_per_epoch * config.num_train_epochs)
+    # a few hundred rows are a few steps: 400 at 32 a step are 11, and the default warms up for 20
+    if config.warmup_steps >= steps and config.lr_scheduler_type != "constant":
+        logger.warning(
+            "warmup_steps = %d of %d steps: the learning rate never reaches %g; lower --warmup_steps, or train longer",
+            config.warmup_steps,
+            steps,
+            config.learning_rate,
+        )
     rounds = rounds_of(config, steps)
     return _Schedule(steps, rounds, read_prompts(config, data) if rounds else None)
 

@@ -512,6 +512,14 @@ def test_the_teachers_own_temperature_is_a_setting_of_the_run(settings):
     assert "(the teacher at 0.2)" in Path(online["final_model"], "README.md").read_text()
 
 
+def test_a_warm_up_that_does_not_end_is_said(settings, caplog):
+    run_kd_pipeline(settings | {"max_steps": 2, "warmup_steps": 2, "output_dir": f"{settings['experiment_dir']}/run"})
+    assert "warmup_steps = 2 of 2 steps: the learning rate never reaches 0.01; lower --warmup_steps" in caplog.text
+    caplog.clear()
+    run_kd_pipeline(settings | {"max_steps": 2, "warmup_steps": 1})
+    assert "never reaches" not in caplog.text
+
+
 def test_what_the_teachers_sampling_kept_is_a_setting_of_the_run(settings):
     """It changes what is learned and is recorded; a cache gives it too; the control may name it."""
     sampled = {"temperature": 1.0, "teacher_temperature": 0.2, "teacher_top_k": 20, "teacher_top_p": 0.9}
