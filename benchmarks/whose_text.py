@@ -1,6 +1,7 @@
 """Why a divergence on own answers falls: does the student agree more with its teacher, or does it write other text?
 
-    python benchmarks/whose_text.py --output benchmarks/results/whose_text.json   # after `recipes.py table`
+    python benchmarks/whose_text.py --output benchmarks/results/whose_text.json   # after `recipes.py table`; an hour
+    python benchmarks/whose_text.py --only soft_begun --output PATH   # the arms that go on from this one alone
 
 After on-policy rounds the divergence a token on the student's own answers is lower (docs/recipes.md). Two things can
 make it so: on the same text the student is nearer to its teacher, or its text has moved to where the two are near
@@ -248,12 +249,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="outputs/recipes", help="what recipes.py has written (outputs/recipes)")
     parser.add_argument("--output", required=True, help="the results' file")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="the arms that go on from these alone")
     arguments = parser.parse_args()
     folder, output = Path(arguments.recipes).resolve(), Path(arguments.output).resolve()
     os.chdir(ROOT)  # the profile's folders are below it
     # 1. all arms that are read must have been measured
     jobs = {(job.arm.name, job.seed): job for job in recipes.jobs_of("table", folder) if job.arm}
-    for group in groups():
+    wanted = [group for group in groups() if not arguments.only or group.begun.name in arguments.only]
+    if not wanted:
+        there = ", ".join(group.begun.name for group in groups())
+        raise UserError(f"--only {' '.join(arguments.only)}: arms go on from {there}")
+    for group in wanted:
         for arm in group.arms:
             for seed in recipes.SEEDS:
                 if not recipes.is_made(jobs[arm.name, seed]):
@@ -262,7 +268,7 @@ def main() -> None:
     families = {row["id"]: family_of(row) for row in prompts}
     # 2. everybody reads
     results = []
-    for group in groups():
+    for group in wanted:
         readings = []
         for seed in recipes.SEEDS:
             readings += read_all(folder, group, jobs, seed)
