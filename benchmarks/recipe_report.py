@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.recipe_arms import ARMS, CANDIDATES, PAIRS, SEEDS, Pair
+from src.distillation.kd import KDConfig
 from src.evaluation.statistics import ALPHA, crossed, difference, holm
 from src.utils.common import UserError, provenance
 
@@ -109,8 +110,10 @@ def linearised(sums_SP: np.ndarray, tokens_SP: np.ndarray) -> np.ndarray:
 
 
 def pairs() -> list[Pair]:
-    """What is compared: every arm with SFT, and what the table was made to ask. Each pair once, one way round."""
-    return [Pair(arm.name, "sft", "recipe") for arm in ARMS if arm.name != "sft"] + PAIRS
+    """What is compared: every arm with all steps with SFT, and what the table was made to ask. Each pair once."""
+    begun = {arm.after for arm in ARMS}
+    whole = [arm for arm in ARMS if arm.name != "sft" and arm.name not in begun]
+    return [Pair(arm.name, "sft", "recipe") for arm in whole] + PAIRS
 
 
 def add_corrections(differences: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -273,6 +276,31 @@ def what_was_asked(results: dict[str, Any]) -> list[str]:
     return [line]
 
 
+def settings_table(results: dict[str, Any]) -> list[str]:
+    """What each arm sets, of what the tables' names do not say."""
+    lines = heading("recipe", "divergence", "T", "alpha", "target", "f", "steps", "begins with")
+    defaults = {name: getattr(KDConfig(), name) for name in ("divergence", "temperature", "alpha")}
+    for facts in results["arms"]:
+        arm, after = facts["made_of"]["arm"], facts["made_of"]["after"]
+        settings = defaults | arm["settings"]
+        cells = [facts["about"], "", "", "0", "", "", f"{arm['steps']}", ""]
+        # alpha = 0 has no divergence, and so no temperature and no target
+        if settings["alpha"]:
+            target = "as sampled" if "teacher_temperature" in settings else "softmax at T"
+            cells[1:5] = [
+                settings["divergence"],
+                f"{settings['temperature']:g}",
+                f"{settings['alpha']:g}",
+                target,
+            ]
+        if "on_policy_fraction" in settings:
+            cells[5] = f"{settings['on_policy_fraction']:g}"
+        if after:
+            cells[7] = after["about"]
+        lines.append(row(cells))
+    return lines
+
+
 def accuracy_table(results: dict[str, Any]) -> list[str]:
     """Every model and arm: right answers (%), closeness, and what the answers look like at T = 0.7."""
     names = ("greedy", "T = 0.7", "KL", "NLL", "agreement", "reverse KL, an answer", "a token", "tokens", "repeated")
@@ -372,6 +400,7 @@ def teacher_tokens(cost: dict[str, float]) -> float:
 
 TABLES = {
     "summary": summary_table,
+    "settings": settings_table,
     "asked": what_was_asked,
     "accuracy": accuracy_table,
     "differences": difference_table,
