@@ -488,7 +488,12 @@ def test_what_the_pages_say_of_the_results_is_so():
     assert round(-100 * greedy["value"]) == 5
     assert shows_nothing(greedy)
     assert shows_nothing(sampled)
-    # from scratch
+    # from scratch; on its own answers alone in loops, and at the lowest reverse KL a token
+    facts = arms["on_policy_all"]
+    assert right["on_policy_all"] == facts["accuracy"]["T=0.7"]["both"]["mean"] == 0
+    assert facts["tokens"] == {cell: pytest.approx(128) for cell in recipe_report.CELLS}
+    assert 0.81 < facts["repetition"]["T=0.7"] < 0.85
+    assert min(a_token, key=a_token.get) == "on_policy_all"
     greedy, _ = points("on_policy_half", "kd_sampled_alpha0.8")
     assert round(-100 * greedy["value"]) == 9
     assert greedy["high"] < 0
