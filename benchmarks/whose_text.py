@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks import recipes
+from benchmarks import recipe_runs
 from benchmarks.recipe_arms import Arm
 from benchmarks.recipe_report import linearised
-from benchmarks.recipes import Job
+from benchmarks.recipe_runs import Job
 from src.distillation.base import load_model, load_tokenizer, model_fingerprint
 from src.distillation.engines import EngineSettings, make_engine, opened
 from src.distillation.kd import KDConfig
@@ -83,8 +83,8 @@ class Group:
 
 def groups() -> list[Group]:
     found = []
-    for begun in recipes.ARMS:
-        later = [arm for arm in recipes.ARMS if arm.after == begun.name]
+    for begun in recipe_runs.ARMS:
+        later = [arm for arm in recipe_runs.ARMS if arm.after == begun.name]
         if later:
             found.append(Group(begun, later))
     return found
@@ -112,16 +112,16 @@ class Models:
         return self.students[str(run)]
 
     def _reader(self, model: torch.nn.Module) -> Reader:
-        size = recipes.shared_size(self.tokenizer)
+        size = recipe_runs.shared_size(self.tokenizer)
         return model_reader(model, self.tokenizer.pad_token_id, packing=False).cut(size)
 
 
 def draw(job: Job, path: Path) -> None:
     """The arm's answers at T = 1, with the ids that were sampled."""
     logger.info("%s answers", job.name)
-    requests = [request for request in recipes.requests_of(job) if request.sampling == recipes.OWN]
+    requests = [request for request in recipe_runs.requests_of(job) if request.sampling == recipe_runs.OWN]
     adapter = str(job.run_of(job.arm.name) / "final_model")
-    settings = EngineSettings(batch_size=recipes.BATCH)
+    settings = EngineSettings(batch_size=recipe_runs.BATCH)
     drawn: list[dict[str, Any]] = []
     with opened(make_engine(settings, job.profile["model_name_or_path"], (), adapter=adapter, keep_ids=True)) as answer:
         for part in answer(requests, frozenset()):
@@ -164,13 +164,13 @@ def read_all(folder: Path, group: Group, jobs: dict[tuple[str, int], Job], seed:
         if known is None:
             # 4. the states of both, then their divergence, summed over the tokens of each answer
             logger.info("%s reads the text of %s, seed %d", student.name, text.name, seed)
-            rows = recipes.encoded(read_jsonl(texts[text.name]), models.tokenizer)
+            rows = recipe_runs.encoded(read_jsonl(texts[text.name]), models.tokenizer)
             if text.name not in teacher_read:
-                teacher_read[text.name] = recipes.hidden_of(models.teacher, rows)
+                teacher_read[text.name] = recipe_runs.hidden_of(models.teacher, rows)
             reader = models.student(jobs[student.name, seed].run_of(student.name))
             counts = [len(row.response_ids) for row in rows]
-            states = recipes.hidden_of(reader, rows), teacher_read[text.name]
-            sums = recipes.divergences(reader, models.teacher, *states, counts, config)
+            states = recipe_runs.hidden_of(reader, rows), teacher_read[text.name]
+            sums = recipe_runs.divergences(reader, models.teacher, *states, counts, config)
             known = {"made_of": made_of, "ids": [row.id for row in rows], "tokens": counts, "sums": sums}
             append_jsonl(path, [names | known])
         found.append(known | names)
@@ -254,23 +254,23 @@ def main() -> None:
     folder, output = Path(arguments.recipes).resolve(), Path(arguments.output).resolve()
     os.chdir(ROOT)  # the profile's folders are below it
     # 1. all arms that are read must have been measured
-    jobs = {(job.arm.name, job.seed): job for job in recipes.jobs_of("table", folder) if job.arm}
+    jobs = {(job.arm.name, job.seed): job for job in recipe_runs.jobs_of("table", folder) if job.arm}
     wanted = [group for group in groups() if not arguments.only or group.begun.name in arguments.only]
     if not wanted:
         there = ", ".join(group.begun.name for group in groups())
         raise UserError(f"--only {' '.join(arguments.only)}: arms go on from {there}")
     for group in wanted:
         for arm in group.arms:
-            for seed in recipes.SEEDS:
-                if not recipes.is_made(jobs[arm.name, seed]):
+            for seed in recipe_runs.SEEDS:
+                if not recipe_runs.is_made(jobs[arm.name, seed]):
                     raise UserError(f"{jobs[arm.name, seed].record}: not there yet; run `recipes.py table` first")
-    prompts = recipes.asked_rows("table", jobs[recipes.ARMS[0].name, recipes.SEEDS[0]].profile)
+    prompts = recipe_runs.asked_rows("table", jobs[recipe_runs.ARMS[0].name, recipe_runs.SEEDS[0]].profile)
     families = {row["id"]: family_of(row) for row in prompts}
     # 2. everybody reads
     results = []
     for group in wanted:
         readings = []
-        for seed in recipes.SEEDS:
+        for seed in recipe_runs.SEEDS:
             readings += read_all(folder, group, jobs, seed)
         results += split_change(readings, group, families)
     # 3. what came of it
@@ -278,7 +278,7 @@ def main() -> None:
         parts = (f"{name} {facts[name]['value']:+.3f} ({facts[name]['low']:+.3f} to {facts[name]['high']:+.3f})"
                  for name in ("change", "learnt", "moved"))  # fmt: skip
         print(f"{facts['arm']:16} {facts['before_on_its_text']:.3f} -> {facts['after_on_its_text']:.3f}:", *parts)
-    write_json(output, {"seeds": list(recipes.SEEDS), "arms": results, "provenance": provenance()})
+    write_json(output, {"seeds": list(recipe_runs.SEEDS), "arms": results, "provenance": provenance()})
 
 
 if __name__ == "__main__":

@@ -32,12 +32,11 @@ ALLOWED = {
     "scripts": {"src"},
     "examples": {"src"},
     "tests": {"src", "benchmarks", "tests"},
-    # reads on in the runs that recipes.py has made
-    "benchmarks.whose_text": {"src", "benchmarks.recipe_arms", "benchmarks.recipe_report", "benchmarks.recipes"},
     "benchmarks": {"src"} | {
         f"benchmarks.{name}"
         for name in (
-            "harness", "kd_reference", "recipe_arms", "recipe_report", "step_parts", "train_job", "train_peers"
+            "harness", "kd_reference", "recipe_arms", "recipe_report", "recipe_runs", "step_parts", "train_job",
+            "train_peers",
         )
     },
 }  # fmt: skip

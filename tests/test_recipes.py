@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import recipe_report, recipes, whose_text
+from benchmarks import recipe_report, recipe_runs, recipes, whose_text
 from benchmarks.recipe_arms import ARMS, CANDIDATES, CHOOSING_STEPS, STEPS, Arm, on_policy
 from benchmarks.recipe_report import Phase
 from src.distillation.base import encode_row, end_of_turn_id, load_model, load_tokenizer
@@ -29,7 +29,7 @@ from src.utils.config import build_config, read_merged, read_profile
 
 
 def test_every_arm_is_a_run_and_all_take_equally_many_steps():
-    profile = read_profile(recipes.PROFILE, recipes.SECTION, KDConfig)
+    profile = read_profile(recipe_runs.PROFILE, recipe_runs.SECTION, KDConfig)
     by_name = {arm.name: arm for arm in ARMS}
     assert len({arm.name for arm in [*ARMS, *CANDIDATES]}) == len(ARMS) + len(CANDIDATES)  # their runs lie side by side
     begun = {arm.after for arm in ARMS if arm.after}
@@ -38,7 +38,7 @@ def test_every_arm_is_a_run_and_all_take_equally_many_steps():
         assert config.on_policy == ("on_policy_rounds" in arm.settings)
         assert (
             config.validation_fraction
-            == read_profile(recipes.PROFILE, "cache_teacher", CacheTeacherConfig)["validation_fraction"]
+            == read_profile(recipe_runs.PROFILE, "cache_teacher", CacheTeacherConfig)["validation_fraction"]
         )
     for arm in ARMS:
         before = by_name[arm.after].steps if arm.after else 0
@@ -87,13 +87,15 @@ def experiment(tmp_path, tiny_models, monkeypatch):
         Arm("control", "control", {"temperature": 1.0, "data_seed": 1000}, 2, "begun"),
     ]
     candidate = Arm("candidate_sft", "sft", {"alpha": 0.0}, 1)
-    monkeypatch.setattr(recipes, "ARMS", arms)
+    monkeypatch.setattr(recipe_runs, "ARMS", arms)
     monkeypatch.setattr(recipes, "WAIT", 0.1)
-    monkeypatch.setattr(recipes, "PROFILE", tmp_path / "recipes.yaml")
-    monkeypatch.setattr(recipes, "PHASES", {"choose": [candidate], "table": arms})
-    monkeypatch.setattr(recipes, "OWN", Sampling(1.0, 1.0, 0, 8))
-    monkeypatch.setattr(recipes, "GRADED", {n: Sampling(t, 1.0, 0, 8) for n, t in (("greedy", 0.0), ("T=0.7", 0.7))})
-    for module in (recipes, recipe_report):
+    monkeypatch.setattr(recipe_runs, "PROFILE", tmp_path / "recipes.yaml")
+    monkeypatch.setattr(recipe_runs, "PHASES", {"choose": [candidate], "table": arms})
+    monkeypatch.setattr(recipe_runs, "OWN", Sampling(1.0, 1.0, 0, 8))
+    monkeypatch.setattr(
+        recipe_runs, "GRADED", {n: Sampling(t, 1.0, 0, 8) for n, t in (("greedy", 0.0), ("T=0.7", 0.7))}
+    )
+    for module in (recipe_runs, recipe_report):
         monkeypatch.setattr(module, "SEEDS", (1, 2))
     monkeypatch.setattr(recipe_report, "ARMS", arms)
     monkeypatch.setattr(recipe_report, "CANDIDATES", [candidate])
@@ -113,7 +115,7 @@ def test_prepare_runs_the_stages_and_keeps_few_rows_to_measure_on(experiment, mo
         assert command[2:] == ["--config", str(experiment / "recipes.yaml")]
 
     monkeypatch.setattr(recipes.subprocess, "run", run)
-    monkeypatch.setattr(recipes, "MEASURED_PROMPTS", 2)
+    monkeypatch.setattr(recipe_runs, "MEASURED_PROMPTS", 2)
     recipes.prepare(asked(experiment, "prepare"))
     assert made == [(stage, 4 if stage == "cache_teacher" else 12) for stage in recipes.STAGES]
     assert len(read_jsonl(experiment / "data" / "eval_dataset.jsonl")) == 12
@@ -167,18 +169,18 @@ def test_runs_are_made_once_and_the_report_says_what_they_answered(experiment, m
 
     # an arm that means another thing now is not taken for what was measured
     changed = [Arm("sft", "SFT", {"alpha": 0.0, "learning_rate": 1e-3}, 2)]
-    monkeypatch.setitem(recipes.PHASES, "table", changed)
+    monkeypatch.setitem(recipe_runs.PHASES, "table", changed)
     with pytest.raises(UserError, match=r"sft_seed_1\.json was made with arm = .* move it and .*train/sft_seed_1 away"):
         recipes.work(asked(experiment, "table"))
 
 
 def test_answers_of_other_weights_are_thrown_away(experiment, tiny_models):
-    [job] = recipes.jobs_of("choose", experiment / "out", ["base"])
-    first = recipes.answer(job, tiny_models.student, "")
+    [job] = recipe_runs.jobs_of("choose", experiment / "out", ["base"])
+    first = recipe_runs.answer(job, tiny_models.student, "")
     written = job.answers.stat().st_mtime_ns
-    assert recipes.answer(job, tiny_models.student, "") == first
+    assert recipe_runs.answer(job, tiny_models.student, "") == first
     assert job.answers.stat().st_mtime_ns == written
-    assert recipes.answer(job, tiny_models.teacher, "") != first
+    assert recipe_runs.answer(job, tiny_models.teacher, "") != first
 
 
 def test_what_cannot_be_made_is_said(experiment):
@@ -196,13 +198,13 @@ def test_a_cut_answer_ends_where_it_was_cut(tiny_models):
     answers = [given | {"id": "a", "response": "so"}, given | {"id": "b", "response": "s\ufffd"}]
     answers += [given | {"id": "c", "response": ""}, given | {"id": "d", "response": "", "finish_reason": "stop"}]
     end = end_of_turn_id(tokenizer)
-    found = {row.id: tokenizer.decode(row.response_ids) for row in recipes.encoded(answers, tokenizer)}
+    found = {row.id: tokenizer.decode(row.response_ids) for row in recipe_runs.encoded(answers, tokenizer)}
     assert found == {"a": "so", "b": "s", "d": tokenizer.decode([end])}
 
 
 def test_settings_are_chosen_on_validation_rows_and_judged_on_others(experiment):
-    profile = read_profile(recipes.PROFILE, recipes.SECTION, KDConfig)
-    choosing, table = (recipes.asked_rows(phase, profile) for phase in ("choose", "table"))
+    profile = read_profile(recipe_runs.PROFILE, recipe_runs.SECTION, KDConfig)
+    choosing, table = (recipe_runs.asked_rows(phase, profile) for phase in ("choose", "table"))
     train = {row["id"] for row in read_jsonl(experiment / "data" / "train_dataset.jsonl")}
     assert {row["id"] for row in choosing} == {key for key in train if is_validation(key, 0.2)}
     assert len(table) == 12
@@ -214,7 +216,7 @@ def test_reverse_kl_is_that_of_full_logits(tiny_models, clean_rows):
     rows = [encode_row(tokenizer, row, end_of_turn_id(tokenizer)) for row in clean_rows(5)]
     models = [load_model(name, torch.float32) for name in (tiny_models.student, tiny_models.teacher)]
     readers = [model_reader(model, tokenizer.pad_token_id, packing=False).cut(261) for model in models]
-    found = recipes.reverse_kl(*readers, rows)
+    found = recipe_runs.reverse_kl(*readers, rows)
     for row, value in zip(rows, found, strict=True):
         ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
         with torch.no_grad():
@@ -233,8 +235,9 @@ def test_a_divergence_of_rows_is_the_one_that_a_run_lowers(settings, tiny_models
     rows = [encode_row(tokenizer, row, end_of_turn_id(tokenizer)) for row in clean_rows(5)]
     models = [load_model(name, torch.float32) for name in (tiny_models.student, tiny_models.teacher)]
     readers = [model_reader(model, tokenizer.pad_token_id, packing=False).cut(261) for model in models]
-    states, counts = [recipes.hidden_of(reader, rows) for reader in readers], [len(row.response_ids) for row in rows]
-    found = recipes.divergences(*readers, *states, counts, KDConfig(**settings))
+    states = [recipe_runs.hidden_of(reader, rows) for reader in readers]
+    counts = [len(row.response_ids) for row in rows]
+    found = recipe_runs.divergences(*readers, *states, counts, KDConfig(**settings))
     for row, value in zip(rows, found, strict=True):
         ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
         with torch.no_grad():
