@@ -385,7 +385,8 @@ class _Schedule:
 
 
 def _schedule(config: KDConfig, data: TrainingData) -> _Schedule:
-    """
+    """The run's steps and rounds, before anything of it is written.
+
     Raises:
         UserError: there are fewer steps than rounds, or too few prompts leave room for an answer.
     """
